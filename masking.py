@@ -1,0 +1,160 @@
+"""
+Which tokens of a clip the student sees: teacher tokens in, the ids of the kept tokens out.
+
+`cluster_stm` is the method (docs/method.md); the others are what it is compared with. All are rows of MASKS and share
+one contract: tokens (B, T, N, C) and keep, the number of tokens kept a frame -> (B, T * keep) int64, the flat ids
+t * N + n, ascending, none twice. What a mask needs beside the tokens comes by keyword, is refused if missing and
+ignored if not wanted:
+
+    attention (B, T, N)   the teacher's attention over each frame      logits (B, T, N)   of a learned sampler
+    text (B, E)           the caption's embedding                       grid (h, w)        N = h * w
+    aligned (B, T, N, E)  tokens in the joint space of the text         generator          source of random numbers
+
+This file and kernels/ import nothing else of the project.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Generator, Tensor
+
+from kernels import check_features
+from kernels.bandwidth import bandwidth
+from kernels.cluster_argmax import cluster_argmax
+from kernels.cosine_distance import cosine_distance
+from kernels.density_peaks import density_peaks, log_density
+from kernels.temporal_density import temporal_density
+
+
+@dataclass
+class MaskConfig:
+    """Which tokens the student sees."""
+    name: str = "cluster_stm"     # a row of masking.MASKS
+    ratio: float = 0.9            # share of each frame's tokens that is hidden (r)
+    quantile: float = 0.02        # cluster_stm: d_c of the clusters, as a quantile of the frame's distances
+    quantile_time: float = 0.1    # cluster_stm: d_c of the temporal density, as a quantile across frames
+    density: str = "exp"          # cluster_stm: kernel of the clusters' density, exp or gauss
+    assign: str = "nearest"       # cluster_stm: a token joins the nearest centre, or its parent's
+    pick: str = "density"         # cluster_stm: token kept of a cluster: density, random, centre or lowest
+
+    def __post_init__(self):
+        if self.name not in MASKS:
+            raise ValueError(f"there is no mask {self.name!r}; there are {', '.join(MASKS)}")
+        keep_count(1, self.ratio)
+
+    def __call__(self, tokens: Tensor, **aux) -> Tensor:
+        """tokens (B, T, N, C) -> the kept ids (B, T * K), K as the ratio asks."""
+        keep = keep_count(tokens.shape[2], self.ratio)
+        if self.name != "cluster_stm":
+            return MASKS[self.name](tokens, keep, **aux)
+        return cluster_stm(tokens, keep, quantile=self.quantile, quantile_time=self.quantile_time,
+                           density=self.density, assign=self.assign, pick=self.pick, **aux)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the mask is drawn anew at each step, so that it cannot be stored with the clip."""
+        return self.name in ("random", "random_frame", "tube", "umt") or self.pick == "random"
+
+
+def keep_count(N: int, ratio: float) -> int:
+    """K = max(1, floor(N (1 - r) + 1/2)), with r read as the decimal it was written as."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"a mask ratio is in [0, 1), got {ratio}")
+    return max(1, math.floor(N * (1 - Fraction(str(ratio))) + Fraction(1, 2)))
+
+
+def cluster_stm(
+    tokens: Tensor, keep: int, *, d_c=None, d_c_time=None, quantile: float = 0.02, quantile_time: float = 0.1,
+    density: str = "exp", assign: str = "nearest", pick: str = "density", generator: Generator | None = None, **aux,
+) -> Tensor:
+    """
+    The method: `keep` clusters a frame, and of each cluster the token that recurs most in the other frames.
+
+    tokens (B, T, N, C), d_c a number or (BT,), d_c_time a number or (B,); where not given, quantiles of the distances.
+    pick: "density" (the method), or instead a "random" token of the cluster (needs generator), its "centre", or the
+    "lowest" temporal density. For single frames the density within the frame stands in for that over time.
+    """
+    if pick not in ("density", "random", "centre", "lowest"):
+        raise ValueError(f"cluster_stm picks by density, random, centre or lowest, got {pick!r}")
+    B, T, N = shape(tokens, keep)
+    x = tokens.flatten(0, 1)                                                    # (F, N, C)
+    if d_c is None:
+        d_c = bandwidth(x, quantile)
+    labels, centres, _ = density_peaks(x, keep, d_c, density, assign)           # (F, N), (F, K)
+    if pick == "centre":
+        return flat(centres.view(B, T, keep), N)
+    if pick == "random":
+        score = uniform((B, T, N), generator, tokens)
+    elif T == 1:
+        d_c = torch.as_tensor(d_c, dtype=torch.float32, device=x.device).expand(B)
+        score = log_density(cosine_distance(x), d_c, density).view(B, T, N)
+    else:
+        score = temporal_density(tokens, bandwidth(tokens, quantile_time) if d_c_time is None else d_c_time)
+    if pick == "lowest":
+        score = -score
+    return flat(cluster_argmax(score.view(B * T, N), labels, keep).view(B, T, keep), N)
+
+
+def random(tokens: Tensor, keep: int, *, generator: Generator | None = None, **aux) -> Tensor:
+    """T * keep tokens anywhere in the clip (Feichtenhofer et al., NeurIPS 2022): a frame's share varies."""
+    B, T, N = shape(tokens, keep)
+    return uniform((B, T * N), generator, tokens).argsort(1)[:, :T * keep].sort(1).values
+
+
+def random_frame(tokens: Tensor, keep: int, *, generator: Generator | None = None, **aux) -> Tensor:
+    """keep random tokens of each frame."""
+    B, T, N = shape(tokens, keep)
+    return flat(uniform((B, T, N), generator, tokens).argsort(2)[..., :keep], N)
+
+
+def tube(tokens: Tensor, keep: int, *, generator: Generator | None = None, **aux) -> Tensor:
+    """keep random places, the same in all frames (VideoMAE, Tong et al., NeurIPS 2022)."""
+    B, T, N = shape(tokens, keep)
+    return flat(uniform((B, 1, N), generator, tokens).argsort(2)[..., :keep].expand(B, T, keep), N)
+
+
+def umt(tokens: Tensor, keep: int, *, attention: Tensor | None = None, generator: Generator | None = None,
+        **aux) -> Tensor:
+    """keep tokens of each frame, drawn without replacement in proportion to attention (UMT, Li et al., ICCV 2023)."""
+    B, T, N = shape(tokens, keep)
+    if attention is None:
+        raise ValueError("the mask umt needs attention (B, T, N), got none")
+    if attention.shape != (B, T, N):
+        raise ValueError(f"tokens {tuple(tokens.shape)} want attention ({B}, {T}, {N}), got {tuple(attention.shape)}")
+    # Gumbel top-k in fp32 is that draw in one sort; tokens of no attention at all come last, in random order.
+    log = attention.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+    gumbel = -uniform((B, T, N), generator, tokens).clamp_(1e-7, 1 - 1e-7).log().neg().log()
+    return flat((log + gumbel).argsort(2, descending=True)[..., :keep], N)
+
+
+def shape(tokens: Tensor, keep: int) -> tuple[int, int, int]:
+    """B, T, N of tokens (B, T, N, C), which must be finite, and keep between 1 and N."""
+    check_features("a mask", tokens, 4)
+    B, T, N, _ = tokens.shape
+    if not 1 <= keep <= N:
+        raise ValueError(f"a mask keeps 1 to N = {N} tokens a frame, got {keep}")
+    return B, T, N
+
+
+def flat(index: Tensor, N: int) -> Tensor:
+    """Tokens kept in each frame, (B, T, K) in [0, N) in any order -> (B, TK), the flat ids t * N + n, ascending."""
+    start = torch.arange(index.shape[1], device=index.device)[:, None] * N
+    return (index.sort(-1).values + start).flatten(1)
+
+
+def uniform(size: tuple, generator: Generator | None, like: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), drawn on the generator's device: one seed, one mask, wherever `like` is."""
+    if generator is None:
+        raise ValueError("a mask that is drawn at random needs generator, got none")
+    return torch.rand(size, generator=generator, device=generator.device).to(like.device, non_blocking=True)
+
+
+MASKS = {
+    "cluster_stm": cluster_stm,
+    "random": random,
+    "random_frame": random_frame,
+    "tube": tube,
+    "umt": umt,
+}
