@@ -43,19 +43,31 @@ class MaskConfig:
         if self.name not in MASKS:
             raise ValueError(f"there is no mask {self.name!r}; there are {', '.join(MASKS)}")
         keep_count(1, self.ratio)
+        for name, value in (("quantile", self.quantile), ("quantile_time", self.quantile_time)):
+            if not 0 < value <= 1:
+                raise ValueError(f"mask.{name} is in (0, 1], got {value}")
+        for name, value, known in (("density", self.density, ("exp", "gauss")),
+                                   ("assign", self.assign, ("nearest", "parent")),
+                                   ("pick", self.pick, ("density", "random", "centre", "lowest"))):
+            if value not in known:
+                raise ValueError(f"mask.{name} is one of {', '.join(known)}, got {value!r}")
 
-    def __call__(self, tokens: Tensor, **aux) -> Tensor:
-        """tokens (B, T, N, C) -> the kept ids (B, T * K), K as the ratio asks."""
-        keep = keep_count(tokens.shape[2], self.ratio)
+    def __call__(self, tokens: Tensor, keep: int, **aux) -> Tensor:
+        """The mask so named, as a row of MASKS: tokens (B, T, N, C) -> (B, T * keep)."""
         if self.name != "cluster_stm":
             return MASKS[self.name](tokens, keep, **aux)
         return cluster_stm(tokens, keep, quantile=self.quantile, quantile_time=self.quantile_time,
                            density=self.density, assign=self.assign, pick=self.pick, **aux)
 
     @property
+    def blind(self) -> bool:
+        """Whether the mask asks for nothing but the shape of the tokens."""
+        return self.name in ("random", "random_frame", "tube")
+
+    @property
     def drawn(self) -> bool:
         """Whether the mask is drawn anew at each step, so that it cannot be stored with the clip."""
-        return self.name in ("random", "random_frame", "tube", "umt") or self.pick == "random"
+        return self.blind or self.name == "umt" or self.name == "cluster_stm" and self.pick == "random"
 
 
 def keep_count(N: int, ratio: float) -> int:
@@ -123,6 +135,9 @@ def umt(tokens: Tensor, keep: int, *, attention: Tensor | None = None, generator
         raise ValueError("the mask umt needs attention (B, T, N), got none")
     if attention.shape != (B, T, N):
         raise ValueError(f"tokens {tuple(tokens.shape)} want attention ({B}, {T}, {N}), got {tuple(attention.shape)}")
+    if not (attention.isfinite() & (attention >= 0)).all():
+        low, high = attention.aminmax()
+        raise ValueError(f"attention wants finite values >= 0, got {low.item():g} to {high.item():g}")
     # Gumbel top-k in fp32 is that draw in one sort; tokens of no attention at all come last, in random order.
     log = attention.float().clamp_min(torch.finfo(torch.float32).tiny).log()
     gumbel = -uniform((B, T, N), generator, tokens).clamp_(1e-7, 1 - 1e-7).log().neg().log()

@@ -21,7 +21,7 @@ def cluster_argmax_ref(score: Tensor, labels: Tensor, K: int) -> Tensor:
 
 def cluster_argmax(score: Tensor, labels: Tensor, K: int) -> Tensor:
     """score (F, N) of any float dtype (-inf is legal, NaN is not), labels (F, N) int64 in [0, K) -> (F, K) int64."""
-    if score.ndim != 2 or not score.is_floating_point():
+    if score.ndim != 2 or 0 in score.shape or not score.is_floating_point():
         raise ValueError(f"cluster_argmax wants a floating score (F, N), got {tuple(score.shape)} {score.dtype}")
     if labels.shape != score.shape or labels.dtype != torch.int64:
         want = f"labels {tuple(score.shape)} int64"

@@ -8,6 +8,7 @@ A zero vector has no direction: it is at distance 1 from every other token.
 Cost. One N x N x C product a frame, 2FN^2C flop; 4FN^2 bytes written. F, N, C = 1024, 196, 768: 60 Gflop, 157 MB.
 """
 
+import torch
 import torch.nn.functional as nn
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from kernels import check_features
 
 
 def unit(x: Tensor) -> Tensor:
-    """x (..., C) scaled to unit length; a zero vector stays zero."""
-    return nn.normalize(x, dim=-1, eps=1e-12)
+    """x (..., C) scaled to unit length, whatever its length; a zero vector stays zero."""
+    x = x / x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)     # else squares may overflow
+    return nn.normalize(x, dim=-1)
 
 
 def cosine_distance_ref(x: Tensor) -> Tensor:

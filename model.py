@@ -1,0 +1,673 @@
+"""
+The student: a ViT over the kept tokens of a clip, a BERT whose last layers read them, a decoder, and the four losses.
+
+The ViT is UMT's (OpenGVLab/unmasked_teacher, multi_modality/models/backbones/vit/vit.py): joint space-time attention,
+tubelet 1, no CLS token. The BERT has Hugging Face's parameter names (transformers, models/bert) and, as in UMT, text
+only in its first layers and cross-attention to the video in its last. Letters and equations: docs/method.md.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as nnf
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from teacher import Guide, known, patches
+
+
+@dataclass
+class ModelConfig:
+    """The student."""
+    patch: int = 16              # pixels a side of a token's patch
+    width: int = 768             # ViT: channels
+    depth: int = 12              # ViT: blocks
+    heads: int = 12              # ViT: attention heads
+    drop_path: float = 0.1       # ViT: rate of the last block, rising linearly from 0
+    positions: str = "1d"        # ViT: sinusoids of the flat (t, h, w) index (1d, as UMT) or of t, h, w apart (3d)
+    text_width: int = 768        # BERT: channels
+    text_depth: int = 12         # BERT: layers
+    text_heads: int = 12         # BERT: attention heads
+    fusion: int = 3              # BERT: the last layers, which read the video
+    dropout: float = 0.1         # BERT: dropout
+    vocab: int = 0               # BERT: word pieces; 0: as many as the tokenizer has
+    mask_id: int = 0             # BERT: id of [MASK]; 0: as the tokenizer has
+    text_length: int = 32        # word pieces a caption, [CLS] included; longer ones are cut (L)
+    embed: int = 512             # joint space of VTC
+    decoder: str = "cross"       # cross: queries attend to visible tokens; joint: self-attention over all tokens
+    decoder_width: int = 512     # decoder: channels
+    decoder_depth: int = 2       # decoder: blocks
+    decoder_heads: int = 8       # decoder: attention heads
+    decoder_share: float = 0.25  # cross: share of the masked tokens that is predicted, drawn anew each step
+    target: int = 0              # width of the teacher's joint space (E); 0: as the teacher has
+    relevance: str = "batch"     # MRM: relevance to the texts of the batch, to the clip's own, or none (regression)
+
+    def __post_init__(self):
+        for width, heads in ((self.width, self.heads), (self.text_width, self.text_heads),
+                             (self.decoder_width, self.decoder_heads)):
+            if width % heads:
+                raise ValueError(f"{width} channels do not divide into {heads} heads")
+        for name, value, known_values in (("positions", self.positions, ("1d", "3d")),
+                                          ("decoder", self.decoder, ("cross", "joint")),
+                                          ("relevance", self.relevance, ("batch", "own", "none"))):
+            if value not in known_values:
+                raise ValueError(f"{name} wants to be one of {', '.join(known_values)}, is {value!r}")
+        if not 0 < self.fusion < self.text_depth:
+            raise ValueError(f"of {self.text_depth} text layers 1 to {self.text_depth - 1} can fuse, got {self.fusion}")
+        if not 0 < self.decoder_share <= 1:
+            raise ValueError(f"decoder_share is in (0, 1], got {self.decoder_share}")
+
+
+# ViT
+
+@lru_cache(maxsize=16)
+def sinusoids(grid: tuple[int, int, int], C: int, kind: str, device: torch.device) -> Tensor:
+    """
+    Fixed positions of the tokens of a clip: grid (T, h, w) -> (Thw, C).
+
+    "1d": sin and cos of the flat index in turn (UMT, VideoMAE). "3d": a quarter of the channels for t, the rest shared
+    by h and w, so that a position means the same at every clip length and resolution.
+    """
+    def encode(index: Tensor, C: int) -> Tensor:
+        rate = 10000 ** (-2 * torch.arange((C + 1) // 2, dtype=torch.float64) / C)
+        angle = index.double()[:, None] * rate
+        return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C]
+
+    T, h, w = grid
+    t, i, j = (index.flatten() for index in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    if kind == "1d":
+        table = encode(torch.arange(T * h * w), C)
+    else:
+        Ct, Ch = C // 4, (C - C // 4) // 2
+        table = torch.cat([encode(t, Ct), encode(i, Ch), encode(j, C - Ct - Ch)], 1)
+    return table.float().to(device)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; in a decoder its keys and values can come from elsewhere."""
+
+    def __init__(self, C: int, heads: int, drop_path: float = 0.0, cross: bool = False):
+        super().__init__()
+        self.heads, self.drop_path = heads, drop_path
+        self.norm1 = nn.LayerNorm(C, eps=1e-6)
+        if cross:
+            self.norm_kv, self.q, self.kv = nn.LayerNorm(C, eps=1e-6), nn.Linear(C, C), nn.Linear(C, 2 * C)
+        else:
+            self.qkv = nn.Linear(C, 3 * C)
+        self.proj = nn.Linear(C, C)
+        self.norm2 = nn.LayerNorm(C, eps=1e-6)
+        self.fc1, self.fc2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def split(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
+        """(B, S, nC) -> n of (B, H, S, C / H)."""
+        B, S, nC = x.shape
+        return x.view(B, S, n, self.heads, nC // n // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Stochastic depth, a clip at a time."""
+        if not self.training or self.drop_path == 0:
+            return x
+        stay = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+        return x * stay / (1 - self.drop_path)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, S, C), context (B, S', C) for a cross block -> (B, S, C)."""
+        y = self.norm1(x)
+        if context is None:
+            q, k, v = self.split(self.qkv(y), 3)
+        else:
+            (q,), (k, v) = self.split(self.q(y), 1), self.split(self.kv(self.norm_kv(context)), 2)
+        x = x + self.drop(self.proj(attend(q, k, v).transpose(1, 2).flatten(2)))
+        return x + self.drop(self.fc2(nnf.gelu(self.fc1(self.norm2(x)))))
+
+
+def xavier(module: nn.Module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class ViT(nn.Module):
+    """Joint space-time ViT of any T, H and W, over all tokens of a clip or over those that are kept."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # of its pixels: ImageNet's, as UMT
+
+    def __init__(self, patch=16, width=768, depth=12, heads=12, drop_path=0.0, positions="1d"):
+        super().__init__()
+        self.patch, self.positions = patch, positions
+        self.embed = nn.Linear(3 * patch * patch, width)
+        self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(xavier)
+        self.register_buffer("pixel_mean", torch.tensor(self.mean).repeat_interleave(patch * patch), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(self.std).repeat_interleave(patch * patch), persistent=False)
+
+    def grid(self, video: Tensor) -> tuple[int, int, int]:
+        """(T, h, w) of a video (B, T, 3, H, W)."""
+        return video.shape[1], video.shape[3] // self.patch, video.shape[4] // self.patch
+
+    def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
+        """video (B, T, 3, H, W) uint8, keep (B, S) flat ids or None for all tokens -> (B, S, C)."""
+        B, T = video.shape[:2]
+        x = patches(video.flatten(0, 1), self.patch).view(B, -1, self.embed.in_features)    # (B, TN, 3 patch^2)
+        positions = sinusoids(self.grid(video), self.embed.out_features, self.positions, video.device)
+        if keep is None:
+            positions = positions.expand(B, *positions.shape)
+        else:       # the pixels of the kept patches, before anything is computed from pixels
+            x = x.gather(1, keep[..., None].expand(*keep.shape, x.shape[-1]))               # (B, S, 3 patch^2)
+            positions = positions[keep]
+        x = (x.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        x = self.embed(x) + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# BERT
+
+@dataclass
+class BertConfig:
+    """Names and defaults of Hugging Face's BertConfig, and what fusion adds."""
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    fusion_layers: int = 3       # the last layers, which have cross-attention
+    encoder_width: int = 768     # channels of the video tokens
+
+
+class BertSelf(nn.Module):
+    def __init__(self, cfg: BertConfig, context: int):
+        super().__init__()
+        self.heads, self.dropout = cfg.num_attention_heads, cfg.hidden_dropout_prob
+        self.query = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.key = nn.Linear(context, cfg.hidden_size)
+        self.value = nn.Linear(context, cfg.hidden_size)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        q, k, v = (p.view(*p.shape[:2], self.heads, -1).transpose(1, 2)
+                   for p in (self.query(x), self.key(context), self.value(context)))
+        if rows is not None:        # keys and values once a clip, though several texts attend to it
+            k, v = k[rows], v[rows]
+        y = attend(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return y.transpose(1, 2).flatten(2)
+
+
+class BertOutput(nn.Module):
+    """Dense, dropout, residual, LayerNorm."""
+
+    def __init__(self, cfg: BertConfig, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, cfg.hidden_size)
+        self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.LayerNorm(x + self.dropout(self.dense(y)))
+
+
+class BertAttention(nn.Module):
+    def __init__(self, cfg: BertConfig, context: int):
+        super().__init__()
+        self.self = BertSelf(cfg, context)
+        self.output = BertOutput(cfg, cfg.hidden_size)
+
+    def forward(self, x, context, mask, rows=None):
+        return self.output(self.self(x, context, mask, rows), x)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+
+
+class BertLayer(nn.Module):
+    def __init__(self, cfg: BertConfig, fusion: bool):
+        super().__init__()
+        self.attention = BertAttention(cfg, cfg.hidden_size)
+        if fusion:
+            self.crossattention = BertAttention(cfg, cfg.encoder_width)
+        self.intermediate = BertIntermediate(cfg)
+        self.output = BertOutput(cfg, cfg.intermediate_size)
+
+    def forward(self, x, mask, video=None, rows=None):
+        x = self.attention(x, x, mask)
+        if video is not None:
+            x = self.crossattention(x, video, None, rows)
+        return self.output(nnf.gelu(self.intermediate.dense(x)), x)
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(cfg.vocab_size, cfg.hidden_size, padding_idx=0)
+        self.position_embeddings = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        self.token_type_embeddings = nn.Embedding(cfg.type_vocab_size, cfg.hidden_size)
+        self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        L = ids.shape[1]
+        if L > self.position_embeddings.num_embeddings:
+            raise ValueError(f"this BERT takes {self.position_embeddings.num_embeddings} word pieces, got {L}")
+        x = self.word_embeddings(ids) + self.position_embeddings.weight[:L] + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(x))
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        first = cfg.num_hidden_layers - cfg.fusion_layers
+        self.layer = nn.ModuleList(BertLayer(cfg, i >= first) for i in range(cfg.num_hidden_layers))
+
+
+class BertBody(nn.Module):
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.embeddings = BertEmbeddings(cfg)
+        self.encoder = BertEncoder(cfg)
+
+
+class BertHead(nn.Module):
+    """Masked-language-model head; its decoder is the word embedding."""
+
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.predictions = nn.Module()
+        self.predictions.transform = nn.Module()
+        self.predictions.transform.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.predictions.transform.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.predictions.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+
+
+class Bert(nn.Module):
+    """BERT in two parts: `text` in its first layers, `fuse` in its last, which read the video where there is one."""
+
+    PAD = 0
+
+    def __init__(self, cfg: BertConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.first = cfg.num_hidden_layers - cfg.fusion_layers
+        self.bert = BertBody(cfg)
+        self.cls = BertHead(cfg)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    def text(self, ids: Tensor) -> Tensor:
+        """ids (M, L) -> states (M, L, D) after the text-only layers."""
+        x, mask = self.bert.embeddings(ids), self.mask(ids)
+        for layer in self.bert.encoder.layer[:self.first]:
+            x = layer(x, mask)
+        return x
+
+    def fuse(self, states: Tensor, ids: Tensor, video: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """
+        The last layers: states (M, L, D), ids (M, L), video (B, S, C) -> (M, L, D).
+
+        Text m attends to clip rows[m]; without rows to clip m; without a video the layers are plain BERT's.
+        """
+        mask = self.mask(ids)
+        for layer in self.bert.encoder.layer[self.first:]:
+            states = layer(states, mask, video, rows)
+        return states
+
+    def words(self, states: Tensor) -> Tensor:
+        """states (..., D) -> logits (..., vocab)."""
+        p = self.cls.predictions
+        x = p.transform.LayerNorm(nnf.gelu(p.transform.dense(states)))
+        return nnf.linear(x, self.bert.embeddings.word_embeddings.weight, p.bias)
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """ids (M, L) -> (M, 1, 1, L), True where there is a word."""
+        return (ids != self.PAD)[:, None, None, :]
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Training on text alone: corrupted ids and labels (M, L), as `corrupt` makes them -> the MLM loss by name."""
+        masked = labels != -100
+        return {"mlm": nnf.cross_entropy(self.words(self.fuse(self.text(ids), ids)[masked]).float(), labels[masked])}
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **changes) -> "Bert":
+        """A folder in Hugging Face's layout. Cross-attention is new where it has none; all else must be there."""
+        for name in ("config.json", "model.safetensors"):
+            if not os.path.isfile(os.path.join(folder, name)):
+                raise FileNotFoundError(f"{folder} is no BERT folder: it has no {name}")
+        with open(os.path.join(folder, "config.json")) as f:
+            model = cls(known(BertConfig, {**json.load(f), **changes}))
+        saved = load_file(os.path.join(folder, "model.safetensors"))
+        model.load_state_dict({k: v for k, v in model.state_dict().items() if "crossattention" in k} | saved)
+        return model
+
+    def save(self, folder: str):
+        """config.json and model.safetensors into the folder."""
+        os.makedirs(folder, exist_ok=True)
+        save_weights(self, folder)
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump({"model_type": "bert", **asdict(self.cfg)}, f, indent=1)
+
+
+def corrupt(ids: Tensor, vocab: int, mask_id: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """
+    Half of the words to be predicted: ids (M, L) -> corrupted ids, labels (-100 where nothing is predicted).
+
+    Of the chosen 80 % become [MASK], 10 % a random word, 10 % stay. The special tokens, whose ids go up to [MASK]'s as
+    in bert-base-uncased, are never chosen, nor drawn.
+    """
+    chosen, kind = (torch.rand(ids.shape, generator=generator).to(ids.device) for _ in range(2))
+    word = torch.randint(mask_id + 1, vocab, ids.shape, generator=generator).to(ids.device)
+    chosen = (chosen < 0.5) & (ids > mask_id)
+    corrupted = torch.where(chosen & (kind < 0.8), mask_id, ids)
+    corrupted = torch.where(chosen & (kind >= 0.9), word, corrupted)
+    return corrupted, torch.where(chosen, ids, -100)
+
+
+# Decoder
+
+class Decoder(nn.Module):
+    """Encoded visible tokens -> what masked tokens are about, vectors in the teacher's joint space."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.kind, self.positions = cfg.decoder, cfg.positions
+        C = cfg.decoder_width
+        self.embed = nn.Linear(cfg.width, C)
+        self.query = nn.Parameter(torch.empty(C))
+        cross = cfg.decoder == "cross"
+        self.blocks = nn.ModuleList(Block(C, cfg.decoder_heads, cross=cross) for _ in range(cfg.decoder_depth))
+        self.norm = nn.LayerNorm(C, eps=1e-6)
+        self.proj = nn.Linear(C, cfg.target)
+        self.apply(xavier)
+        nn.init.normal_(self.query, std=0.02)
+
+    def forward(self, visible: Tensor, keep: Tensor, wanted: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """visible (B, S, C) at the ids keep (B, S); wanted (B, Q) flat ids -> (B, Q, E), unit length."""
+        positions = sinusoids(grid, self.query.shape[0], self.positions, visible.device)
+        visible = self.embed(visible) + positions[keep]
+        x = self.query + positions[wanted]
+        if self.kind == "joint":
+            x = torch.cat([visible, x], 1)
+        for block in self.blocks:
+            x = block(x) if self.kind == "joint" else block(x, visible)
+        return nnf.normalize(self.proj(self.norm(x[:, -wanted.shape[1]:])).float(), dim=-1)
+
+
+# Losses
+
+def gather(x: Tensor) -> Tensor:
+    """x (...) of each rank -> (world, ...), without gradient."""
+    x = x.detach().contiguous()
+    if not dist.is_initialized():
+        return x[None]
+    out = x.new_empty((dist.get_world_size(), *x.shape))
+    dist.all_gather(list(out.unbind(0)), x)
+    return out
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over the ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def vtc_loss(video: Tensor, text: Tensor, media: Tensor, temp: Tensor) -> Tensor:
+    """
+    Symmetric InfoNCE: video (B, E), text (B, E), media (B,) -> scalar.
+
+    video_i is the mean over frames of unit vectors, so that video_i . text_j is the mean of the frames' cosines. Clips
+    of one medium are all positives of each other's captions: targets are the row-normalised equality of the media.
+    """
+    logits = video.float() @ text.float().T / temp                                  # (B, B)
+    same = (media[:, None] == media[None]).float()
+    target = same / same.sum(1, keepdim=True)
+    return (nnf.cross_entropy(logits, target) + nnf.cross_entropy(logits.T, target)) / 2
+
+
+def spread(p: Tensor, relevance) -> Tensor:
+    """The relevance form of p (B, Q, E) minus its clip's mean, averaged: the cost of predicting each clip's mean."""
+    return relevance(p - p.mean(1, keepdim=True)).mean()
+
+
+def hard_negatives(similarity: Tensor, media: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """
+    For each row a column of another medium, drawn from the softmax of similarity (B, B): (B,) columns, (B,) valid.
+
+    The draw is a Gumbel argmax. A row whose every column is of its own medium has no negative and is not valid.
+    """
+    other = media[:, None] != media[None]
+    noise = torch.rand(similarity.shape, generator=generator).clamp_(1e-7, 1 - 1e-7).log().neg().log().neg()
+    score = (similarity.float() + noise.to(similarity.device)).masked_fill(~other, -torch.inf)
+    return score.argmax(1), other.any(1)
+
+
+@dataclass
+class Whole:
+    """What a micro-batch must know of the batch it is part of. The batch is `parts` micro-batches, over all ranks."""
+    gram: Tensor | None         # G (E, E), mean over the batch's texts of s s^T
+    variance: Tensor | None     # v, the spread of the relevance targets
+    words: Tensor               # masked words a micro-batch, on average
+    parts: int
+    index: int                  # this micro-batch among them
+    others: tuple | None = None     # video (parts, B, E), text (parts, B, E), media (parts, B), if already known
+
+
+class ClusterSTM(nn.Module):
+    """The student and its losses."""
+
+    def __init__(self, cfg: ModelConfig, text: Bert | None = None):
+        super().__init__()
+        if not (cfg.vocab and cfg.mask_id and cfg.target):
+            raise ValueError(f"a model wants vocab, mask_id and target, got {cfg.vocab}, {cfg.mask_id}, {cfg.target}")
+        self.cfg = cfg
+        self.vit = ViT(cfg.patch, cfg.width, cfg.depth, cfg.heads, cfg.drop_path, cfg.positions)
+        self.bert = text or Bert(bert_config(cfg))
+        if self.bert.cfg != bert_config(cfg):
+            raise ValueError(f"the text encoder is {self.bert.cfg}, the config wants {bert_config(cfg)}")
+        self.decoder = Decoder(cfg)
+        self.pool_norm = nn.LayerNorm(cfg.width, eps=1e-6)
+        self.vision_proj = nn.Linear(cfg.width, cfg.embed)
+        self.text_proj = nn.Linear(cfg.text_width, cfg.embed)
+        self.itm_head = nn.Linear(cfg.text_width, 2)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+        for m in (self.vision_proj, self.text_proj, self.itm_head):
+            xavier(m)
+
+    # What a video and a caption are: used alike in training and evaluation.
+
+    def encode_video(self, video: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """video (B, T, 3, H, W) uint8 -> tokens (B, S, C), feature (B, E): the mean over frames of unit vectors."""
+        T, h, w = self.vit.grid(video)
+        tokens = self.vit(video, keep)
+        if keep is None:
+            weight = torch.ones(len(tokens), T, device=tokens.device)
+            frames = tokens.view(len(tokens), T, h * w, -1).mean(2)                 # (B, T, C)
+        else:       # a mask of the whole clip may leave a frame few tokens, or none: that frame does not count
+            member = nnf.one_hot(keep // (h * w), T).to(tokens.dtype)               # (B, S, T)
+            count = member.sum(1)                                                   # (B, T)
+            weight = (count > 0).float()
+            frames = member.mT @ tokens / count.clamp_min(1)[..., None]
+        unit = nnf.normalize(self.vision_proj(self.pool_norm(frames)).float(), dim=-1)
+        return tokens, (unit * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+
+    def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (M, L) -> states (M, L, D), feature (M, E) of unit length."""
+        states = self.bert.text(ids)
+        return states, self.text_feature(states)
+
+    def text_feature(self, states: Tensor) -> Tensor:
+        return nnf.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
+
+    def match(self, states: Tensor, ids: Tensor, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """How well texts (M, L, D) fit clips tokens (B, S, C): (M, 2) logits, the second for a match."""
+        return self.itm_head(self.bert.fuse(states, ids, tokens, rows)[:, 0])
+
+    # Training
+
+    def encode(self, batch, guide: Guide | None):
+        """What forward begins with, and what `whole` needs beforehand for VTC."""
+        tokens, video = self.encode_video(batch.video, guide and guide.keep)
+        corrupted, labels = self.corrupt(batch)
+        states = self.bert.text(torch.cat([batch.ids, corrupted]))                  # (2B, L, D)
+        return tokens, video, states, self.text_feature(states[:len(batch.ids)]), labels
+
+    def corrupt(self, batch) -> tuple[Tensor, Tensor]:
+        return corrupt(batch.ids, self.cfg.vocab, self.cfg.mask_id, stream(batch, 1))
+
+    def wanted(self, batch, guide: Guide) -> Tensor:
+        """The masked tokens to be predicted: (B, Q) flat ids; all of them, or a share drawn anew each step."""
+        B, T, N, _ = guide.aligned.shape
+        Q = T * N - guide.keep.shape[1]
+        draw = torch.rand(B, T * N, generator=stream(batch, 2)).to(guide.keep.device)
+        if self.cfg.decoder == "cross":
+            Q = min(Q, max(1, round(Q * self.cfg.decoder_share)))
+        return draw.scatter(1, guide.keep, 2.0).argsort(1)[:, :Q]                   # the kept ones come last
+
+    def relevance(self, guide: Guide, gram: Tensor | None):
+        """The form e -> e^T G e, e (B, Q, E) -> (B, Q)."""
+        if self.cfg.relevance == "batch":
+            return lambda e: ((e @ gram) * e).sum(-1)
+        if self.cfg.relevance == "own":
+            return lambda e: (e @ guide.text.float()[..., None]).squeeze(-1).square()
+        return lambda e: e.square().sum(-1)
+
+    @torch.no_grad()
+    def whole(self, batches: list, guides: list[Guide | None]) -> list[Whole]:
+        """
+        The micro-batches of this rank -> what each must know of the whole batch; called by all ranks together.
+
+        With one micro-batch a rank, VTC's features are gathered in `forward`. With several, those of the others are
+        computed here first, so that VTC still runs over the whole batch.
+        """
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        parts = world * len(batches)
+        words = total(sum((self.corrupt(b)[1] != -100).sum() for b in batches).float()) / parts
+        gram = variance = others = None
+        if guides[0] is not None:
+            texts = [g.text.float() for g in guides]
+            gram = total(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
+            forms = [self.relevance(g, gram) for g in guides]
+            aimed = [take(g.aligned, self.wanted(b, g)) for b, g in zip(batches, guides, strict=True)]
+            variance = total(sum(spread(p, form) for p, form in zip(aimed, forms, strict=True))) / parts
+        if len(batches) > 1:
+            features = []
+            for b, g in zip(batches, guides, strict=True):
+                torch.manual_seed(b.seed)           # the dropout of the forward pass that follows
+                _, video, _, text, _ = self.encode(b, g)
+                features.append((video, text, b.media))
+            others = tuple(gather(torch.stack(x)).flatten(0, 1) for x in zip(*features, strict=True))
+        return [Whole(gram, variance, words, parts, rank * len(batches) + i, others) for i in range(len(batches))]
+
+    def forward(self, batch, guide: Guide | None, whole: Whole | None = None) -> dict[str, Tensor]:
+        """
+        batch: video (B, T, 3, H, W) uint8, ids (B, L), media (B,), seed -> the losses by name.
+
+        The mean of a loss over the micro-batches of a batch, and over the ranks, is that loss of the batch, and so is
+        its gradient. Without a guide, the unmasked stage: all tokens, and no MRM.
+        """
+        if whole is None:
+            whole, = self.whole([batch], [guide])
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+        B = len(batch.ids)
+        tokens, video, states, text, labels = self.encode(batch, guide)
+        losses = {}
+
+        if guide is not None and guide.keep.shape[1] < guide.aligned.shape[1:3].numel():
+            wanted = self.wanted(batch, guide)
+            p = take(guide.aligned, wanted)
+            q = self.decoder(tokens, guide.keep, wanted, self.vit.grid(batch.video))
+            losses["mrm"] = self.relevance(guide, whole.gram)(q - p).mean() / whole.variance.clamp_min(1e-8)
+
+        # The features of the other micro-batches are constants; own ones carry the gradient, once for each part,
+        # because the parts' losses are averaged.
+        others = whole.others or (gather(video), gather(text), gather(batch.media))
+        i = whole.index
+        every = [torch.cat([x[:i], scale_gradient(own, whole.parts)[None], x[i + 1:]]).flatten(0, 1)
+                 for x, own in zip(others, (video, text), strict=False)]
+        losses["vtc"] = vtc_loss(*every, others[2].flatten(), self.temp)
+
+        # One pass of the fusion layers: matching pairs, another clip, another text; and MLM, with the matching clip.
+        with torch.no_grad():
+            similarity = video @ text.T / self.temp
+            clip, clip_ok = hard_negatives(similarity.T, batch.media, stream(batch, 3))     # for each text
+            other, text_ok = hard_negatives(similarity, batch.media, stream(batch, 4))      # for each clip
+        own = torch.arange(B, device=tokens.device)
+        clean, corrupted = states[:B], states[B:]
+        fused = self.bert.fuse(torch.cat([clean, clean, clean[other], corrupted]),
+                               torch.cat([batch.ids, batch.ids, batch.ids[other], batch.ids]),
+                               tokens, torch.cat([own, clip, own, own]))                    # (4B, L, D)
+        matched = self.itm_head(fused[:3 * B, 0]).float()
+        label = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
+        valid = torch.cat([torch.ones_like(clip_ok), clip_ok, text_ok])
+        each = nnf.cross_entropy(matched, label, reduction="none")
+        losses["vtm"] = each.where(valid, 0).sum() / valid.sum()
+
+        masked = labels != -100
+        logits = self.bert.words(fused[3 * B:][masked]).float()
+        losses["mlm"] = nnf.cross_entropy(logits, labels[masked], reduction="sum") / whole.words.clamp_min(1)
+        return losses
+
+    def save(self, folder: str):
+        """model.safetensors into the folder, whole or not at all; its config.json is the run's."""
+        save_weights(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> "ClusterSTM":
+        """A folder that train.py wrote: config.json, model.safetensors. In eval mode."""
+        for name in ("config.json", "model.safetensors"):
+            if not os.path.isfile(os.path.join(folder, name)):
+                raise FileNotFoundError(f"{folder} holds no model: it has no {name}")
+        with open(os.path.join(folder, "config.json")) as f:
+            config = json.load(f)
+        if "model" not in config:
+            raise ValueError(f"{folder}/config.json has no 'model' part: no run of train.py wrote it")
+        model = cls(ModelConfig(**config["model"]))
+        model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+        return model.eval()
+
+
+def bert_config(cfg: ModelConfig) -> BertConfig:
+    return BertConfig(
+        vocab_size=cfg.vocab, hidden_size=cfg.text_width, num_hidden_layers=cfg.text_depth,
+        num_attention_heads=cfg.text_heads, intermediate_size=4 * cfg.text_width, hidden_dropout_prob=cfg.dropout,
+        max_position_embeddings=512, fusion_layers=cfg.fusion, encoder_width=cfg.width,
+    )
+
+
+def save_weights(model: nn.Module, folder: str):
+    path = os.path.join(folder, "model.safetensors")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """x (B, T, N, E) at flat ids (B, Q) -> (B, Q, E) fp32."""
+    x = x.flatten(1, 2)
+    return x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1])).float()
+
+
+def stream(batch, k: int) -> torch.Generator:
+    """Random numbers of a micro-batch, for one of its purposes; drawn on the CPU, so the same on every device."""
+    return torch.Generator().manual_seed((batch.seed + k * 0x9E3779B97F4A7C15) % 2 ** 63)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself, its gradient times factor."""
+    return x.detach() + factor * (x - x.detach())
+
+

@@ -1,0 +1,392 @@
+"""
+The teacher: SigLIP (Zhai et al., ICCV 2023), its two towers and its attention-pooling (MAP) head, and what the student
+is told by it.
+
+Layout and parameter names are those of the Hugging Face checkpoints (transformers, models/siglip), so that real weights
+load by name. The joint space has width E, the vision tower's width: an image is pooled into it by the MAP head, a text
+by a linear head on its last position.
+
+`guide` is the seam: nothing else of the teacher reaches the student.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+import torch.nn.functional as nnf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from masking import keep_count
+
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": lambda x: nnf.gelu(x, approximate="tanh"),
+    "gelu": nnf.gelu,
+    "relu": nnf.relu,
+}
+
+
+@dataclass
+class VisionConfig:
+    """Vision tower; names and defaults of Hugging Face's SiglipVisionConfig."""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+
+
+@dataclass
+class TextConfig:
+    """Text tower; names and defaults of Hugging Face's SiglipTextConfig."""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    vocab_size: int = 32000
+    max_position_embeddings: int = 64
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+
+
+@dataclass
+class SigLIPConfig:
+    """A SigLIP checkpoint's config.json."""
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    text_config: TextConfig = field(default_factory=TextConfig)
+    model_type: str = "siglip"
+
+
+def patches(pixels: Tensor, size: int) -> Tensor:
+    """pixels (F, 3, H, W) -> (F, N, 3 * size^2), patches in raster order, each as a convolution's weight flattens."""
+    F, c, H, W = pixels.shape
+    if H % size or W % size:
+        raise ValueError(f"frames of {H} x {W} pixels do not divide into patches of {size}")
+    x = pixels.view(F, c, H // size, size, W // size, size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(F, (H // size) * (W // size), c * size * size)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.hidden_size
+        self.heads = cfg.num_attention_heads
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (F, N, C) -> (F, N, C)."""
+        F, N, C = x.shape
+        q, k, v = (p(x).view(F, N, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(F, N, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.hidden_act]
+        self.fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.self_attn = Attention(cfg)
+        self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class MapAttention(nn.Module):
+    """One query for all images, the probe; parameters as in nn.MultiheadAttention."""
+
+    def __init__(self, C: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * C, C))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * C))
+        self.out_proj = nn.Linear(C, C)
+
+    def scores(self, probe: Tensor, x: Tensor) -> Tensor:
+        """probe (C), x (F, N, C) -> its logits (F, H, N). The query is folded into the key weights: FNCH products."""
+        C, H = x.shape[-1], self.heads
+        (wq, wk, _), (bq, bk, _) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q = (wq @ probe + bq).view(H, C // H) * (C // H) ** -0.5
+        w = torch.einsum("hd,hdc->hc", q, wk.view(H, C // H, C))
+        b = (q * bk.view(H, C // H)).sum(-1)
+        return (x @ w.T + b).transpose(1, 2)
+
+    def values(self, x: Tensor) -> Tensor:
+        """x (F, N, C) -> (F, H, N, C / H)."""
+        F, N, C = x.shape
+        v = nnf.linear(x, self.in_proj_weight[2 * C:], self.in_proj_bias[2 * C:])
+        return v.view(F, N, self.heads, C // self.heads).transpose(1, 2)
+
+
+class MapHead(nn.Module):
+    """Attention pooling into the joint space: the probe attends to the tokens, then LayerNorm and a residual MLP."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.hidden_size
+        self.probe = nn.Parameter(torch.empty(1, 1, C))
+        self.attention = MapAttention(C, cfg.num_attention_heads)
+        self.layernorm = nn.LayerNorm(C, eps=cfg.layer_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (F, N, C) -> (F, E)."""
+        a = self.attention.scores(self.probe[0, 0], x).softmax(-1)                  # (F, H, N)
+        return self.finish((a[:, :, None] @ self.attention.values(x)).squeeze(2).flatten(1))
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """Values mixed by attention (..., C) -> joint space (..., E)."""
+        x = self.attention.out_proj(mixed)
+        return x + self.mlp(self.layernorm(x))
+
+    def windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """
+        The head on each token's 3 x 3 neighbourhood alone, clipped at the border: x (F, N, C) -> (F, N, E).
+
+        Scores and values are computed once a token; a softmax over the nine shifts of the scores then mixes the nine
+        shifts of the values.
+        """
+        F, N, C = x.shape
+        h, w = grid
+        H = self.attention.heads
+        shifts = [(i, j) for i in range(3) for j in range(3)]
+        s = self.attention.scores(self.probe[0, 0], x).view(F, H, h, w)
+        s = nnf.pad(s, (1, 1, 1, 1), value=-torch.inf)
+        a = torch.stack([s[:, :, i:i + h, j:j + w] for i, j in shifts], -1).softmax(-1)     # (F, H, h, w, 9)
+        v = nnf.pad(self.attention.values(x).reshape(F, H, h, w, C // H), (0, 0, 1, 1, 1, 1))
+        mixed = sum(a[..., k, None] * v[:, :, i:i + h, j:j + w] for k, (i, j) in enumerate(shifts))
+        return self.finish(mixed.permute(0, 2, 3, 1, 4).reshape(F, N, C))
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embedding = nn.Conv2d(3, cfg.hidden_size, cfg.patch_size, cfg.patch_size)
+        self.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2, cfg.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (F, 3, H, W) -> (F, N, C)."""
+        if pixels.shape[-2:] != (self.cfg.image_size, self.cfg.image_size):
+            want, got = self.cfg.image_size, "x".join(map(str, pixels.shape[-2:]))
+            raise ValueError(f"this SigLIP takes frames of {want}x{want} pixels, got {got}")
+        conv = self.patch_embedding
+        x = nnf.linear(patches(pixels, self.cfg.patch_size), conv.weight.flatten(1), conv.bias)
+        return x + self.position_embedding.weight
+
+
+class VisionModel(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(cfg)
+        self.encoder = Encoder(cfg)
+        self.post_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.head = MapHead(cfg)
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, cfg: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+
+
+class TextModel(nn.Module):
+    def __init__(self, cfg: TextConfig, E: int):
+        super().__init__()
+        self.embeddings = TextEmbeddings(cfg)
+        self.encoder = Encoder(cfg)
+        self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.head = nn.Linear(cfg.hidden_size, E)
+
+
+class SigLIP(nn.Module):
+    """Image and text into one space of width E. `tokenizer` turns captions into ids."""
+
+    mean, std = 0.5, 0.5     # of its pixels, all three channels
+
+    def __init__(self, cfg: SigLIPConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.vision_model = VisionModel(cfg.vision_config)
+        self.text_model = TextModel(cfg.text_config, cfg.vision_config.hidden_size)
+        self.logit_scale = nn.Parameter(torch.tensor([10.0]).log())     # Zhai et al., Algorithm 1: t' = log 10
+        self.logit_bias = nn.Parameter(torch.tensor([-10.0]))           # and b = -10
+        for name, p in self.named_parameters():
+            if name.endswith("bias") and "logit" not in name:
+                nn.init.zeros_(p)
+            elif "embedding.weight" in name and p.ndim == 2:        # tokens and positions, as big_vision has them
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            elif p.ndim >= 2:
+                nn.init.xavier_uniform_(p)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), the patches of a frame."""
+        side = self.cfg.vision_config.image_size // self.cfg.vision_config.patch_size
+        return side, side
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        """uint8 frames (..., 3, H, W) -> normalised as SigLIP wants them."""
+        p = self.logit_bias
+        return frames.to(p.dtype).div_(255).sub_(self.mean).div_(self.std)
+
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (F, 3, H, W), normalised -> tokens (F, N, C) after the last LayerNorm, pooled (F, E), unit length."""
+        m = self.vision_model
+        tokens = m.post_layernorm(m.encoder(m.embeddings(pixels)))
+        return tokens, nnf.normalize(m.head(tokens), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """ids (M, L), padded to the model's length (SigLIP masks no padding) -> (M, E) of unit length."""
+        m = self.text_model
+        L = ids.shape[1]
+        if L > m.embeddings.position_embedding.num_embeddings:
+            raise ValueError(f"this SigLIP takes {m.embeddings.position_embedding.num_embeddings} text tokens, got {L}")
+        x = m.embeddings.token_embedding(ids) + m.embeddings.position_embedding.weight[:L]
+        return nnf.normalize(m.head(m.final_layer_norm(m.encoder(x))[:, -1]), dim=-1)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """captions -> ids (M, L), padded and cut to the model's length."""
+        if self.tokenizer is None:
+            raise ValueError("this SigLIP has no tokenizer: its folder wants a tokenizer.json")
+        L = self.cfg.text_config.max_position_embeddings
+        self.tokenizer.enable_truncation(L)
+        self.tokenizer.enable_padding(length=L, **({} if self.tokenizer.padding is None else {
+            k: self.tokenizer.padding[k] for k in ("pad_id", "pad_token", "pad_type_id")}))
+        encoded = self.tokenizer.encode_batch(captions)
+        return torch.tensor([e.ids for e in encoded], device=self.logit_bias.device)
+
+    def attend(self, tokens: Tensor) -> Tensor:
+        """tokens (F, N, C) -> (F, N): the MAP head's attention, mean over its heads; sums to 1."""
+        head = self.vision_model.head
+        return head.attention.scores(head.probe[0, 0], tokens).float().softmax(-1).mean(1)
+
+    def align(self, tokens: Tensor, grid: tuple[int, int], pool: str = "map") -> Tensor:
+        """
+        Each token pooled over its 3 x 3 neighbourhood into the joint space: tokens (F, N, C) -> (F, N, E), unit length.
+
+        pool "map": by the MAP head restricted to the window; "mean": by plain averaging, then the MAP head on that one
+        vector.
+        """
+        F, N, C = tokens.shape
+        if grid[0] * grid[1] != N:
+            raise ValueError(f"{N} tokens a frame are no {grid[0]} x {grid[1]} grid")
+        head = self.vision_model.head
+        if pool == "map":
+            return nnf.normalize(head.windows(tokens, grid), dim=-1)
+        if pool != "mean":
+            raise ValueError(f"align pools by 'map' or 'mean', got {pool!r}")
+        x = tokens.transpose(1, 2).reshape(F, C, *grid)
+        x = nnf.avg_pool2d(x, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)      # (F, N, C)
+        return nnf.normalize(head.finish(head.attention.values(x).transpose(1, 2).flatten(2)), dim=-1)
+
+    def forward(self, frames: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """Training: uint8 frames (B, 3, H, W) and the ids (B, L) of their captions -> the sigmoid loss by name."""
+        _, image = self.encode_image(self.pixels(frames))
+        text = self.encode_text(ids)
+        same = (ids[:, None] == ids[None]).all(-1)
+        return {"sigmoid": sigmoid_loss(image, text, same, self.logit_scale, self.logit_bias)}
+
+    def save(self, folder: str):
+        """config.json, model.safetensors and tokenizer.json into the folder, each whole or not at all."""
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "model.safetensors")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+        if self.tokenizer is not None:
+            self.tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump(asdict(self.cfg), f, indent=1)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, dtype=torch.float32) -> "SigLIP":
+        """A folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json. Strict; in eval mode."""
+        for name in ("config.json", "model.safetensors"):
+            if not os.path.isfile(os.path.join(folder, name)):
+                raise FileNotFoundError(f"{folder} is no SigLIP folder: it has no {name}")
+        with open(os.path.join(folder, "config.json")) as f:
+            config = json.load(f)
+        if config.get("model_type") != "siglip":
+            raise ValueError(f"{folder}/config.json: model_type wants to be 'siglip', is {config.get('model_type')!r}")
+        cfg = SigLIPConfig(known(VisionConfig, config.get("vision_config", {})),
+                           known(TextConfig, config.get("text_config", {})))
+        path = os.path.join(folder, "tokenizer.json")
+        model = cls(cfg, Tokenizer.from_file(path) if os.path.isfile(path) else None)
+        model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+        return model.to(dtype).eval().requires_grad_(False)
+
+
+def known(config, values: dict):
+    """The dataclass `config` from those of the values that it has."""
+    names = {f.name for f in fields(config)}
+    return config(**{k: v for k, v in values.items() if k in names})
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """
+    SigLIP's loss: image, text (B, E) of unit length, same (B, B) bool, which pairs match; log scale and bias learned.
+
+    L = -1/B sum_ij log sigmoid(z_ij (t <image_i, text_j> + b)), z = 1 where i and j match and -1 elsewhere.
+    """
+    logits = scale.exp() * image.float() @ text.float().T + bias
+    return -nnf.logsigmoid(torch.where(same, logits, -logits)).sum() / len(image)
+
+
+@dataclass
+class Guide:
+    """What the student is told about a batch."""
+    keep: Tensor        # (B, TK) int64, flat ids of the kept tokens, ascending
+    aligned: Tensor     # (B, T, N, E), every token pooled over its neighbourhood in the joint space, unit length
+    text: Tensor        # (B, E), the captions in the joint space, unit length
+
+
+@torch.no_grad()
+def guide(teacher: SigLIP, batch, mask, ratio: float, pool: str = "map") -> Guide:
+    """
+    The teacher's word on a batch: what to keep, what every token is about, what the captions are about.
+
+    batch: video (B, T, 3, H, W) uint8, captions, seed. mask: a function like those in masking.MASKS.
+    """
+    B, T = batch.video.shape[:2]
+    tokens, _ = teacher.encode_image(teacher.pixels(batch.video.flatten(0, 1)))     # (F, N, C)
+    text = teacher.encode_text(teacher.tokenize(batch.captions))
+    aligned = teacher.align(tokens, teacher.grid, pool).unflatten(0, (B, T))        # (B, T, N, E)
+    return Guide(choose(teacher, tokens.unflatten(0, (B, T)), mask, ratio, batch.seed, text=text, aligned=aligned),
+                 aligned, text)
+
+
+@torch.no_grad()
+def choose(teacher: SigLIP, tokens: Tensor, mask, ratio: float, seed: int, **aux) -> Tensor:
+    """tokens (B, T, N, C) of the teacher -> the ids that `mask` keeps of them, (B, TK)."""
+    attention = teacher.attend(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+    return mask(tokens, keep_count(tokens.shape[2], ratio), attention=attention, grid=teacher.grid,
+                generator=torch.Generator().manual_seed(seed), **aux)

@@ -1,0 +1,642 @@
+"""Sprites against what they claim to show, decoding of good and broken files, samples as functions of (seed, n)."""
+
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import replace
+from functools import partial
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as nnf
+
+import data
+from data import Clips, DataConfig, collate, draw, plan, read_annotations, read_frames, train_view
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sprites
+
+GOLDEN = [(0, "train", 0), (0, "train", 4), (0, "test", 0), (0, "test", 9), (3, "train", 7)]
+
+
+def test_a_clip_is_the_same_on_every_machine():
+    seen = hashlib.sha256()
+    for clip in GOLDEN:
+        drawn = draw(*clip)
+        seen.update(drawn.frames.tobytes() + (drawn.caption + drawn.still).encode())
+    assert seen.hexdigest()[:16] == "a9f6b340530a3947"
+
+
+def test_a_clip_depends_on_its_three_numbers_alone():
+    first = [draw(*clip) for clip in GOLDEN]
+    data.held_out_plans.cache_clear()                                       # and not on what was drawn before
+    np.random.seed(1)
+    for clip, a in zip(reversed(GOLDEN), reversed(first), strict=True):
+        b = draw(*clip)
+        assert (a.frames == b.frames).all() and (a.boxes == b.boxes).all() and a.caption == b.caption
+    pictures = {draw(*clip).frames.tobytes() for clip in [*GOLDEN, (1, "train", 0), (0, "train", 1)]}
+    assert len(pictures) == 7
+
+
+def test_boxes_hold_all_that_the_sprites_change_and_little_else():
+    pixel = np.arange(data.SIZE)
+    for i in range(40):
+        drawn, without = draw(0, "train", i), draw(0, "train", i, sprites=False)
+        assert (without.boxes == drawn.boxes).all() and without.caption == drawn.caption
+        changed = abs(drawn.frames.astype(int) - without.frames).max(-1) > 0               # (T, H, W)
+        inside = np.zeros_like(changed)
+        for t, boxes in enumerate(drawn.boxes):
+            for x0, y0, x1, y1 in boxes:
+                window = np.ix_((pixel + 1.5 > y0) & (pixel - 0.5 < y1), (pixel + 1.5 > x0) & (pixel - 0.5 < x1))
+                inside[t][window] = True                                    # half a pixel around the box is blended
+                ys, xs = np.nonzero(changed[t][window])
+                assert np.ptp(ys) > y1 - y0 - 2 and np.ptp(xs) > x1 - x0 - 2               # and the box is not too big
+        assert not changed[~inside].any()
+
+
+def test_sprites_have_their_colour_stay_inside_and_move_as_they_are_said_to():
+    seen = set()
+    for i in range(150):
+        drawn = draw(0, "train", i)
+        assert (drawn.boxes >= 0).all() and (drawn.boxes <= data.SIZE).all()
+        for k, o in enumerate(drawn.objects):
+            box = drawn.boxes[:, k]                                         # (T, 4)
+            centre, width = (box[:, :2] + box[:, 2:]) / 2, box[:, 2] - box[:, 0]
+            step = np.diff(centre, axis=0)                                  # (T - 1, 2)
+            direction = data.MOTIONS[o["motion"]]
+            if direction:
+                along = step @ direction
+                assert along.min() > 2.4 and along.max() < 4.1 and abs(step - along[:, None] * direction).max() < 1e-3
+            elif o["motion"] == "moves in a circle":
+                assert np.hypot(*step.T).min() > 4 and abs(centre[0] - centre[4]).max() > 8
+            elif o["motion"] == "grows":
+                assert (np.diff(width) > 0).all() and width[-1] > 2 * width[0] and abs(step).max() < 1
+            else:
+                assert abs(step).max() == 0 and np.ptp(width) == 0
+            seen |= set(o.values())
+            if len(drawn.objects) == 1:                                     # none may hide it
+                changed = abs(drawn.frames.astype(int) - draw(0, "train", i, sprites=False).frames).max(-1) > 0
+                off = abs(drawn.frames - np.array(data.COLOURS[o["colour"]], float)).max(-1)
+                assert (off[changed] < 30).mean() > 0.25                    # the rest is edge, blended
+    assert seen == {*data.SHAPES, *data.COLOURS, *data.SIZES, *data.MOTIONS}
+
+
+def test_each_shape_has_its_distance_and_its_extent():
+    at = np.linspace(-10, 10, 401)
+    areas = {}
+    for shape, extent in data.SHAPES.items():
+        inside = data.distance(shape, at[None], at[:, None], 5.0) < 0       # (y, x)
+        ys, xs = np.nonzero(inside)
+        np.testing.assert_allclose([at[xs.min()], at[ys.min()], at[xs.max()], at[ys.max()]], 5 * np.array(extent),
+                                   atol=0.11)
+        areas[shape] = inside
+    for a in areas:                                                         # no two are alike
+        for b in areas:
+            assert a == b or (areas[a] ^ areas[b]).sum() > 0.15 * min(areas[a].sum(), areas[b].sum())
+
+
+def test_held_out_clips_mean_nothing_that_was_seen_in_training_or_before():
+    train, test = ([plan(0, split, i) for i in range(count)] for split, count in (("train", 4096), ("test", 512)))
+    for text in (data.Plan.meaning, data.Plan.caption):
+        unseen = {text(p) for p in test}
+        assert len(unseen) == 512 and not unseen & {text(p) for p in train}
+    by_caption = {}
+    for p in train + test:                                                  # a caption says all there is to say
+        assert by_caption.setdefault(p.caption(), p.meaning()) == p.meaning()
+        kinds = [(o["shape"], o["colour"]) for o in p.objects]
+        assert len(set(kinds)) == len(kinds) <= 3
+        assert data.clean(p.caption()) == p.caption() and len(p.caption().split()) < 40
+    data.held_out_plans.cache_clear()
+    assert plan(0, "test", 40).caption() == test[40].caption() != plan(1, "test", 40).caption()
+
+
+def test_the_meaning_ignores_order_and_words_and_the_still_caption_ignores_motion():
+    p = next(p for p in (plan(0, "train", i) for i in range(50)) if len(p.objects) == 2)
+    other = replace(p, objects=p.objects[::-1], template=(p.template + 1) % len(data.TEMPLATES))
+    assert other.meaning() == p.meaning() and other.caption() != p.caption()
+    moved = replace(p, objects=[dict(p.objects[0], motion="other"), p.objects[1]])
+    assert moved.meaning() != p.meaning() and moved.caption(motions=False) == p.caption(motions=False)
+    p = data.Plan([{"shape": "square", "colour": "red", "size": "small", "motion": "moves down"},
+                   {"shape": "circle", "colour": "white", "size": "large", "motion": "grows"}], "plain", "brown", 0)
+    assert p.caption() == "a small red square moves down while a large white circle grows on a plain brown background"
+    assert p.caption(motions=False) == "a small red square and a large white circle on a plain brown background"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The written set
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("data") / "sprites")
+    data.write_sprites(out, train=24, test=8)
+    return out
+
+
+@pytest.fixture
+def rows(sprites):
+    return read_annotations(f"{sprites}/sprites_train.json", f"{sprites}/videos")
+
+
+def test_the_written_set_is_what_was_drawn(sprites):
+    errors, on_sprites = [], []
+    boxes = np.load(f"{sprites}/sprites_boxes.npz")
+    tokenizer = data.load_tokenizer(f"{sprites}/tokenizer.json")
+    for split, count in (("train", 24), ("test", 8)):
+        with open(f"{sprites}/sprites_{split}.json") as f:
+            listed = json.load(f)
+        assert len(listed) == count and boxes[split].shape == (count, 8, 3, 4)
+        for i, row in enumerate(listed):
+            drawn = draw(0, split, i)
+            assert row == {"video": f"{split}_{i:05d}.mp4", "caption": drawn.caption, "still": drawn.still}
+            n = len(drawn.objects)
+            np.testing.assert_array_equal(boxes[split][i, :, :n], drawn.boxes)
+            assert np.isnan(boxes[split][i, :, n:]).all()
+            frames = read_frames(f"{sprites}/videos/{row['video']}", 8).permute(0, 2, 3, 1).numpy()
+            error = abs(frames.astype(int) - drawn.frames).mean(-1)         # (T, H, W)
+            errors.append(error.mean())
+            for t in range(8):
+                on_sprites += [error[t, y0:y1, x0:x1].mean() for x0, y0, x1, y1 in drawn.boxes[t].round().astype(int)]
+            assert data.encode(tokenizer, [drawn.caption], 41)[0, 40] == 0  # 40 pieces are always enough
+    assert np.mean(errors) < 6 and max(errors) < 8 and np.mean(on_sprites) < 18            # of 255 levels
+
+
+def test_a_finished_set_is_left_alone_and_another_is_not_overwritten(sprites, tmp_path, capsys):
+    before = os.stat(f"{sprites}/sprites.json").st_mtime_ns
+    data.write_sprites(sprites + "/", train=24, test=8)
+    assert "already there" in capsys.readouterr().out and os.stat(f"{sprites}/sprites.json").st_mtime_ns == before
+    with pytest.raises(FileExistsError, match="holds another set"):
+        data.write_sprites(sprites, train=24, test=9)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(FileExistsError, match="not a set of sprites"):
+        data.write_sprites(str(tmp_path / "notes"), train=2, test=1)
+    with pytest.raises(ValueError, match="at least one clip"):
+        data.write_sprites(str(tmp_path / "new"), train=0)
+
+
+def test_a_set_whose_writing_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "train_tokenizer", fail)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_sprites(str(tmp_path / "sprites"), train=2, test=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+def test_captions_are_cleaned_as_umt_does():
+    assert data.clean('  A "Man", 3/4-asleep:  (he\'s <person> #1)!? ~;* ') == "a man 3 4 asleep hes person 1"
+    assert data.clean(" .,!? ") == ""
+
+
+def test_the_same_captions_give_the_same_tokenizer(tmp_path):
+    captions = [plan(0, "train", i).caption() for i in range(200)]
+    texts = []
+    for name, order in (("a", captions), ("b", captions[::-1])):
+        data.train_tokenizer(order, str(tmp_path / name))
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1] and sorted(os.listdir(tmp_path)) == ["a", "b"]
+    with pytest.raises(ValueError, match="vocabulary of 20 has no room"):
+        data.train_tokenizer(captions, str(tmp_path / "c"), vocab=20)
+
+
+def test_texts_are_encoded_without_sep_and_cut(tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    data.train_tokenizer(["a red square grows", "a red ring"] * 2 + ["a blue ring moves"], path, vocab=60)
+    tokenizer = data.load_tokenizer(path)
+    ids = data.encode(tokenizer, ["A RED ring", "a red square grows", "suds", "日"], 5)
+    assert ids.dtype == torch.int64 and ids.shape == (4, 5)
+    words = [[tokenizer.id_to_token(i) for i in row] for row in ids.tolist()]
+    assert words[0] == ["[CLS]", "a", "red", "ring", "[PAD]"] and ids[0, -1] == 0
+    assert words[1] == ["[CLS]", "a", "red", "square", "grows"]
+    assert words[2] == ["[CLS]", "s", "##u", "##d", "##s"]                  # an unknown word is spelt
+    assert words[3] == ["[CLS]", "[UNK]", "[PAD]", "[PAD]", "[PAD]"]
+    with_sep = data.encode(tokenizer, ["a red ring", "a red square grows"], 5, sep=True)
+    assert [tokenizer.id_to_token(i) for i in with_sep[1].tolist()] == ["[CLS]", "a", "red", "square", "[SEP]"]
+    assert [tokenizer.id_to_token(i) for i in with_sep[0].tolist()] == ["[CLS]", "a", "red", "ring", "[SEP]"]
+    assert (data.encode(tokenizer, ["a red square grows"], 3) == ids[1:2, :3]).all()
+    with pytest.raises(ValueError, match="no room"):
+        data.encode(tokenizer, ["a"], 1)
+
+
+def test_a_tokenizer_file_that_does_not_serve_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nope.json: no such"):
+        data.load_tokenizer(str(tmp_path / "nope.json"))
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="bad.json: not a tokenizer"):
+        data.load_tokenizer(str(tmp_path / "bad.json"))
+    data.Tokenizer(data.models.WordPiece({"[UNK]": 0, "[CLS]": 1}, unk_token="[UNK]")).save(str(tmp_path / "few.json"))
+    with pytest.raises(ValueError, match=r"few.json: lacks \[PAD\], \[SEP\], \[MASK\]"):
+        data.load_tokenizer(str(tmp_path / "few.json"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Annotations
+
+def test_rows_are_read_in_every_published_form(tmp_path):
+    for name in ("a.mp4", "b.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    listed = [{"video": "a.mp4", "caption": "A dog, running."}, {"image": "b.jpg", "caption": ["One!", "Two"]},
+              {"video": "a.mp4", "caption": "again", "still": "A dog."}]
+    (tmp_path / "rows.json").write_text(json.dumps(listed))
+    a, b, c = read_annotations(str(tmp_path / "rows.json"), str(tmp_path))
+    assert a.video == str(tmp_path / "a.mp4") and a.captions == ["a dog running"] and a.still is None
+    assert b.captions == ["one", "two"] and c.still == "a dog"
+    assert a.media == c.media != b.media and 0 <= a.media < 2 ** 63
+    assert a.media == 4757571994715497226                                   # in any folder, on any machine
+
+
+@pytest.mark.parametrize("listed, message", [
+    ({"video": "a.mp4"}, "wanted a list of rows, got {'video'"),
+    ([], r"wanted a list of rows, got \[\]"),
+    (["a.mp4"], "row 0: wanted an object, got 'a.mp4'"),
+    ([{"caption": "x"}], 'row 0: wanted a file name under "video" or "image", got .*caption'),
+    ([{"video": ["a.mp4"], "caption": "x"}], 'row 0: wanted a file name under "video"'),
+    ([{"video": "a.mp4", "caption": "x"}, {"video": "a.mp4"}], 'row 1: wanted a text .* got None'),
+    ([{"video": "a.mp4", "caption": ["x", 3]}], r"row 0: wanted a text .* got \['x', 3\]"),
+    ([{"video": "a.mp4", "caption": []}], r"row 0: wanted a text .* got \[\]"),
+    ([{"video": "a.mp4", "caption": ["x", " ?! "]}], r"row 0: empty caption ' \?! '"),
+    ([{"video": "a.mp4", "caption": "x"}] + 2 * [{"video": "b.mp4", "caption": "x"}], "row 1: no file .*b.mp4 .2 of 3"),
+])
+def test_a_bad_row_is_named_in_one_line(tmp_path, listed, message):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "rows.json").write_text(json.dumps(listed))
+    with pytest.raises((ValueError, FileNotFoundError), match="rows.json.*" + message) as error:
+        read_annotations(str(tmp_path / "rows.json"), str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_folder_or_file_or_json_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="rows.json: no such annotation file"):
+        read_annotations(str(tmp_path / "rows.json"), str(tmp_path))
+    (tmp_path / "rows.json").write_text("[{")
+    with pytest.raises(ValueError, match="rows.json: not JSON"):
+        read_annotations(str(tmp_path / "rows.json"), str(tmp_path))
+    (tmp_path / "rows.json").write_text('[{"video": "a.mp4", "caption": "x"}]')
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        read_annotations(str(tmp_path / "rows.json"), str(tmp_path / "nowhere"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding. Frame i of a test video is grey level 4 i + 20.
+
+def write(path, n=50, codec="libx264", shape=(48, 64), pix_fmt="yuv420p", audio=False, video=True, container=None,
+          **options):
+    path = str(path)
+    options = {"qmin": "1", "qmax": "1", **options} if codec == "mpeg4" else options
+    with av.open(path, "w", options=container or {}) as out:
+        if video:
+            stream = out.add_stream(codec, rate=10, options=options)
+            (stream.height, stream.width), stream.pix_fmt = shape, pix_fmt
+        if audio:
+            sound = out.add_stream("aac", rate=16000, layout="mono")
+        for i in range(n if video else 0):
+            grey = np.full((*shape, 3), 4 * i + 20, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        if video:
+            out.mux(stream.encode())
+        for i in range(n if audio else 0):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts = 16000, 1024 * i
+            out.mux(sound.encode(silence))
+        if audio:
+            out.mux(sound.encode())
+    return path
+
+
+def numbers(frames):
+    """Which frames these are, by their grey level; every pixel must agree."""
+    level = (frames.float() - 20) / 4                                       # (T, 3, H, W)
+    assert (level - level.mean((1, 2, 3), keepdim=True)).abs().max() < 0.9
+    return level.mean((1, 2, 3)).round().int().tolist()
+
+
+FILES = {
+    "h264 with B-frames": dict(name="a.mp4", bf="3", g="12"),
+    "h264 in mkv": dict(name="a.mkv", bf="2"),
+    "h264 with sound": dict(name="a.mp4", audio=True),
+    "h264 of odd size": dict(name="a.mp4", shape=(51, 35), pix_fmt="yuv444p"),
+    "mpeg4": dict(name="a.mp4", codec="mpeg4"),
+    "mpeg4 with B-frames in avi": dict(name="a.avi", codec="mpeg4", bf="2"),
+    "mpeg4 of odd size": dict(name="a.avi", codec="mpeg4", shape=(51, 35)),
+}
+
+
+@pytest.mark.parametrize("file", FILES.values(), ids=FILES)
+def test_the_right_frames_come_in_the_right_order(tmp_path, file):
+    path = write(tmp_path / file["name"], **{k: v for k, v in file.items() if k != "name"})
+    frames = read_frames(path, 0)
+    assert frames.shape == (50, 3, *file.get("shape", (48, 64))) and frames.dtype == torch.uint8
+    assert numbers(frames) == list(range(50))
+    assert numbers(read_frames(path, 4)) == [5, 18, 30, 43]                 # the middles of 0-11, 12-24, 25-36, 37-49
+    assert numbers(read_frames(path, 50)) == list(range(50))
+
+
+def test_random_frames_come_one_from_each_segment(tmp_path):
+    path = write(tmp_path / "a.mp4")
+    draws = np.array([numbers(read_frames(path, 4, "random", np.random.default_rng(i))) for i in range(12)])
+    assert (draws >= [0, 12, 25, 37]).all() and (draws <= [11, 24, 36, 49]).all() and (np.ptp(draws, 0) > 4).all()
+    assert draws[3].tolist() == numbers(read_frames(path, 4, "random", np.random.default_rng(3)))
+
+
+@pytest.mark.parametrize("total, count", [(7, 3), (8, 8), (5, 1), (1, 1), (300, 8)])
+def test_segments_cover_the_video_and_are_reached_to_their_ends(total, count):
+    rng = np.random.default_rng(0)
+    draws = np.array([data.pick(count, total, "random", rng) for _ in range(3000 if total < 10 else 50)])
+    assert (np.diff(draws, axis=1) > 0).all() and draws.min() >= 0 and draws.max() < total
+    assert total > 10 or set(draws.flat) == set(range(total))
+    with pytest.raises(ValueError, match="middle or random"):
+        data.pick(1, 1, "first")
+
+
+def test_a_video_of_one_frame_and_a_picture_can_be_read(tmp_path):
+    path = write(tmp_path / "one.mp4", n=1)
+    assert numbers(read_frames(path, 1)) == numbers(read_frames(path, 0)) == [0]
+    with av.open(str(tmp_path / "one.png"), "w", format="image2") as out:
+        stream = out.add_stream("png", rate=1)
+        stream.height, stream.width, stream.pix_fmt = 51, 35, "rgb24"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((51, 35, 3), 24, np.uint8), format="rgb24")))
+        out.mux(stream.encode())
+    assert numbers(read_frames(str(tmp_path / "one.png"), 1)) == [1]
+
+
+def test_frames_before_the_start_of_an_edited_file_are_not_shown(tmp_path):
+    path = str(tmp_path / "a.mp4")
+    with av.open(path, "w") as out:                                         # five frames have negative times
+        stream = out.add_stream("libx264", rate=10, options={"bf": "2"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for i in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * i + 20, np.uint8), format="rgb24")
+            frame.pts = i - 5
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    assert numbers(read_frames(path, 0)) == list(range(5, 30))
+
+
+def break_packets(path, broken):
+    """Overwrites the payload of these packets, which must be independent of one another."""
+    with av.open(path) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    with open(path, "r+b") as f:
+        for i in broken:
+            f.seek(packets[i][0])
+            f.write(b"\xff" * packets[i][1])
+    return path
+
+
+@pytest.mark.parametrize("name, codec, options", [("a.mp4", "libx264", {"x264-params": "keyint=1:repeat-headers=0"}),
+                                                  ("a.avi", "mpeg4", {"g": "0", "bf": "0"})])
+def test_a_frame_that_does_not_decode_shows_the_good_one_before_it(tmp_path, name, codec, options):
+    path = break_packets(write(tmp_path / name, codec=codec, **options), [0, 10, 30, 31, 49])
+    want = list(range(50))
+    want[10], want[30], want[31], want[49] = 9, 29, 29, 48
+    want[0] = 1                                                             # nothing comes before the first
+    assert numbers(read_frames(path, 0)) == want
+    assert numbers(read_frames(path, 25)) == want[::2]
+
+
+def test_a_video_that_lost_more_than_a_tenth_is_refused(tmp_path):
+    intra = {"x264-params": "keyint=1"}
+    path = break_packets(write(tmp_path / "a.mp4", **intra), range(20, 32))
+    for count in (1, 8, 0):                                                 # whichever frames are wanted
+        with pytest.raises(ValueError, match="a.mp4: 12 of 50 frames do not decode"):
+            read_frames(path, count)
+    path = break_packets(write(tmp_path / "b.mp4", n=5, **intra), range(5))
+    with pytest.raises(ValueError, match="b.mp4: 5 of 5 frames do not decode"):
+        read_frames(path, 1)
+    path = break_packets(write(tmp_path / "c.mp4", n=1, **intra), [0])
+    with pytest.raises(ValueError, match="c.mp4: 1 of 1 frames do not decode"):
+        read_frames(path, 1)
+
+
+def cut(path, share):
+    with open(path, "rb") as f:
+        content = f.read()
+    with open(path, "wb") as f:
+        f.write(content[:int(share * len(content))])
+    return path
+
+
+def test_files_that_are_no_videos_are_refused_in_one_line(tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("these are words\n" * 100)
+    write(tmp_path / "sound.mp4", audio=True, video=False)
+    cut(write(tmp_path / "cut.mp4"), 0.2)                                   # its index was at the end
+    noisy = {"container": {"movflags": "+faststart"}, "qp": "1"}
+    cut(write(tmp_path / "half.mp4", **noisy), 0.8)                         # its index promises all 50
+    reasons = {"empty": "Invalid data", "text": "Invalid data", "sound": "no video stream", "cut": "Invalid data",
+               "half": "of 50 frames do not decode"}
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=f"{name}.mp4: .*{reason}") as error:
+            read_frames(str(tmp_path / f"{name}.mp4"), 1)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="none.mp4: no such file"):
+        read_frames(str(tmp_path / "none.mp4"), 1)
+    with pytest.raises(ValueError, match="short.mp4: has 5 frames, wanted 8"):
+        read_frames(write(tmp_path / "short.mp4", n=5), 8)
+
+
+def picture(T, H, W, seed=0):
+    """Noise beside black and white blocks, on which bicubic overshoots."""
+    x = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (T, 3, H, W), dtype=np.uint8))
+    x[:, :, :H // 2] = torch.where(torch.arange(W) % 12 < 6, 0, 255).to(torch.uint8)
+    return x
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 13), (9, 50), (1, 1), (31, 47)], ids=str)
+def test_resizing_is_antialiased_bicubic_rounded_and_clamped(shape):
+    x = picture(2, 31, 47)
+    for frames in (x, x.contiguous(memory_format=torch.channels_last)):
+        want = nnf.interpolate(frames.double(), shape, mode="bicubic", antialias=True).round().clamp(0, 255)
+        got = data.resize(frames, shape)
+        assert got.dtype == torch.uint8 and got.shape == (2, 3, *shape)
+        off = (got.double() - want).abs()
+        assert off.max() <= 1 and (off > 0).double().mean() < 1e-3          # fp32 may round another way
+    assert torch.equal(data.test_view(x, 20), data.resize(x, (20, 20)))
+
+
+def test_frames_are_reduced_to_their_short_side(tmp_path):
+    path = write(tmp_path / "a.mp4", shape=(48, 64))
+    assert read_frames(path, 2, size=24).shape == (2, 3, 24, 32)
+    assert read_frames(path, 2, size=50).shape == read_frames(path, 2, size=100).shape == (2, 3, 48, 64)
+    assert numbers(read_frames(path, 4, size=12)) == [5, 18, 30, 43]
+
+
+@pytest.mark.parametrize("H, W", [(60, 80), (4, 300), (300, 4), (1, 1), (33, 33)])
+def test_a_crop_is_inside_large_enough_and_one_for_all_frames(H, W, monkeypatch):
+    crops = []
+    monkeypatch.setattr(data, "resize", lambda frames, shape: crops.append(frames) or frames)
+    place = torch.stack([torch.arange(H)[:, None].expand(H, W), torch.arange(W).expand(H, W), torch.zeros(H, W)])
+    for i in range(200):
+        train_view(place.expand(3, 3, H, W), 8, 0.5, False, np.random.default_rng(i))
+    for crop in crops:
+        h, w = crop.shape[2:]
+        assert h >= 1 and w >= 1 and (crop == crop[:1]).all()               # a slice cannot leave the frame
+        if min(H, W) > 4:
+            assert h * w >= 0.5 * H * W - max(H, W) and 0.7 < w / h < 1.42
+        else:
+            assert max(h, w) <= 2 * min(h, w)
+    if min(H, W) > 4:
+        first = torch.stack([c[0, :2, 0, 0] for c in crops])                # (crops, 2): y, x
+        last = torch.stack([c[0, :2, -1, -1] for c in crops])
+        assert (first.amin(0) == 0).all() and (first.amax(0) > 5).all()     # to every edge, and away from it
+        for axis, side in enumerate((H, W)):
+            moved = first[:, axis] > 0                                      # not those that take the whole side
+            assert last[moved, axis].max() == side - 1
+
+
+def test_a_view_follows_its_generator_and_flips_half_of_the_time():
+    x = picture(2, 40, 52)
+    views = [train_view(x, 24, 0.5, True, np.random.default_rng(i)) for i in range(8)]
+    assert all(v.shape == (2, 3, 24, 24) and v.dtype == torch.uint8 for v in views)
+    assert torch.equal(views[5], train_view(x, 24, 0.5, True, np.random.default_rng(5)))
+    assert not any(torch.equal(views[0], v) for v in views[1:])
+    assert torch.equal(train_view(x, 24, 1.0, False, np.random.default_rng(0)), data.test_view(x, 24))
+    mirrored = data.test_view(x.flip(-1), 24)
+    flipped = [torch.equal(train_view(x, 24, 1.0, True, np.random.default_rng(i)), mirrored) for i in range(60)]
+    assert 18 < sum(flipped) < 42
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips and batches
+
+def same(a, b):
+    return torch.equal(a.video, b.video) and replace(a, video=None) == replace(b, video=None)
+
+
+@pytest.fixture
+def cfg(sprites):
+    """Four of the eight frames, cropped and mirrored: everything that can be random is."""
+    return DataConfig(train=f"{sprites}/sprites_train.json", root=f"{sprites}/videos", frames=4, size=32, scale=0.5,
+                      flip=True, views=0, cache_size=64)
+
+
+def test_a_sample_is_a_function_of_seed_and_n(rows, cfg):
+    clips = Clips(rows, cfg, seed=3)
+    order = [5, 24, 100, 23, 0, 47, 5]                                      # as a resumed or a parallel run asks
+    first = [clips[n] for n in order]
+    again = pickle.loads(pickle.dumps(Clips(rows, cfg, seed=3)))
+    for n, sample in sorted(zip(order, first, strict=True), key=lambda pair: pair[0]):
+        assert same(again[n], sample)
+    other = Clips(rows, cfg, seed=4)
+    assert [other[n].clip for n in range(24)] != [clips[n].clip for n in range(24)]
+    loaded = torch.utils.data.DataLoader(clips, sampler=order, batch_size=None, num_workers=2, collate_fn=lambda x: x)
+    assert all(same(a, b) for a, b in zip(first, loaded, strict=True))
+    with pytest.raises(IndexError):
+        clips[-1]
+
+
+def test_every_epoch_is_another_permutation_of_the_rows(rows, cfg):
+    clips = Clips(rows, cfg)
+    epochs = [[clips[24 * epoch + i] for i in range(24)] for epoch in range(3)]
+    orders = [[s.clip for s in epoch] for epoch in epochs]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert [s.view for s in epochs[2]] == [2] * 24
+    for s in epochs[1]:
+        assert s.caption in rows[s.clip].captions and s.still == rows[s.clip].still and s.media == rows[s.clip].media
+
+
+@pytest.mark.parametrize("views", [0, 1, 2])
+def test_a_clip_has_as_many_views_as_asked_for(rows, cfg, views):
+    clips = Clips(rows[:6], replace(cfg, views=views))
+    seen = [{} for _ in range(6)]
+    for n in range(24):
+        sample = clips[n]
+        key = sample.video.numpy().tobytes()
+        assert seen[sample.clip].setdefault(sample.view, key) == key        # the same view looks the same
+    assert all(len(views_of) == len(set(views_of.values())) == (views or 4) for views_of in seen)
+
+
+def test_training_draws_its_frames_and_scoring_takes_the_middles(tmp_path):
+    row = data.Row(write(tmp_path / "a.mp4"), ["x"], None, 0)
+    cfg = DataConfig(frames=4, size=48, views=0, cache_frames=50)
+    for cache in (False, True):
+        clips = Clips([row], replace(cfg, cache=cache), cache_folder=str(tmp_path))
+        assert len({tuple(numbers(clips[epoch].video)) for epoch in range(6)}) == 6
+        clips.train = False
+        assert numbers(clips[0].video) == [5, 18, 30, 43]
+
+
+def test_a_scored_clip_is_its_row_and_its_first_caption(rows, cfg):
+    rows = [replace(row, captions=["first", *row.captions], still=None) for row in rows]
+    clips = Clips(rows, cfg, train=False)
+    for n in (0, 7, 23):
+        sample = clips[n]
+        want = data.test_view(read_frames(rows[n].video, 4), 32)
+        assert torch.equal(sample.video, want)
+        assert (sample.clip, sample.view, sample.caption, sample.still) == (n, 0, "first", "first")
+    seen = {Clips(rows, cfg)[n].caption == "first" for n in range(24)}
+    assert seen == {True, False}                                            # training draws one
+    with pytest.raises(IndexError):
+        clips[24]
+
+
+def test_the_cache_gives_what_decoding_gives(rows, cfg):
+    cached, decoded = Clips(rows, cfg), Clips(rows, replace(cfg, cache=False))
+    assert cached.cache is not None and decoded.cache is None
+    assert all(same(cached[n], decoded[n]) for n in range(30))
+    cached.train = decoded.train = False
+    assert all(same(cached[n], decoded[n]) for n in range(24))
+
+
+def test_the_cache_keeps_evenly_spaced_frames_and_reduces_them(tmp_path):
+    paths = [write(tmp_path / "a.mp4"), write(tmp_path / "b.mp4", n=6, shape=(51, 35), pix_fmt="yuv444p")]
+    rows = [data.Row(path, ["x"], None, 0) for path in [*paths, paths[0]]]
+    cfg = DataConfig(frames=4, size=24, cache_frames=10)
+    cache = data.decode_cache(rows, cfg, str(tmp_path))
+    assert cache[paths[0]].shape == (10, 3, 24, 32) and cache[paths[1]].shape == (6, 3, 35, 24)
+    assert numbers(torch.from_numpy(np.array(cache[paths[0]]))) == list(range(2, 50, 5))
+    assert len([name for name in os.listdir(tmp_path) if "deco" in name]) == 2             # one file, one index
+    assert data.decode_cache(rows, cfg, str(tmp_path)).path == cache.path
+    assert data.decode_cache(rows, replace(cfg, cache_size=20), str(tmp_path))[paths[0]].shape == (10, 3, 20, 27)
+    write(paths[0], n=20)                                                   # another video of that name
+    assert data.decode_cache(rows, cfg, str(tmp_path)).path != cache.path
+    clips = Clips(rows, replace(cfg, frames=8), cache_folder=str(tmp_path), train=False)
+    with pytest.raises(ValueError, match="b.mp4: has 6 frames, wanted 8"):
+        clips[1]
+
+
+def test_videos_that_cannot_be_cached_are_counted_and_leave_nothing(tmp_path):
+    good = write(tmp_path / "good.mp4", n=8)
+    (tmp_path / "bad.mp4").write_bytes(b"")
+    (tmp_path / "worse.mp4").write_bytes(b"x" * 1000)
+    rows = [data.Row(path, ["x"], None, 0) for path in (good, str(tmp_path / "bad.mp4"), str(tmp_path / "worse.mp4"))]
+    with pytest.raises(ValueError, match="bad.mp4: Invalid.*2 of 3 videos cannot be read"):
+        Clips(rows, DataConfig(), cache_folder=str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["bad.mp4", "good.mp4", "worse.mp4"]
+    with pytest.raises(ValueError, match="nowhere: no decode cache can be written .*--data.no-cache"):
+        Clips(rows[:1], DataConfig(), cache_folder=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="bad.mp4: Invalid"):               # and without a cache it is not passed over
+        Clips(rows[1:2], DataConfig(cache=False))[0]
+
+
+def test_a_batch_holds_its_samples(sprites, rows, cfg):
+    tokenizer = data.load_tokenizer(f"{sprites}/tokenizer.json")
+    samples = [Clips(rows, cfg)[n] for n in range(5)]
+    batch = collate(samples, tokenizer, 40, seed=9)
+    assert batch.video.shape == (5, 4, 3, 32, 32) and batch.video.dtype == torch.uint8
+    assert torch.equal(batch.ids, data.encode(tokenizer, batch.captions, 40)) and batch.seed == 9
+    for i, s in enumerate(samples):
+        assert torch.equal(batch.video[i], s.video) and (batch.captions[i], batch.stills[i]) == (s.caption, s.still)
+        assert (batch.media[i], batch.clip[i], batch.view[i]) == (s.media, s.clip, s.view)
+    moved = batch.to("meta")
+    assert moved.video.is_meta and moved.ids.is_meta and moved.clip.is_meta and moved.captions == batch.captions
+    assert not batch.video.is_meta
+
+
+@pytest.mark.parametrize("field, value", [("frames", 0), ("size", 0), ("scale", 0.0), ("scale", 1.5), ("views", -1),
+                                          ("workers", -1), ("cache_size", -1), ("cache_frames", 4)])
+def test_an_impossible_setting_raises_at_once(field, value):
+    with pytest.raises(ValueError, match=f"data.{field} {value}"):
+        DataConfig(**{field: value})
+
+
+def test_work_in_parallel_keeps_its_order_and_its_errors():
+    assert list(data.in_parallel(partial(pow, 2), list(range(20)), "powers")) == [2 ** i for i in range(20)]
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(data.in_parallel(int, ["1", "x", "3"], "numbers"))

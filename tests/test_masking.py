@@ -1,0 +1,449 @@
+"""The masks: their contract, cluster_stm against the definition of its three steps, the draws against their odds."""
+
+import math
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+import torch
+from test_bandwidth import across, within
+from test_cosine_distance import DTYPES, unkind
+from test_density_peaks import Peaks
+from test_temporal_density import recurrence
+
+from kernels.bandwidth import bandwidth
+from kernels.density_peaks import density_peaks
+from kernels.temporal_density import temporal_density
+from masking import MASKS, MaskConfig, cluster_stm, keep_count
+
+DRAWN = ["random", "random_frame", "tube", "umt"]
+PICKS = ["density", "centre", "lowest"]                                         # those that draw nothing
+per_frame = pytest.mark.parametrize("name", [name for name in MASKS if name != "random"])
+every = pytest.mark.parametrize("name", MASKS)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def aux(B, T, N, seed=0, E=8):
+    """All that any mask may ask for, beside the generator."""
+    g, side = seeded(seed), math.isqrt(N)
+    return {"attention": torch.rand(B, T, N, generator=g).softmax(-1), "text": torch.randn(B, E, generator=g),
+            "aligned": torch.randn(B, T, N, E, generator=g), "logits": torch.randn(B, T, N, generator=g),
+            "grid": (side, N // side) if N % side == 0 else (1, N)}
+
+
+def check_contract(keep, B, T, N, K, name=""):
+    assert keep.shape == (B, T * K) and keep.dtype == torch.int64
+    assert keep.min() >= 0 and keep.max() < T * N
+    assert (keep.diff(dim=1) > 0).all()                                         # ascending, none twice
+    if name != "random":
+        assert keep.view(B, T, K).div(N, rounding_mode="floor").equal(torch.arange(T)[:, None].expand(B, T, K))
+
+
+# How many are kept.
+
+def test_keep_count_rounds_half_up_and_is_never_0():
+    for N in range(1, 301):
+        for thousandths in range(0, 1000, 10 if N % 50 else 1):
+            want = max(1, (2 * N * (1000 - thousandths) + 1000) // 2000)
+            assert keep_count(N, thousandths / 1000) == want, (N, thousandths)
+
+
+@pytest.mark.parametrize("N, ratio, want", [
+    (196, 0.85, 29), (196, 0.9, 20), (196, 0.8, 39), (196, 0.75, 49), (10, 0.85, 2), (10, 0.95, 1), (50, 0.99, 1),
+    (30, 0.15, 26), (5, 0.9, 1), (1, 0.999, 1), (7, 0, 7), (7, 0.0, 7), (1000000, 0.999999, 1), (3000, 1e-3, 2997),
+    (2000000, 2.5e-7, 2000000), (2000000, 7.5e-7, 1999999),
+])
+def test_keep_count_reads_the_ratio_as_the_decimal_it_was_written_as(N, ratio, want):
+    assert keep_count(N, ratio) == want
+    assert type(keep_count(N, ratio)) is int
+
+
+@pytest.mark.parametrize("ratio", [1, 1.0, 1.5, -0.1, math.nan, math.inf])
+def test_a_ratio_outside_0_to_1_is_refused(ratio):
+    with pytest.raises(ValueError, match=rf"mask ratio is in \[0, 1\), got {ratio}"):
+        keep_count(196, ratio)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.15, 0.5, 0.75, 0.85, 0.9, 0.95, 0.999])
+def test_exactly_K_of_each_frame_are_kept_for_every_N_and_ratio(ratio):
+    for N in [*range(1, 40), 49, 64, 100, 144, 196, 256]:
+        K = keep_count(N, ratio)
+        check_contract(cluster_stm(torch.randn(1, 2, N, 6, generator=seeded(N)), K), 1, 2, N, K)
+        check_contract(MASKS["umt"](torch.zeros(1, 2, N, 1), K, generator=seeded(), **aux(1, 2, N)), 1, 2, N, K)
+
+
+# The contract of every row.
+
+@every
+@pytest.mark.parametrize("N", [1, 16, 49, 64, 196])
+def test_every_mask_gives_ascending_ids_none_twice_and_exactly_K_in_each_frame(name, N):
+    for T in range(1, 17) if N < 64 else (1, 2, 3, 8, 16):
+        B = 1 if N * T > 1600 else 2
+        tokens, extra = torch.randn(B, T, N, 6, generator=seeded(T)), aux(B, T, N)
+        for K in {1, N} | ({keep_count(N, 0.85)} if T % 2 else {keep_count(N, 0.9), max(1, N - 1)}):
+            check_contract(MASKS[name](tokens, K, generator=seeded(), **extra), B, T, N, K, name)
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_mask_takes_every_dtype_any_stride_and_unkind_tokens(name, dtype):
+    extra = {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in aux(2, 3, 16).items()}
+    kinds = [unkind(2, 3, 16, 12), torch.zeros(2, 3, 16, 12), torch.ones(2, 3, 16, 12),
+             unkind(16, 12).expand(2, 3, 16, 12), unkind(1, 1, 12).expand(2, 3, 16, 12),
+             unkind(12, 16, 3, 2).permute(3, 2, 1, 0)]
+    for tokens in kinds:
+        before = tokens.to(dtype)
+        keep = MASKS[name](before, 5, generator=seeded(), **extra)
+        check_contract(keep, 2, 3, 16, 5, name)
+        assert before.equal(tokens.to(dtype))
+        assert keep.equal(MASKS[name](before.contiguous(), 5, generator=seeded(), **extra))
+    check_contract(MASKS[name](kinds[0].to(dtype).requires_grad_(), 5, generator=seeded(), **extra), 2, 3, 16, 5, name)
+
+
+@every
+def test_the_same_seed_gives_the_same_mask_and_another_seed_another(name):
+    tokens, extra = torch.randn(2, 4, 49, 8, generator=seeded(1)), aux(2, 4, 49)
+    masks = [MASKS[name](tokens, 7, generator=seeded(s), **extra) for s in (0, 0, 1)]
+    assert masks[0].equal(masks[1])
+    assert masks[0].equal(masks[2]) == (name not in DRAWN)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_clips_and_where_it_should_frames_are_drawn_apart(name):
+    tokens, extra = torch.zeros(2, 4, 49, 1), {"attention": torch.ones(2, 4, 49)}
+    places = (MASKS[name](tokens, 7, generator=seeded(), **extra) % 49).view(2, 4, 7)
+    assert not places[0].equal(places[1])
+    assert places[0, 0].equal(places[0, 1]) == (name == "tube")
+
+
+@pytest.mark.parametrize("name, needs, message", [
+    *[(name, "generator", "drawn at random needs generator, got none") for name in DRAWN],
+    ("umt", "attention", r"umt needs attention \(B, T, N\), got none"),
+])
+def test_a_mask_refuses_to_go_without_what_it_needs(name, needs, message):
+    given = {"generator": seeded(), **aux(1, 2, 9)}
+    for without in ({k: v for k, v in given.items() if k != needs}, {**given, needs: None}):
+        with pytest.raises(ValueError, match=message):
+            MASKS[name](torch.ones(1, 2, 9, 4), 3, **without)
+
+
+@pytest.mark.parametrize("name, needs", [
+    ("cluster_stm", set()), ("random", {"generator"}), ("random_frame", {"generator"}), ("tube", {"generator"}),
+    ("umt", {"generator", "attention"}),
+])
+def test_a_mask_ignores_what_it_does_not_need(name, needs):
+    tokens = torch.randn(2, 3, 9, 4, generator=seeded(2))
+    need = {k: v for k, v in aux(2, 3, 9).items() if k in needs}
+    g = {"generator": seeded()} if "generator" in needs else {}
+    alone = MASKS[name](tokens, 3, **need, **g)
+    nonsense = {k: torch.full((1,), math.nan) for k in ("attention", "text", "aligned", "logits", "grid", "what")}
+    assert MASKS[name](tokens, 3, **{**nonsense, **need}, generator=seeded()).equal(alone)
+
+
+@every
+@pytest.mark.parametrize("tokens, keep, message", [
+    (torch.ones(2, 9, 4), 3, r"a mask wants \(B, T, N, C\), got \(2, 9, 4\)"),
+    (torch.ones(1, 2, 0, 4), 1, r"no empty axis in \(B, T, N, C\), got \(1, 2, 0, 4\)"),
+    (torch.ones(1, 2, 9, 4).long(), 3, r"floating-point values, got torch.int64"),
+    (torch.ones(1, 2, 9, 4) * math.inf, 3, r"finite values, got 72 NaN or infinite of 72"),
+    (torch.ones(1, 2, 9, 4), 0, r"1 to N = 9 tokens a frame, got 0"),
+    (torch.ones(1, 2, 9, 4), 10, r"1 to N = 9 tokens a frame, got 10"),
+], ids=range(6))
+def test_every_mask_refuses_impossible_arguments_by_name(name, tokens, keep, message):
+    with pytest.raises(ValueError, match=message):
+        MASKS[name](tokens, keep, generator=seeded(), **aux(1, 2, 9))
+
+
+@pytest.mark.parametrize("attention", [torch.ones(2, 9), torch.ones(1, 2, 8), torch.ones(1, 3, 9)], ids=str)
+def test_umt_refuses_an_attention_of_another_shape(attention):
+    with pytest.raises(ValueError, match=rf"\(1, 2, 9, 4\) want attention \(1, 2, 9\), got \({attention.shape[0]}, "):
+        MASKS["umt"](torch.ones(1, 2, 9, 4), 3, attention=attention, generator=seeded())
+
+
+# cluster_stm.
+
+def oracle(clip, d_c, density):
+    """clip (T, N, C) -> a function of K, assign and pick that gives the kept ids, from the oracles of the kernels."""
+    T, N, _ = clip.shape
+    frames = [Peaks(f, d_c, density) for f in clip]
+    tau = recurrence(clip, d_c) if T > 1 else np.array([[float(r) for r in frames[0].rho]])
+
+    def kept(K, assign, pick):
+        for t, p in enumerate(frames):
+            labels, centres, _ = p.cluster(K, assign)
+            for k in range(K):
+                members = [i for i in range(N) if labels[i] == k]
+                best = min if pick == "lowest" else max                         # of equals, the first
+                yield t * N + (centres[k] if pick == "centre" else best(members, key=lambda i, t=t: tau[t, i]))
+
+    return lambda *way: sorted(kept(*way))
+
+
+@pytest.mark.parametrize("T", [1, 2, 4])
+@pytest.mark.parametrize("density", ["exp", "gauss"])
+def test_cluster_stm_is_its_three_steps(T, density):
+    x = torch.randn(2, T, 21, 24, generator=seeded(T)).double()
+    clips = [oracle(clip, 0.25, density) for clip in x]
+    for K, assign, pick in product((1, 4, 20, 21), ("nearest", "parent"), PICKS):
+        want, way = [kept(K, assign, pick) for kept in clips], {"density": density, "assign": assign, "pick": pick}
+        assert cluster_stm(x, K, d_c=0.25, d_c_time=0.25, **way).tolist() == want
+        # In fp32 too: nothing in these clips is decided by less than its rounding.
+        assert cluster_stm(x.float(), K, d_c=0.25, d_c_time=0.25, **way).tolist() == want
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_cluster_stm_breaks_every_tie_toward_the_lower_index(T, seed):
+    # Axis-aligned tokens. At this bandwidth densities are counts of equal tokens, exact.
+    x = torch.eye(8)[torch.randint(0, 6, (2, T, 17), generator=seeded(seed))]
+    clips = [oracle(clip, np.float32(0.02), "exp") for clip in x]
+    for K, assign, pick in product((1, 3, 6, 9, 17), ("nearest", "parent"), PICKS):
+        want = [kept(K, assign, pick) for kept in clips]
+        assert cluster_stm(x, K, d_c=0.02, d_c_time=0.02, assign=assign, pick=pick).tolist() == want
+
+
+def test_the_bandwidths_it_is_not_given_are_the_2_and_10_percent_quantiles():
+    g = seeded(3)
+    x = torch.randn(2, 3, 25, 24, generator=g) + torch.randn(2, 3, 1, 24, generator=g)      # frames differ among them
+    d_c = torch.tensor([within(f, "0.02") for f in x.flatten(0, 1)])
+    d_c_time = torch.tensor([across(clip, "0.1") for clip in x])
+    want = cluster_stm(x, 6)
+    assert want.equal(cluster_stm(x, 6, d_c=d_c, d_c_time=d_c_time))
+    assert want.equal(cluster_stm(x, 6, d_c=d_c)) and want.equal(cluster_stm(x, 6, d_c_time=d_c_time))
+    given = {"quantile": 0.5, "quantile_time": 0.9}
+    assert cluster_stm(x, 6, **given).equal(
+        cluster_stm(x, 6, d_c=[within(f, "0.5") for f in x.flatten(0, 1)], d_c_time=[across(c, "0.9") for c in x]))
+    # The clips do tell a bandwidth from others, that of all pairs of a clip among them.
+    assert not cluster_stm(x, 6, quantile=0.5).equal(want) and not cluster_stm(x, 6, quantile_time=0.9).equal(want)
+    assert not cluster_stm(x, 6, d_c_time=[within(clip, "0.1") for clip in x.flatten(1, 2)]).equal(want)
+    image = x[:, :1]
+    assert cluster_stm(image, 6).equal(cluster_stm(image, 6, d_c=d_c[[0, 3]], d_c_time=math.pi))
+
+
+def test_the_method_is_the_default():
+    x = torch.randn(2, 3, 25, 24, generator=seeded(4))
+    want = cluster_stm(x, 6, density="exp", assign="nearest", pick="density")
+    assert cluster_stm(x, 6).equal(want) and MASKS["cluster_stm"](x, 6).equal(want)
+    for other in ({"density": "gauss"}, {"assign": "parent"}, {"pick": "centre"}, {"pick": "lowest"}):
+        assert not cluster_stm(x, 6, d_c=0.3, **other).equal(cluster_stm(x, 6, d_c=0.3))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 49, 40), (2, 1, 49, 40), (1, 2, 196, 64), (3, 3, 1, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_token_of_each_cluster_is_kept_and_it_recurs_most(shape, dtype):
+    B, T, N, _ = shape
+    x = unkind(*shape).to(dtype)
+    f = x.flatten(0, 1)
+    d_c = bandwidth(f, 0.02)
+    for K in sorted({1, max(1, N // 7), N}):
+        for assign in ("nearest", "parent"):
+            labels, centres, rho = density_peaks(f, K, d_c, assign=assign)
+            score = temporal_density(x, bandwidth(x, 0.1)).view(B * T, N) if T > 1 else rho.log()
+            for pick in PICKS + ["random"]:
+                keep = cluster_stm(x, K, assign=assign, pick=pick, generator=seeded())
+                place = (keep % N).view(B * T, K)
+                assert labels.gather(1, place).sort(1).values.equal(torch.arange(K).expand(B * T, K))
+                if pick in ("density", "lowest"):
+                    best = score.new_zeros(B * T, K).scatter_reduce(
+                        1, labels, score, "amin" if pick == "lowest" else "amax", include_self=False)
+                    assert score.gather(1, place).equal(best.gather(1, labels.gather(1, place)))
+                elif pick == "centre":
+                    assert place.equal(centres)
+
+
+@pytest.mark.parametrize("pick", PICKS)
+@pytest.mark.parametrize("assign", ["nearest", "parent"])
+def test_a_static_clip_is_masked_by_the_same_places_in_all_frames(pick, assign):
+    still = torch.randn(2, 1, 49, 40, generator=seeded(5)).expand(2, 4, 49, 40)
+    twice = torch.eye(8)[torch.randint(0, 8, (2, 1, 49), generator=seeded(6))].expand(2, 4, 49, 8)
+    for clip in (still, twice, torch.ones(2, 4, 49, 8)):
+        for K in (1, 7, 30, 49):
+            places = (cluster_stm(clip, K, pick=pick, assign=assign) % 49).view(2, 4, K)
+            assert places.equal(places[:, :1].expand(2, 4, K))
+
+
+def test_a_constant_clip_keeps_its_first_tokens():
+    for pick in PICKS:
+        for T in (1, 3):
+            keep = cluster_stm(torch.ones(2, T, 9, 4), 4, pick=pick)
+            assert keep.tolist() == [[t * 9 + n for t in range(T) for n in range(4)]] * 2
+
+
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("pick", PICKS)
+def test_what_else_is_in_the_batch_does_not_change_a_mask(T, pick):
+    base = torch.randn(12, 48, generator=seeded(7))
+    clips = [torch.randn(T, 49, 48, generator=seeded(8)), 1e-6 + torch.ones(T, 49, 48), unkind(T, 49, 48, seed=9),
+             base[torch.randint(0, 12, (49,), generator=seeded(10))].expand(T, 49, 48),     # static, with duplicates
+             torch.eye(48)[torch.randint(0, 9, (T, 49), generator=seeded(11))]]
+    for density in ("exp", "gauss"):
+        for assign in ("nearest", "parent"):
+            way = {"density": density, "assign": assign, "pick": pick}
+            alone = [cluster_stm(clip[None], 7, **way)[0] for clip in clips]
+            for order in [(0, 1, 2), (2, 3, 0), (4, 4, 1), (3, 2, 4), (1, 0, 3), (0, 0, 0), (4, 3, 2, 1, 0)]:
+                together = cluster_stm(torch.stack([clips[i] for i in order]), 7, **way)
+                for mask, i in zip(together, order, strict=True):
+                    assert mask.equal(alone[i]), (order, i)
+
+
+def test_a_clip_of_a_batch_takes_the_bandwidths_given_for_it():
+    x, d_c = torch.randn(2, 3, 25, 24, generator=seeded(12)), torch.tensor([0.05, 0.2, 0.4, 0.1, 0.3, 0.6])
+    d_c_time = torch.tensor([0.05, 0.7])
+    together = cluster_stm(x, 5, d_c=d_c, d_c_time=d_c_time)
+    for b in range(2):
+        alone = cluster_stm(x[b:b + 1], 5, d_c=d_c[3 * b:3 * b + 3], d_c_time=d_c_time[b].item())
+        assert alone[0].equal(together[b])
+
+
+def test_permuted_places_give_permuted_masks_and_permuted_frames_too():
+    x, g = torch.randn(2, 4, 49, 32, generator=seeded(13)).double(), seeded(14)
+    n, t = torch.randperm(49, generator=g), torch.randperm(4, generator=g)
+    for pick in PICKS:
+        seen, moved = torch.zeros(2, 4 * 49), torch.zeros(2, 4 * 49)
+        seen.scatter_(1, cluster_stm(x, 7, d_c=0.3, d_c_time=0.3, pick=pick), 1)
+        moved.scatter_(1, cluster_stm(x[:, t][:, :, n], 7, d_c=0.3, d_c_time=0.3, pick=pick), 1)
+        assert moved.view(2, 4, 49).equal(seen.view(2, 4, 49)[:, t][:, :, n])
+
+
+def test_a_token_that_recurs_is_kept_before_one_that_does_not():
+    # In both frames tokens 0 to 3 are one cluster; token 2 of the first is exactly token 3 of the second.
+    g, region = seeded(15), torch.randn(2, 64, generator=seeded(16))
+    x = region[[0, 0, 0, 0, 1, 1, 1, 1]] + 0.3 * torch.randn(2, 8, 64, generator=g)
+    x[1, 3] = x[0, 2]
+    keep = cluster_stm(x[None], 2, d_c=0.3, d_c_time=0.01)[0].tolist()
+    assert 2 in keep and 8 + 3 in keep
+
+
+@pytest.mark.parametrize("words, message", [
+    ({"pick": "best"}, "picks by density, random, centre or lowest, got 'best'"),
+    ({"pick": "random"}, "drawn at random needs generator, got none"),
+    ({"density": "cutoff"}, "'exp' and 'gauss', got 'cutoff'"),
+    ({"assign": "none"}, "'nearest' centre or the 'parent's, got 'none'"),
+    ({"quantile": 0.0}, r"quantile in \(0, 1\], got 0.0"),
+    ({"quantile_time": 1.5}, r"quantile in \(0, 1\], got 1.5"),
+    ({"d_c": 0.0}, "d_c wants positive numbers, got 0"),
+    ({"d_c": torch.ones(2)}, r"one number or \(6,\), got \(2,\)"),
+    ({"d_c_time": torch.ones(6)}, r"one number or \(2,\), got \(6,\)"),
+    ({"d_c_time": -1.0}, "d_c wants positive numbers, got -1"),
+], ids=str)
+def test_cluster_stm_refuses_impossible_settings_by_name(words, message):
+    with pytest.raises(ValueError, match=message):
+        cluster_stm(torch.ones(2, 3, 9, 4), 3, **words)
+
+
+# The draws. A count of n draws of probability p is within 4.5 of its standard deviations, at fixed seeds.
+
+DRAWS = 40000
+
+
+def check_odds(mask, want, size):
+    """mask (DRAWS, K) of ids below `size`, want (size,) the probability that each is among them."""
+    share = torch.zeros(DRAWS, size).scatter_(1, mask, 1).double().mean(0)
+    want = torch.as_tensor(want, dtype=torch.float64)
+    assert share.sum().item() == pytest.approx(mask.shape[1])
+    assert ((share - want).abs() <= 4.5 * (want * (1 - want) / DRAWS).sqrt() + 1e-12).all(), (share, want)
+
+
+def inclusion(weight, K):
+    """Of K draws without replacement, each in proportion to the weights that are left: the odds of being drawn."""
+    odds = [0.0] * len(weight)
+    for drawn in permutations(range(len(weight)), K):
+        p, left = 1.0, sum(weight)
+        for i in drawn:
+            p, left = p * weight[i] / left, left - weight[i]
+        for i in drawn:
+            odds[i] += p
+    return odds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_umt_draws_in_proportion_to_attention(K, dtype):
+    weight = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.04, 0.01]).to(dtype)
+    tokens = torch.zeros(DRAWS, 1, 6, 1)
+    keep = MASKS["umt"](tokens, K, attention=weight.expand(DRAWS, 1, 6), generator=seeded(K))
+    check_odds(keep, inclusion(weight.tolist(), K), 6)
+    unscaled = MASKS["umt"](tokens, K, attention=(1000 * weight).expand(DRAWS, 1, 6), generator=seeded(K + 9))
+    check_odds(unscaled, inclusion(weight.tolist(), K), 6)
+
+
+def test_umt_draws_each_frame_by_its_own_attention():
+    weight = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
+    keep = MASKS["umt"](torch.zeros(DRAWS, 2, 3, 1), 1, attention=weight.expand(DRAWS, 2, 3), generator=seeded(17))
+    check_odds(keep, weight.flatten(), 6)
+
+
+def test_umt_takes_tokens_of_no_attention_only_when_no_others_are_left_and_then_evenly():
+    weight = torch.tensor([0.0, 0.5, 0.0, 1e-6, 0.0, 0.5])
+    attention, tokens = weight.expand(DRAWS, 1, 6), torch.zeros(DRAWS, 1, 6, 1)
+    assert not (weight[MASKS["umt"](tokens, 2, attention=attention, generator=seeded(18))] == 0).any()
+    assert MASKS["umt"](tokens, 3, attention=attention, generator=seeded(19)).equal(torch.tensor([[1, 3, 5]] * DRAWS))
+    keep = MASKS["umt"](tokens, 4, attention=attention, generator=seeded(20))
+    check_odds(keep, [1 / 3, 1, 1 / 3, 1, 1 / 3, 1], 6)
+    nothing = MASKS["umt"](tokens, 2, attention=torch.zeros(DRAWS, 1, 6), generator=seeded(21))
+    check_odds(nothing, [1 / 3] * 6, 6)
+
+
+def test_random_gives_every_token_of_the_clip_and_every_pair_the_same_odds():
+    keep = MASKS["random"](torch.zeros(DRAWS, 2, 4, 1), 1, generator=seeded(22))
+    check_odds(keep, [2 / 8] * 8, 8)
+    a, b = keep.T                                                               # a < b: one of 28 pairs
+    check_odds((8 * a + b)[:, None], [1 / 28 if i < j else 0.0 for i in range(8) for j in range(8)], 64)
+
+
+def test_random_frame_gives_every_token_of_a_frame_the_same_odds_and_frames_do_not_depend_on_each_other():
+    keep = MASKS["random_frame"](torch.zeros(DRAWS, 2, 5, 1), 2, generator=seeded(23))
+    check_odds(keep, [2 / 5] * 10, 10)
+    first, second = keep[:, :2], keep[:, 2:] - 5
+    pair = (5 * first[:, 0] + first[:, 1]) * 25 + 5 * second[:, 0] + second[:, 1]
+    odds = torch.zeros(25)
+    odds[[5 * i + j for j in range(5) for i in range(j)]] = 1 / 10
+    check_odds(pair[:, None], torch.outer(odds, odds).flatten(), 625)
+
+
+def test_tube_gives_every_place_the_same_odds():
+    keep = MASKS["tube"](torch.zeros(DRAWS, 3, 5, 1), 2, generator=seeded(24))
+    check_odds(keep, [2 / 5] * 15, 15)
+    assert (keep.view(DRAWS, 3, 2) - 5 * torch.arange(3)[:, None] == keep[:, None, :2]).all()
+
+
+def test_pick_random_gives_every_token_of_a_cluster_the_same_odds():
+    x = torch.eye(4)[torch.tensor([0, 1, 0, 1, 0, 1, 1])].expand(DRAWS, 1, 7, 4)
+    keep = cluster_stm(x, 2, d_c=0.1, pick="random", generator=seeded(25))
+    check_odds(keep, [1 / 3, 1 / 4, 1 / 3, 1 / 4, 1 / 3, 1 / 4, 1 / 4], 7)
+    same = cluster_stm(x, 2, d_c=0.1, pick="random", generator=seeded(25))
+    assert keep.equal(same) and not keep.equal(cluster_stm(x, 2, d_c=0.1, pick="random", generator=seeded(26)))
+
+
+# MaskConfig.
+
+def test_the_config_calls_its_mask_with_its_settings():
+    x, extra = torch.randn(2, 3, 20, 16, generator=seeded(27)), aux(2, 3, 20)
+    way = {"quantile": 0.3, "quantile_time": 0.5, "density": "gauss", "assign": "parent", "pick": "lowest"}
+    assert MaskConfig()(x, 5, **extra).equal(cluster_stm(x, 5))
+    for field, value in way.items():
+        assert MaskConfig(**{field: value})(x, 5).equal(cluster_stm(x, 5, **{field: value})), field
+    assert MaskConfig(**way)(x, 5).equal(cluster_stm(x, 5, **way))
+    for name in DRAWN:
+        keep = MaskConfig(name=name, pick="lowest")(x, 5, generator=seeded(), **extra)
+        assert keep.equal(MASKS[name](x, 5, generator=seeded(), **extra))
+
+
+def test_the_config_knows_which_masks_are_drawn_anew_and_which_do_not_look_at_the_tokens():
+    x, extra = torch.randn(2, 3, 20, 16, generator=seeded(28)), aux(2, 3, 20)
+    configs = [MaskConfig(name=name, pick=pick) for name in MASKS for pick in PICKS + ["random"]]
+    for config in configs:
+        first, again = (config(x, 5, generator=seeded(s), **extra) for s in (0, 1))
+        assert config.drawn == (not first.equal(again)), config
+        other = config(x.flip(2), 5, generator=seeded(), **{**extra, "attention": extra["attention"].flip(2)})
+        assert config.blind == other.equal(first), config
+
+
+def test_the_config_refuses_a_mask_there_is_not_and_a_ratio_that_cannot_be():
+    with pytest.raises(ValueError, match="there is no mask 'block'; there are cluster_stm, random, "):
+        MaskConfig(name="block")
+    with pytest.raises(ValueError, match=r"mask ratio is in \[0, 1\), got 1.0"):
+        MaskConfig(ratio=1.0)

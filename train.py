@@ -1,0 +1,527 @@
+"""
+Train ClusterSTM.
+
+    python train.py                                                  # the embedded run: needs no data, no weights
+    python train.py --data.train captions.json --data.root FOLDER    # the same on videos of your own
+    torchrun --nproc_per_node=8 train.py base --teacher FOLDER --text FOLDER --data.train ... --data.root ...
+    python train.py base --help
+
+A run passes through the stages of STAGES, each the same loop: a small SigLIP as teacher and the words of the text
+encoder, where no weights are given for them; masked pretraining; then a short stage on all tokens. It writes out/NAME:
+config.json, log.jsonl, model.safetensors and tokenizer.json, from which eval.py needs only the path; masked/, the model
+before the unmasked stage; state.pt, from which --resume goes on.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from data import Batch, Clips, DataConfig
+from masking import MaskConfig, keep_count
+from model import Bert, ClusterSTM, ModelConfig, bert_config, corrupt, save_weights, stream
+from teacher import Guide, SigLIP, SigLIPConfig, TextConfig, VisionConfig, guide
+
+STAGES = ("teacher", "text", "pretrain", "unmasked")
+
+
+@dataclass
+class SmallConfig:
+    """What is trained first where no weights are given: a SigLIP on single frames, and the text encoder by MLM."""
+    width: int = 96               # teacher: channels, also of its joint space (E)
+    depth: int = 3                # teacher: layers of the vision tower
+    text_depth: int = 2           # teacher: layers of the text tower
+    heads: int = 6                # teacher: attention heads
+    batch: int = 64               # teacher: frames a step, one of each clip
+    steps: int = 800              # teacher: steps
+    lr: float = 1e-3              # teacher: peak learning rate
+    still: float = 0.7            # teacher: share of captions without the motions, where the data has such
+    text_steps: int = 400         # text: steps
+    text_batch: int = 128         # text: captions a step
+    text_lr: float = 1e-3         # text: peak learning rate
+
+
+@dataclass
+class Config:
+    """Train ClusterSTM. Everything that a run writes is under out/NAME."""
+    name: str = "sprites"         # the run; its folder is out/NAME
+    stage: Literal["all", "teacher", "text"] = "all"    # all: whatever is missing, then pretrain; or one of the first
+    resume: bool = False          # go on where out/NAME stopped
+    teacher: str = ""             # folder of a SigLIP checkpoint; empty: a small one is trained on the data first
+    text: str = ""                # folder of a BERT checkpoint; empty: trained by MLM on the captions first
+    tokenizer: str = ""           # tokenizer.json of the text encoder; empty: its folder's, or trained on the captions
+    device: str = "auto"          # cpu, cuda, or auto: cuda where there is one
+    seed: int = 0                 # of everything drawn
+    batch: int = 64               # clips a step, over all ranks
+    micro_batch: int = 0          # clips a rank holds at once; 0: its share of the batch
+    steps: int = 700              # masked steps
+    unmasked_steps: int = 40      # steps on all tokens that follow
+    lr: float = 1e-3              # peak learning rate, reached after the warmup, then a cosine to 1 %
+    unmasked_lr: float = 0.2      # the unmasked stage's peak, as a multiple of lr
+    warmup: float = 0.1           # share of a stage's steps
+    weight_decay: float = 0.02    # of matrices; embeddings, norms, biases and the temperature have none
+    clip_grad: float = 3.0        # largest norm of the gradient
+    mrm: float = 1.0              # weight of masked relevance modelling
+    vtc: float = 1.0              # weight of the video-text contrast
+    vtm: float = 1.0              # weight of video-text matching
+    mlm: float = 1.0              # weight of masked language modelling
+    pool: Literal["map", "mean"] = "map"    # how the teacher pools a token's neighbourhood
+    log_every: int = 10           # steps between two rows of log.jsonl
+    save_every: int = 500         # steps between two writes of state.pt
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    small: SmallConfig = field(default_factory=SmallConfig)
+
+    def __post_init__(self):
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device wants to be auto, cpu or cuda, is {self.device!r}")
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
+        if min(self.batch, self.steps, self.log_every, self.save_every) < 1 or self.unmasked_steps < 0:
+            raise ValueError(f"batch {self.batch}, steps {self.steps}, log_every {self.log_every}, save_every "
+                             f"{self.save_every} want to be positive, unmasked_steps {self.unmasked_steps} at least 0")
+
+
+PRESETS = {
+    # The embedded run: everything small enough for two CPU cores.
+    "sprites": Config(
+        # d_c: so small a teacher says nearly the same of all background, and most pairs are background; 0.95 is the
+        # scale at which sprites stand out, found on training clips (docs/log.md).
+        mask=MaskConfig(quantile=0.95),
+        model=ModelConfig(patch=8, width=96, depth=4, heads=3, drop_path=0.0, positions="3d", text_width=96,
+                          text_depth=3, text_heads=3, fusion=1, dropout=0.0, text_length=36, embed=96,
+                          decoder_width=96, decoder_depth=1, decoder_heads=3),
+    ),
+    # UMT's stage 2 (its exp/pretraining/b16_5m.py), with r = 0.85 for 0.8 and a SigLIP teacher for CLIP; bf16 for fp16
+    # and a clipped gradient are ours. Steps: ten epochs of 5 M clips.
+    "base": Config(
+        name="base", batch=2048, steps=27_000, unmasked_steps=2_700, lr=1e-4, save_every=1000,
+        data=DataConfig(train="data/webvid_cc3m_train.json", root="data/videos", frames=4, size=224, scale=0.5,
+                        flip=True, views=0, cache=False, workers=12),
+        mask=MaskConfig(ratio=0.85), model=ModelConfig(),
+    ),
+    "large": Config(
+        name="large", batch=4096, steps=13_500, unmasked_steps=1_350, lr=1e-4, save_every=1000,
+        data=DataConfig(train="data/webvid_cc3m_train.json", root="data/videos", frames=4, size=224, scale=0.5,
+                        flip=True, views=0, cache=False, workers=12),
+        mask=MaskConfig(ratio=0.85),
+        model=ModelConfig(width=1024, depth=24, heads=16, drop_path=0.2, text_width=1024, text_depth=24,
+                          text_heads=16, fusion=5, embed=768),
+    ),
+}
+
+
+# The loop
+
+@dataclass
+class Run:
+    """Where a stage runs: its place among the processes, its device and its folder."""
+    cfg: Config
+    folder: str
+    device: torch.device
+    rank: int
+    world: int
+
+    def wait(self):
+        """For all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
+    """Linear from 1 % of the peak over the warmup, then a cosine back to 1 %."""
+    up = warmup * steps
+    share = (step + 1) / up if step < up else 0.5 + 0.5 * math.cos(math.pi * (step - up) / max(1, steps - up))
+    return peak * (0.01 + 0.99 * min(1.0, share))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay; embeddings, norms, biases and scalars do not (UMT decays embeddings and the temperature too)."""
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        groups[p.ndim >= 2 and "embedding" not in name].append(p)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+def micro_size(micro_batch: int, batch: int, world: int) -> int:
+    """Clips a rank holds at once, which must divide the batch evenly over the ranks."""
+    micro = micro_batch or max(1, batch // world)
+    if batch % (world * micro):
+        raise ValueError(f"a batch of {batch} does not divide into micro-batches of {micro} on {world} ranks")
+    return micro
+
+
+def micro_batches(run: Run, clips: Clips, tokenizer, stage: str, batch: int, micro: int, step: int, steps: int):
+    """From `step` on, this rank's micro-batches of each step. Sample n of a run is a function of (seed, n) alone."""
+    cfg = run.cfg
+    parts = batch // micro
+    mine = range(run.rank * parts // run.world, (run.rank + 1) * parts // run.world)
+    order = [range(s * batch + i * micro, s * batch + (i + 1) * micro) for s in range(step, steps) for i in mine]
+    loader = iter(DataLoader(
+        clips, batch_sampler=order, num_workers=cfg.data.workers, pin_memory=run.device.type == "cuda",
+        collate_fn=lambda samples: data.collate(samples, tokenizer, cfg.model.text_length, seed=0),
+    ))
+    for s in range(step, steps):
+        group = []
+        for i in mine:
+            b = next(loader).to(run.device)
+            b.seed = int(np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i)).generate_state(1, np.uint64)[0])
+            group.append(b)
+        yield group
+
+
+def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: int, micro: int, steps: int, lr: float,
+        calls) -> nn.Module:
+    """
+    One stage: `steps` steps of `model`. `calls` turns a step's micro-batches into the arguments of the model's calls.
+
+    state.pt in the run's folder is where --resume goes on; log.jsonl gets the losses, averaged over micro-batches and
+    ranks.
+    """
+    cfg = run.cfg
+    os.makedirs(run.folder, exist_ok=True)
+    # Parameters that a stage has no use for get no gradient, and DDP must not wait for one.
+    idle = {"text": "crossattention", "unmasked": "decoder"}.get(stage)
+    for name, p in model.named_parameters():
+        p.requires_grad_(idle is None or idle not in name)
+    used = [p for p in model.parameters() if p.requires_grad]
+    betas = (0.9, 0.95 if stage == "teacher" else 0.999)        # SigLIP's and UMT's
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr, betas)
+    step = load_state(run, stage, model, optimizer)
+    net = DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    model.train()
+
+    weight = {"mrm": cfg.mrm, "vtc": cfg.vtc, "vtm": cfg.vtm, "mlm": cfg.mlm if stage != "text" else 1.0}
+    autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda")
+    loader = micro_batches(run, clips, tokenizer, stage, batch, micro, step, steps)
+    bar = tqdm(total=steps, initial=step, desc=f"{cfg.name} {stage}", disable=run.rank > 0, mininterval=1)
+    waited, clock, since = 0.0, time.perf_counter(), step
+    while step < steps:
+        t = time.perf_counter()
+        batches = next(loader)
+        waited += time.perf_counter() - t
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, cfg.warmup, lr)
+
+        # Forward and backward; gradients cross the ranks once a step, in the last micro-batch.
+        mean = {}
+        with autocast():
+            arguments = calls(batches)
+        for i, (b, args) in enumerate(zip(batches, arguments, strict=True)):
+            torch.manual_seed(b.seed)           # dropout too is a function of (seed, step, micro-batch)
+            with nullcontext() if run.world == 1 or i == len(batches) - 1 else net.no_sync():
+                with autocast():
+                    losses = net(*args)
+                    loss = sum(weight.get(name, 1.0) * value for name, value in losses.items())
+                (loss / len(batches)).backward()
+            for name, value in losses.items():
+                mean[name] = mean.get(name, 0) + value.detach() / len(batches)
+
+        # Update. A step that is not finite stops the run before it reaches the weights.
+        norm = torch.nn.utils.clip_grad_norm_(used, cfg.clip_grad)
+        if not norm.isfinite():
+            losses = ", ".join(f"{name} {value.item():g}" for name, value in mean.items())
+            clip_ids = [b.clip.tolist() for b in batches]
+            raise ValueError(f"{stage} step {step} not taken: gradient norm {norm.item()}, {losses}; clips {clip_ids}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        bar.update()
+        if step % cfg.log_every == 0 or step == steps:
+            values = torch.stack([*mean.values()]).float()
+            if run.world > 1:
+                dist.all_reduce(values)
+                values /= run.world
+            seconds = time.perf_counter() - clock
+            row = {"stage": stage, "step": step, **dict(zip(mean, values.tolist(), strict=True)),
+                   "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+                   "clips/s": (step - since) * batch / seconds, "wait": waited / seconds}
+            if run.rank == 0:
+                with open(os.path.join(run.folder, "log.jsonl"), "a") as f:
+                    f.write(json.dumps(row) + "\n")
+            bar.set_postfix({k: f"{row[k]:.3g}" for k in (*mean, "clips/s", "wait")}, refresh=False)
+            waited, clock, since = 0.0, time.perf_counter(), step
+        if run.rank == 0 and (step % cfg.save_every == 0 or step == steps):
+            t = time.perf_counter()
+            save_state(run, stage, step, model, optimizer)
+            clock += time.perf_counter() - t        # the rate is that of training
+    bar.close()
+    run.wait()
+    return model.requires_grad_(True).eval()
+
+
+# What --resume needs
+
+FREE = ("resume", "stage", "device", "log_every", "save_every")     # settings that may change when a run is resumed
+
+
+def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer):
+    """state.pt, whole or not at all."""
+    path = os.path.join(run.folder, "state.pt")
+    torch.save({"stage": stage, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "config": asdict(run.cfg)}, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load_state(run: Run, stage: str, model: nn.Module, optimizer) -> int:
+    """The step to go on from, model and optimizer restored; 0 where the folder's state is of another stage, or none."""
+    path = os.path.join(run.folder, "state.pt")
+    if not (run.cfg.resume and os.path.isfile(path)):
+        return 0
+    state = torch.load(path, map_location=run.device, weights_only=True)
+    same_config(state["config"], asdict(run.cfg), path)
+    if state["stage"] != stage:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def same_config(then: dict, now: dict, path: str, prefix: str = ""):
+    """A run goes on as it began: ValueError at the first setting that differs."""
+    for key, value in now.items():
+        if prefix + key in FREE:
+            continue
+        if isinstance(value, dict):
+            same_config(then[key], value, path, f"{prefix}{key}.")
+        elif then.get(key) != value:
+            raise ValueError(f"{path} is of a run with {prefix}{key} = {then.get(key)!r}, asked for is {value!r}")
+
+
+def finished(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, "model.safetensors"))
+
+
+# The teacher's word
+
+class Guides:
+    """
+    What the teacher tells the student. Where every clip has fixed views that come round at least twice, and the mask is
+    a function of the view (or of nothing the teacher knows), it is asked once, before the first step, and its word kept
+    in out/NAME/guide until the stage ends: the targets in fp16, the ids, the texts.
+    """
+
+    def __init__(self, run: Run, teacher: SigLIP, clips: Clips, tokenizer):
+        cfg = run.cfg
+        self.run, self.teacher, self.folder = run, teacher, os.path.join(run.folder, "guide")
+        self.views = cfg.data.views
+        again = self.views and cfg.steps * cfg.batch >= 2 * self.views * len(clips)
+        self.stored = again and (not cfg.mask.drawn or cfg.mask.blind)
+        if self.stored:
+            self.store(clips, tokenizer)
+
+    def __call__(self, batches: list[Batch]) -> list[Guide]:
+        return [self.stored_guide(b) if self.stored else self.ask(b) for b in batches]
+
+    def ask(self, batch: Batch) -> Guide:
+        cfg = self.run.cfg
+        return guide(self.teacher, batch, cfg.mask, cfg.mask.ratio, cfg.pool)
+
+    def stored_guide(self, batch: Batch) -> Guide:
+        row = (batch.clip * self.views + batch.view).cpu().numpy()
+        aligned, text, keep = (torch.from_numpy(x[row]).to(self.run.device) for x in self.arrays)
+        if self.run.cfg.mask.drawn:
+            B, T, N, _ = aligned.shape
+            keep = self.run.cfg.mask(aligned, keep_count(N, self.run.cfg.mask.ratio), generator=stream(batch, 0))
+        return Guide(keep.long(), aligned, text)
+
+    def store(self, clips: Clips, tokenizer, chunk: int = 32):
+        """The teacher is asked about each view of each clip in turn, in chunks that the ranks share out."""
+        run, cfg = self.run, self.run.cfg
+        total = len(clips) * self.views
+        first = self.ask(self.chunk(clips, tokenizer, range(1)))
+        # Coordinates of unit vectors: fp16 is off by 5e-4 of each at most, of which nothing is seen in a squared error.
+        parts = (("aligned", first.aligned, np.float16), ("text", first.text, np.float32),
+                 ("keep", first.keep, np.int32))
+        done = os.path.join(self.folder, "done")
+        if run.rank == 0 and not os.path.isfile(done):
+            os.makedirs(self.folder, exist_ok=True)
+            for name, x, dtype in parts:
+                np.lib.format.open_memmap(f"{self.folder}/{name}.npy", "w+", dtype, (total, *x.shape[1:]))
+        run.wait()
+        self.arrays = [np.load(f"{self.folder}/{name}.npy", mmap_mode="r+") for name, _, _ in parts]
+        if not os.path.isfile(done):
+            starts = range(0, total, chunk)[run.rank::run.world]
+            for start in tqdm(starts, f"{cfg.name} guide", unit_scale=chunk, disable=run.rank > 0, mininterval=1):
+                rows = range(start, min(start + chunk, total))
+                told = self.ask(self.chunk(clips, tokenizer, rows))
+                for array, x in zip(self.arrays, (told.aligned, told.text, told.keep), strict=True):
+                    array[rows.start:rows.stop] = x.cpu().float().numpy()
+            run.wait()
+            if run.rank == 0:
+                open(done, "w").close()
+        run.wait()
+
+    def chunk(self, clips: Clips, tokenizer, rows: range) -> Batch:
+        samples = [clips.view(row // self.views, row % self.views) for row in rows]
+        return data.collate(samples, tokenizer, self.run.cfg.model.text_length, seed=0).to(self.run.device)
+
+    def forget(self):
+        """The stored words, once nobody needs them."""
+        if self.stored and self.run.rank == 0:
+            shutil.rmtree(self.folder)
+
+
+# The stages
+
+def small_teacher(cfg: Config, tokenizer) -> SigLIP:
+    """A SigLIP that two CPU cores can train, with the student's patches."""
+    s = cfg.small
+    torch.manual_seed(cfg.seed)
+    layers = dict(hidden_size=s.width, intermediate_size=2 * s.width, num_attention_heads=s.heads, hidden_act="relu")
+    vision = VisionConfig(num_hidden_layers=s.depth, image_size=cfg.data.size, patch_size=cfg.model.patch, **layers)
+    text = TextConfig(num_hidden_layers=s.text_depth, vocab_size=tokenizer.get_vocab_size(),
+                      max_position_embeddings=cfg.model.text_length, **layers)
+    return SigLIP(SigLIPConfig(vision, text), tokenizer)
+
+
+def single_frames(teacher: SigLIP, batches: list[Batch], still: float) -> list[tuple]:
+    """One frame of each clip, drawn, with a caption that speaks of no motion where there is one and chance says so."""
+    calls = []
+    for b in batches:
+        B, T = b.video.shape[:2]
+        t, kind = torch.rand(2, B, generator=stream(b, 0))
+        frames = b.video[torch.arange(B, device=b.video.device), (t * T).long().to(b.video.device)]
+        captions = [s if s and k < still else c for s, c, k in zip(b.stills, b.captions, kind.tolist(), strict=True)]
+        calls.append((frames, teacher.tokenize(captions)))
+    return calls
+
+
+def find_tokenizer(run: Run, rows: list):
+    """The one given, or the text encoder's, or the data's; else one is trained on the captions."""
+    cfg = run.cfg
+    own = os.path.join("out", cfg.name, "tokenizer.json")
+    path = cfg.tokenizer
+    if not path:
+        beside = [cfg.text, os.path.dirname(cfg.data.train)] if cfg.text else [os.path.dirname(cfg.data.train)]
+        path = next((p for p in (os.path.join(b, "tokenizer.json") for b in beside) if os.path.isfile(p)), own)
+    if path == own and run.rank == 0 and not os.path.isfile(own):
+        os.makedirs(os.path.dirname(own), exist_ok=True)
+        data.train_tokenizer([caption for row in rows for caption in row.captions], own)
+    run.wait()
+    return data.load_tokenizer(path)
+
+
+def main(cfg: Config) -> nn.Module:
+    """Train what `cfg` says; returns the model of the last stage."""
+    # Processes, device, folder.
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, and this machine or this build of torch has no CUDA GPU")
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    micro = micro_size(cfg.micro_batch, cfg.batch, world)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(device)
+    out = os.path.join("out", cfg.name)
+    run = Run(cfg, out, device, rank, world)
+    only = None if cfg.stage == "all" else os.path.join(out, cfg.stage)
+    held = [name for name in ("state.pt", "model.safetensors") if os.path.isfile(os.path.join(only or out, name))]
+    if held and not cfg.resume:
+        raise ValueError(f"{only or out} holds a run ({held[0]}): --resume goes on with it, another --name starts anew")
+
+    # Data. Rank 0 writes what is missing and decodes; the others then open what it wrote.
+    if rank == 0 and cfg.data.train == DataConfig.train and not os.path.exists(cfg.data.train):
+        data.write_sprites(os.path.dirname(cfg.data.train))
+    run.wait()
+    rows = data.read_annotations(cfg.data.train, cfg.data.root)
+    tokenizer = find_tokenizer(run, rows)
+    if rank > 0:
+        run.wait()
+    clips = Clips(rows, cfg.data, cfg.seed)
+    if rank == 0:
+        run.wait()
+
+    # The teacher and the text encoder: given, or small ones trained here.
+    cfg.model.vocab = cfg.model.vocab or tokenizer.get_vocab_size()
+    cfg.model.mask_id = cfg.model.mask_id or tokenizer.token_to_id("[MASK]")
+    folder = cfg.teacher or os.path.join(out, "teacher")
+    if cfg.stage != "text":
+        if not cfg.teacher and not finished(folder):
+            teacher = small_teacher(cfg, tokenizer).to(device)
+            fit(replace(run, folder=folder), "teacher", teacher, clips, tokenizer, cfg.small.batch,
+                micro_size(0, cfg.small.batch, world), cfg.small.steps, cfg.small.lr,
+                lambda batches: single_frames(teacher, batches, cfg.small.still))
+            if rank == 0:
+                teacher.save(folder)
+            run.wait()
+        teacher = SigLIP.from_pretrained(folder, torch.bfloat16 if cuda else torch.float32).to(device)
+        cfg.model.target = cfg.model.target or teacher.cfg.vision_config.hidden_size
+    if cfg.stage == "teacher":
+        return teacher
+    folder = cfg.text or os.path.join(out, "text")
+    if not cfg.text and not finished(folder):
+        torch.manual_seed(cfg.seed)
+        bert = Bert(bert_config(cfg.model)).to(device)
+        fit(replace(run, folder=folder), "text", bert, clips, tokenizer, cfg.small.text_batch,
+            micro_size(0, cfg.small.text_batch, world), cfg.small.text_steps, cfg.small.text_lr,
+            lambda batches: [corrupt(b.ids, cfg.model.vocab, cfg.model.mask_id, stream(b, 0)) for b in batches])
+        if rank == 0:
+            bert.save(folder)
+            tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        run.wait()
+    torch.manual_seed(cfg.seed)
+    bert = Bert.from_pretrained(folder, fusion_layers=cfg.model.fusion, encoder_width=cfg.model.width,
+                                hidden_dropout_prob=cfg.model.dropout)
+    if cfg.stage == "text":
+        return bert
+
+    # The student: masked pretraining, then a short stage on all tokens.
+    model = ClusterSTM(cfg.model, bert).to(device)
+    masked = os.path.join(out, "masked")
+    if cfg.resume and finished(masked):
+        model.load_state_dict(load_file(os.path.join(masked, "model.safetensors")))
+    else:
+        guides = Guides(run, teacher, clips, tokenizer)
+        fit(run, "pretrain", model, clips, tokenizer, cfg.batch, micro, cfg.steps, cfg.lr,
+            lambda batches: with_whole(model, batches, guides(batches)))
+        guides.forget()
+        save_model(run, model, tokenizer, masked)
+    if cfg.unmasked_steps:
+        fit(run, "unmasked", model, clips, tokenizer, cfg.batch, micro, cfg.unmasked_steps, cfg.lr * cfg.unmasked_lr,
+            lambda batches: with_whole(model, batches, [None] * len(batches)))
+    save_model(run, model, tokenizer, out)
+    if rank == 0:
+        print(f"{out}: trained. Next: python eval.py --checkpoint {out}", flush=True)
+    return model
+
+
+def with_whole(model: ClusterSTM, batches: list[Batch], guides: list[Guide | None]) -> list[tuple]:
+    """The arguments of the model's calls: a micro-batch, what the teacher says of it, what it must know of the rest."""
+    return list(zip(batches, guides, model.whole(batches, guides), strict=True))
+
+
+def save_model(run: Run, model: ClusterSTM, tokenizer, folder: str):
+    """A folder for ClusterSTM.from_pretrained and eval.py; its weights come last, as the sign that it is whole."""
+    if run.rank == 0:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump(asdict(run.cfg), f, indent=1)
+        tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        save_weights(model, folder)
+    run.wait()
+
+
+if __name__ == "__main__":
+    preset = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in PRESETS else "sprites"
+    main(tyro.cli(Config, default=PRESETS[preset]))
