@@ -32,7 +32,7 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------------------------------
 # Sprites: what a clip shows
 
-VERSION = 1                                        # of the drawing; part of what `write_sprites` leaves in sprites.json
+VERSION = 2                                        # of the drawing; part of what `write_sprites` leaves in sprites.json
 FRAMES, SIZE = 8, 64                               # frames a clip, pixels a side
 SPLITS = {"train": 0, "test": 1}
 
@@ -79,13 +79,14 @@ class Plan:
         objects = sorted(" ".join(o[key] for key in ("size", "colour", "shape", "motion")) for o in self.objects)
         return ", ".join([*objects, f"{self.texture} {self.tone}"])
 
-    def caption(self, motions: bool = True) -> str:
+    def caption(self) -> str:
         whole, one, between = TEMPLATES[self.template]
-        if not motions:
-            one, between = "{object}", " and "
-        objects = [one.format(object=f"a {o['size']} {o['colour']} {o['shape']}", motion=o["motion"])
-                   for o in self.objects]
-        return whole.format(objects=between.join(objects), background=f"a {self.texture} {self.tone} background")
+        objects = between.join(one.format(object=name(o), motion=o["motion"]) for o in self.objects)
+        return whole.format(objects=objects, background=f"a {self.texture} {self.tone} background")
+
+    def still(self) -> str:
+        """The objects alone: true of each frame."""
+        return " and ".join(map(name, self.objects))
 
 
 @dataclass
@@ -93,9 +94,13 @@ class Drawn:
     """A clip of `sprites` with its ground truth."""
     frames: np.ndarray                             # (T, H, W, 3) uint8
     caption: str
-    still: str                                     # the caption without motions: true of each frame alone
+    still: str                                     # the objects alone: true of each frame
     boxes: np.ndarray                              # (T, objects, 4) float32: x0, y0, x1, y1 in pixels
     objects: list[dict]                            # shape, colour, size, motion
+
+
+def name(o: dict) -> str:
+    return f"a {o['size']} {o['colour']} {o['shape']}"
 
 
 def propose(rng: np.random.Generator) -> Plan:
@@ -255,7 +260,7 @@ def draw(seed: int, split: str, index: int, sprites: bool = True) -> Drawn:
     boxes = np.concatenate([centres, centres], axis=-1) + radii[..., None] * extent[:, None]
     return Drawn(
         frames=np.clip(np.rint(video), 0, 255).astype(np.uint8),
-        caption=shown.caption(), still=shown.caption(motions=False),
+        caption=shown.caption(), still=shown.still(),
         boxes=boxes.transpose(1, 0, 2).astype(np.float32), objects=shown.objects,
     )
 
@@ -307,9 +312,9 @@ def write_sprites(out: str, seed: int = 0, train: int = 4096, test: int = 512):
     """Draw the embedded data set `sprites` and write it as ordinary files.
 
     videos/*.mp4 are H.264 (crf 12, 4:2:0); sprites_train.json and sprites_test.json are in the form of the published
-    retrieval annotations, with one more key, "still": the caption without motions. sprites_boxes.npz holds the true
-    boxes, train and test (clips, T, 3, 4), x0 y0 x1 y1 in pixels, NaN where a clip has fewer than three sprites.
-    tokenizer.json is a word-piece tokenizer of the training captions.
+    retrieval annotations, with one more key, "still": the objects alone, true of each frame. sprites_boxes.npz holds
+    the true boxes, train and test (clips, T, 3, 4), x0 y0 x1 y1 in pixels, NaN where a clip has fewer than three
+    sprites. tokenizer.json is a word-piece tokenizer of the training captions.
 
     Coding changes a pixel by 4.6 of 255 levels on average, much of it the noise, and by 14 on sprites, where 4:2:0
     halves the resolution of colour; 99 % of the pixels of small sprites stay nearest to their own colour.

@@ -71,10 +71,11 @@ def sinusoids(grid: tuple[int, int, int], C: int, kind: str, device: torch.devic
     Fixed positions of the tokens of a clip: grid (T, h, w) -> (Thw, C).
 
     "1d": sin and cos of the flat index in turn (UMT, VideoMAE). "3d": a quarter of the channels for t, the rest shared
-    by h and w, so that a position means the same at every clip length and resolution.
+    by h and w, so that a position means the same at every clip length and resolution; its slowest wave is 100 times
+    the fastest, not 10000, as no axis is long.
     """
     def encode(index: Tensor, C: int) -> Tensor:
-        rate = 10000 ** (-2 * torch.arange((C + 1) // 2, dtype=torch.float64) / C)
+        rate = (10000 if kind == "1d" else 100) ** (-2 * torch.arange((C + 1) // 2, dtype=torch.float64) / C)
         angle = index.double()[:, None] * rate
         return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C]
 
@@ -349,8 +350,17 @@ class Bert(nn.Module):
                 raise FileNotFoundError(f"{folder} is no BERT folder: it has no {name}")
         with open(os.path.join(folder, "config.json")) as f:
             model = cls(known(BertConfig, {**json.load(f), **changes}))
-        saved = load_file(os.path.join(folder, "model.safetensors"))
-        model.load_state_dict({k: v for k, v in model.state_dict().items() if "crossattention" in k} | saved)
+        saved = {}
+        for key, value in load_file(os.path.join(folder, "model.safetensors")).items():
+            key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            key = key if key.startswith(("bert.", "cls.")) else "bert." + key
+            # The pooler and the next-sentence head have no place here; the decoder is the word embedding.
+            if not key.startswith(("bert.pooler.", "cls.seq_relationship.", "cls.predictions.decoder.",
+                                   "bert.embeddings.position_ids")):
+                saved[key] = value
+        new = [k for k in model.state_dict() if "crossattention" in k or not any(k.startswith("cls.") for k in saved)
+               and k.startswith("cls.")]
+        model.load_state_dict({k: model.state_dict()[k] for k in new} | saved)
         return model
 
     def save(self, folder: str):
@@ -432,10 +442,11 @@ def vtc_loss(video: Tensor, text: Tensor, media: Tensor, temp: Tensor) -> Tensor
     video_i is the mean over frames of unit vectors, so that video_i . text_j is the mean of the frames' cosines. Clips
     of one medium are all positives of each other's captions: targets are the row-normalised equality of the media.
     """
-    logits = video.float() @ text.float().T / temp                                  # (B, B)
-    same = (media[:, None] == media[None]).float()
-    target = same / same.sum(1, keepdim=True)
-    return (nnf.cross_entropy(logits, target) + nnf.cross_entropy(logits.T, target)) / 2
+    with torch.autocast(video.device.type, enabled=False):
+        logits = video.float() @ text.float().T / temp                              # (B, B)
+        same = (media[:, None] == media[None]).float()
+        target = same / same.sum(1, keepdim=True)
+        return (nnf.cross_entropy(logits, target) + nnf.cross_entropy(logits.T, target)) / 2
 
 
 def spread(p: Tensor, relevance) -> Tensor:
@@ -555,14 +566,15 @@ class ClusterSTM(nn.Module):
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         parts = world * len(batches)
-        words = total(sum((self.corrupt(b)[1] != -100).sum() for b in batches).float()) / parts
+        words = total(sum((self.corrupt(b)[1] != -100).sum() for b in batches).float()).clamp_min(1) / parts
         gram = variance = others = None
         if guides[0] is not None:
-            texts = [g.text.float() for g in guides]
-            gram = total(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
-            forms = [self.relevance(g, gram) for g in guides]
-            aimed = [take(g.aligned, self.wanted(b, g)) for b, g in zip(batches, guides, strict=True)]
-            variance = total(sum(spread(p, form) for p, form in zip(aimed, forms, strict=True))) / parts
+            with torch.autocast(words.device.type, enabled=False):
+                texts = [g.text.float() for g in guides]
+                gram = total(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
+                forms = [self.relevance(g, gram) for g in guides]
+                aimed = [take(g.aligned, self.wanted(b, g)) for b, g in zip(batches, guides, strict=True)]
+                variance = total(sum(spread(p, form) for p, form in zip(aimed, forms, strict=True))) / parts
         if len(batches) > 1:
             features = []
             for b, g in zip(batches, guides, strict=True):
@@ -591,7 +603,8 @@ class ClusterSTM(nn.Module):
             wanted = self.wanted(batch, guide)
             p = take(guide.aligned, wanted)
             q = self.decoder(tokens, guide.keep, wanted, self.vit.grid(batch.video))
-            losses["mrm"] = self.relevance(guide, whole.gram)(q - p).mean() / whole.variance.clamp_min(1e-8)
+            with torch.autocast(tokens.device.type, enabled=False):
+                losses["mrm"] = self.relevance(guide, whole.gram)(q - p).mean() / whole.variance.clamp_min(1e-8)
 
         # The features of the other micro-batches are constants; own ones carry the gradient, once for each part,
         # because the parts' losses are averaged.
@@ -602,7 +615,7 @@ class ClusterSTM(nn.Module):
         losses["vtc"] = vtc_loss(*every, others[2].flatten(), self.temp)
 
         # One pass of the fusion layers: matching pairs, another clip, another text; and MLM, with the matching clip.
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             similarity = video @ text.T / self.temp
             clip, clip_ok = hard_negatives(similarity.T, batch.media, stream(batch, 3))     # for each text
             other, text_ok = hard_negatives(similarity, batch.media, stream(batch, 4))      # for each clip
@@ -619,7 +632,7 @@ class ClusterSTM(nn.Module):
 
         masked = labels != -100
         logits = self.bert.words(fused[3 * B:][masked]).float()
-        losses["mlm"] = nnf.cross_entropy(logits, labels[masked], reduction="sum") / whole.words.clamp_min(1)
+        losses["mlm"] = nnf.cross_entropy(logits, labels[masked], reduction="sum") / whole.words
         return losses
 
     def save(self, folder: str):

@@ -50,6 +50,7 @@ class TextConfig:
     num_attention_heads: int = 12
     vocab_size: int = 32000
     max_position_embeddings: int = 64
+    pad_token_id: int = 1
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
 
@@ -278,10 +279,9 @@ class SigLIP(nn.Module):
         """captions -> ids (M, L), padded and cut to the model's length."""
         if self.tokenizer is None:
             raise ValueError("this SigLIP has no tokenizer: its folder wants a tokenizer.json")
-        L = self.cfg.text_config.max_position_embeddings
+        L, pad = self.cfg.text_config.max_position_embeddings, self.cfg.text_config.pad_token_id
         self.tokenizer.enable_truncation(L)
-        self.tokenizer.enable_padding(length=L, **({} if self.tokenizer.padding is None else {
-            k: self.tokenizer.padding[k] for k in ("pad_id", "pad_token", "pad_type_id")}))
+        self.tokenizer.enable_padding(length=L, pad_id=pad, pad_token=self.tokenizer.id_to_token(pad))
         encoded = self.tokenizer.encode_batch(captions)
         return torch.tensor([e.ids for e in encoded], device=self.logit_bias.device)
 
@@ -317,15 +317,17 @@ class SigLIP(nn.Module):
         return {"sigmoid": sigmoid_loss(image, text, same, self.logit_scale, self.logit_bias)}
 
     def save(self, folder: str):
-        """config.json, model.safetensors and tokenizer.json into the folder, each whole or not at all."""
+        """config.json, tokenizer.json, then model.safetensors into the folder, the last whole or not at all."""
         os.makedirs(folder, exist_ok=True)
+        if self.tokenizer is not None:
+            self.tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        config = asdict(self.cfg)
+        config["text_config"]["projection_size"] = self.cfg.vision_config.hidden_size
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump(config, f, indent=1)
         path = os.path.join(folder, "model.safetensors")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path + ".tmp")
         os.replace(path + ".tmp", path)
-        if self.tokenizer is not None:
-            self.tokenizer.save(os.path.join(folder, "tokenizer.json"))
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump(asdict(self.cfg), f, indent=1)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype=torch.float32) -> "SigLIP":
@@ -357,8 +359,9 @@ def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias:
 
     L = -1/B sum_ij log sigmoid(z_ij (t <image_i, text_j> + b)), z = 1 where i and j match and -1 elsewhere.
     """
-    logits = scale.exp() * image.float() @ text.float().T + bias
-    return -nnf.logsigmoid(torch.where(same, logits, -logits)).sum() / len(image)
+    with torch.autocast(image.device.type, enabled=False):
+        logits = scale.exp() * image.float() @ text.float().T + bias
+        return -nnf.logsigmoid(torch.where(same, logits, -logits)).sum() / len(image)
 
 
 @dataclass
