@@ -800,8 +800,16 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int)
     )
 
 
-if __name__ == "__main__":
+def command(name: str, run):
+    """Runs a command. What is wrong with its input is one line, not a traceback, unless TRACEBACK is set."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"sprites": write_sprites}, description="The embedded data set.")
+        run()
     except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"{name}: {str(error).strip().splitlines()[-1]}")          # a loader process sends its traceback along
+
+
+if __name__ == "__main__":
+    command("data.py", lambda: tyro.extras.subcommand_cli_from_dict({"sprites": write_sprites},
+                                                                    description="The embedded data set."))

@@ -179,4 +179,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    data.command("eval.py", lambda: main(tyro.cli(Config)))

@@ -14,11 +14,11 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 import torch.nn.functional as nnf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from teacher import Guide, known, patches
+from teacher import Guide, known, load_weights, patches, read_folder
 
 
 @dataclass
@@ -345,22 +345,19 @@ class Bert(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, **changes) -> "Bert":
         """A folder in Hugging Face's layout. Cross-attention is new where it has none; all else must be there."""
-        for name in ("config.json", "model.safetensors"):
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise FileNotFoundError(f"{folder} is no BERT folder: it has no {name}")
-        with open(os.path.join(folder, "config.json")) as f:
-            model = cls(known(BertConfig, {**json.load(f), **changes}))
-        saved = {}
-        for key, value in load_file(os.path.join(folder, "model.safetensors")).items():
+        config, found = read_folder(folder, "a BERT")
+        model, saved = cls(known(BertConfig, {**config, **changes})), {}
+        for key, value in found.items():
             key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
             key = key if key.startswith(("bert.", "cls.")) else "bert." + key
             # The pooler and the next-sentence head have no place here; the decoder is the word embedding.
             if not key.startswith(("bert.pooler.", "cls.seq_relationship.", "cls.predictions.decoder.",
                                    "bert.embeddings.position_ids")):
                 saved[key] = value
-        new = [k for k in model.state_dict() if "crossattention" in k or not any(k.startswith("cls.") for k in saved)
-               and k.startswith("cls.")]
-        model.load_state_dict({k: model.state_dict()[k] for k in new} | saved)
+        headless = not any(key.startswith("cls.") for key in saved)
+        new = {key: value for key, value in model.state_dict().items()
+               if "crossattention" in key or headless and key.startswith("cls.")}
+        load_weights(model, new | saved, folder)
         return model
 
     def save(self, folder: str):
@@ -642,15 +639,11 @@ class ClusterSTM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str) -> "ClusterSTM":
         """A folder that train.py wrote: config.json, model.safetensors. In eval mode."""
-        for name in ("config.json", "model.safetensors"):
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise FileNotFoundError(f"{folder} holds no model: it has no {name}")
-        with open(os.path.join(folder, "config.json")) as f:
-            config = json.load(f)
+        config, saved = read_folder(folder, "a trained model")
         if "model" not in config:
             raise ValueError(f"{folder}/config.json has no 'model' part: no run of train.py wrote it")
-        model = cls(ModelConfig(**config["model"]))
-        model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+        model = cls(known(ModelConfig, config["model"]))
+        load_weights(model, saved, folder)
         return model.eval()
 
 

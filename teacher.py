@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.nn.functional as nnf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -332,18 +333,14 @@ class SigLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, dtype=torch.float32) -> "SigLIP":
         """A folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json. Strict; in eval mode."""
-        for name in ("config.json", "model.safetensors"):
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise FileNotFoundError(f"{folder} is no SigLIP folder: it has no {name}")
-        with open(os.path.join(folder, "config.json")) as f:
-            config = json.load(f)
+        config, saved = read_folder(folder, "a SigLIP")
         if config.get("model_type") != "siglip":
             raise ValueError(f"{folder}/config.json: model_type wants to be 'siglip', is {config.get('model_type')!r}")
         cfg = SigLIPConfig(known(VisionConfig, config.get("vision_config", {})),
                            known(TextConfig, config.get("text_config", {})))
         path = os.path.join(folder, "tokenizer.json")
         model = cls(cfg, Tokenizer.from_file(path) if os.path.isfile(path) else None)
-        model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+        load_weights(model, saved, folder)
         return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -351,6 +348,29 @@ def known(config, values: dict):
     """The dataclass `config` from those of the values that it has."""
     names = {f.name for f in fields(config)}
     return config(**{k: v for k, v in values.items() if k in names})
+
+
+def load_weights(model: nn.Module, saved: dict[str, Tensor], where: str):
+    """Every weight of the model from `saved`, and no other there; a ValueError names the first that does not fit."""
+    want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    have = {key: tuple(value.shape) for key, value in saved.items()}
+    for key in [*want, *(key for key in have if key not in want)]:
+        if want.get(key) != have.get(key):
+            found, wanted = have.get(key, "not there"), want.get(key, "no such weight")
+            raise ValueError(f"{where}: {key} is {found}, wanted {wanted}")
+    model.load_state_dict(saved)
+
+
+def read_folder(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and model.safetensors of a folder, which must be there and be what their names say."""
+    for name in ("config.json", "model.safetensors"):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise FileNotFoundError(f"{folder} is no folder of {what}: it has no {name}")
+    try:
+        with open(os.path.join(folder, "config.json")) as f:
+            return json.load(f), load_file(os.path.join(folder, "model.safetensors"))
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is no folder of {what}: {error}") from None
 
 
 def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -36,7 +36,7 @@ import data
 from data import Batch, Clips, DataConfig
 from masking import MaskConfig, keep_count
 from model import Bert, ClusterSTM, ModelConfig, bert_config, corrupt, save_weights, stream
-from teacher import Guide, SigLIP, SigLIPConfig, TextConfig, VisionConfig, guide
+from teacher import Guide, SigLIP, SigLIPConfig, TextConfig, VisionConfig, guide, load_weights, read_folder
 
 STAGES = ("teacher", "text", "pretrain", "unmasked")
 
@@ -52,7 +52,7 @@ class SmallConfig:
     steps: int = 800              # teacher: steps
     lr: float = 2e-3              # teacher: peak learning rate
     still: float = 0.5            # teacher: share of captions true of single frames ("still"), where the data has such
-    text_steps: int = 400         # text: steps
+    text_steps: int = 250         # text: steps
     text_batch: int = 128         # text: captions a step
     text_lr: float = 1e-3         # text: peak learning rate
 
@@ -60,7 +60,7 @@ class SmallConfig:
 @dataclass
 class Config:
     """Train ClusterSTM. Everything that a run writes is under out/NAME."""
-    name: str = "sprites"         # the run; its folder is out/NAME
+    name: str = ""                # the run; its folder is out/NAME; empty: as the annotation file, without _train
     stage: Literal["all", "teacher", "text"] = "all"    # all: whatever is missing, then pretrain; or one of the first
     resume: bool = False          # go on where out/NAME stopped
     teacher: str = ""             # folder of a SigLIP checkpoint; empty: a small one is trained on the data first
@@ -161,11 +161,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def micro_size(micro_batch: int, batch: int, world: int) -> int:
-    """Clips a rank holds at once, which must divide the batch evenly over the ranks."""
-    micro = micro_batch or max(1, batch // world)
-    if batch % (world * micro):
-        raise ValueError(f"a batch of {batch} does not divide into micro-batches of {micro} on {world} ranks")
+def micro_sizes(cfg: Config, world: int) -> dict[str, int]:
+    """Clips a rank holds at once, by stage, which must divide the stage's batch evenly over the ranks."""
+    batches = {"teacher": cfg.small.batch, "text": cfg.small.text_batch, "pretrain": cfg.batch,
+               "unmasked": cfg.unmasked_batch or cfg.batch}
+    micro = {stage: cfg.micro_batch if stage in ("pretrain", "unmasked") else 0 for stage in batches}
+    for stage, batch in batches.items():
+        micro[stage] = micro[stage] or max(1, batch // world)
+        if batch % (world * micro[stage]):
+            raise ValueError(f"{stage}: a batch of {batch} does not divide into micro-batches of {micro[stage]} "
+                             f"on {world} ranks")
     return micro
 
 
@@ -271,7 +276,8 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
 
 # What --resume needs
 
-FREE = ("resume", "stage", "device", "log_every", "save_every")     # settings that may change when a run is resumed
+# Settings that may change when a run is resumed.
+FREE = ("resume", "stage", "device", "log_every", "save_every", "data.workers", "data.cache")
 
 
 def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer):
@@ -307,8 +313,14 @@ def same_config(then: dict, now: dict, path: str, prefix: str = ""):
             raise ValueError(f"{path} is of a run with {prefix}{key} = {then.get(key)!r}, asked for is {value!r}")
 
 
-def finished(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, "model.safetensors"))
+def finished(folder: str, cfg: Config) -> bool:
+    """Whether a stage has left its weights in the folder; if so they must be of this configuration."""
+    if not os.path.isfile(os.path.join(folder, "model.safetensors")):
+        return False
+    path = os.path.join(folder, "state.pt")
+    if os.path.isfile(path):
+        same_config(torch.load(path, weights_only=True)["config"], asdict(cfg), path)
+    return True
 
 
 # The teacher's word
@@ -429,23 +441,25 @@ def find_tokenizer(run: Run, rows: list):
 
 def main(cfg: Config) -> nn.Module:
     """Train what `cfg` says; returns the model of the last stage."""
+    cfg = replace(cfg, name=cfg.name or os.path.splitext(os.path.basename(cfg.data.train))[0].removesuffix("_train"),
+                  model=replace(cfg.model))         # its widths are filled in below
     # Processes, device, folder.
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, and this machine or this build of torch has no CUDA GPU")
     cuda = cfg.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    micro = micro_size(cfg.micro_batch, cfg.batch, world)
+    micro = micro_sizes(cfg, world)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))      # rank 0 decodes alone
     if cuda:
         torch.cuda.set_device(device)
     out = os.path.join("out", cfg.name)
     run = Run(cfg, out, device, rank, world)
-    only = None if cfg.stage == "all" else os.path.join(out, cfg.stage)
-    held = [name for name in ("state.pt", "model.safetensors") if os.path.isfile(os.path.join(only or out, name))]
+    folders = [os.path.join(out, s) for s in ("teacher", "text", "")] if cfg.stage == "all" else [f"{out}/{cfg.stage}"]
+    held = [f for folder in folders for f in (f"{folder}/state.pt", f"{folder}/model.safetensors") if os.path.isfile(f)]
     if held and not cfg.resume:
-        raise ValueError(f"{only or out} holds a run ({held[0]}): --resume goes on with it, another --name starts anew")
+        raise ValueError(f"{held[0]} is of an earlier run: --resume goes on with it, another --name starts anew")
 
     # Data. Rank 0 writes what is missing and decodes; the others then open what it wrote.
     if rank == 0 and cfg.data.train == DataConfig.train and not os.path.exists(cfg.data.train):
@@ -464,24 +478,27 @@ def main(cfg: Config) -> nn.Module:
     cfg.model.mask_id = cfg.model.mask_id or tokenizer.token_to_id("[MASK]")
     folder = cfg.teacher or os.path.join(out, "teacher")
     if cfg.stage != "text":
-        if not cfg.teacher and not finished(folder):
+        if not cfg.teacher and not finished(folder, cfg):
             teacher = small_teacher(cfg, tokenizer).to(device)
-            fit(replace(run, folder=folder), "teacher", teacher, clips, tokenizer, cfg.small.batch,
-                micro_size(0, cfg.small.batch, world), cfg.small.steps, cfg.small.lr,
-                lambda batches: single_frames(teacher, batches, cfg.small.still))
+            fit(replace(run, folder=folder), "teacher", teacher, clips, tokenizer, cfg.small.batch, micro["teacher"],
+                cfg.small.steps, cfg.small.lr, lambda batches: single_frames(teacher, batches, cfg.small.still))
             if rank == 0:
                 teacher.save(folder)
             run.wait()
         teacher = SigLIP.from_pretrained(folder, torch.bfloat16 if cuda else torch.float32).to(device)
-        cfg.model.target = cfg.model.target or teacher.cfg.vision_config.hidden_size
+        vision = teacher.cfg.vision_config
+        if (vision.image_size, vision.patch_size) != (cfg.data.size, cfg.model.patch):
+            raise ValueError(f"the teacher {folder} sees {vision.image_size} pixels in patches of {vision.patch_size}, "
+                             f"the student {cfg.data.size} in patches of {cfg.model.patch}: their tokens differ")
+        cfg.teacher, cfg.model.target = folder, cfg.model.target or vision.hidden_size
     if cfg.stage == "teacher":
         return teacher
     folder = cfg.text or os.path.join(out, "text")
-    if not cfg.text and not finished(folder):
+    if not cfg.text and not finished(folder, cfg):
         torch.manual_seed(cfg.seed)
         bert = Bert(bert_config(cfg.model)).to(device)
-        fit(replace(run, folder=folder), "text", bert, clips, tokenizer, cfg.small.text_batch,
-            micro_size(0, cfg.small.text_batch, world), cfg.small.text_steps, cfg.small.text_lr,
+        fit(replace(run, folder=folder), "text", bert, clips, tokenizer, cfg.small.text_batch, micro["text"],
+            cfg.small.text_steps, cfg.small.text_lr,
             lambda batches: [corrupt(b.ids, cfg.model.vocab, cfg.model.mask_id, stream(b, 0)) for b in batches])
         if rank == 0:
             bert.save(folder)
@@ -496,22 +513,23 @@ def main(cfg: Config) -> nn.Module:
     # The student: masked pretraining, then a short stage on all tokens.
     model = ClusterSTM(cfg.model, bert).to(device)
     masked = os.path.join(out, "masked")
-    if cfg.resume and finished(masked):
-        model.load_state_dict(load_file(os.path.join(masked, "model.safetensors")))
+    if cfg.resume and finished(masked, cfg):
+        load_weights(model, read_folder(masked, "a trained model")[1], masked)
     else:
         guides = Guides(run, teacher, clips, tokenizer)
-        fit(run, "pretrain", model, clips, tokenizer, cfg.batch, micro, cfg.steps, cfg.lr,
+        fit(run, "pretrain", model, clips, tokenizer, cfg.batch, micro["pretrain"], cfg.steps, cfg.lr,
             lambda batches: with_whole(model, batches, guides(batches)))
         guides.forget()
         save_model(run, model, tokenizer, masked)
     if cfg.unmasked_steps:
-        batch = cfg.unmasked_batch or cfg.batch
-        fit(run, "unmasked", model, clips, tokenizer, batch, micro_size(min(micro, batch // world), batch, world),
+        fit(run, "unmasked", model, clips, tokenizer, cfg.unmasked_batch or cfg.batch, micro["unmasked"],
             cfg.unmasked_steps, cfg.lr * cfg.unmasked_lr,
             lambda batches: with_whole(model, batches, [None] * len(batches)))
     save_model(run, model, tokenizer, out)
     if rank == 0:
         print(f"{out}: trained. Next: python eval.py --checkpoint {out}", flush=True)
+    if world > 1:
+        dist.destroy_process_group()
     return model
 
 
@@ -533,4 +551,4 @@ def save_model(run: Run, model: ClusterSTM, tokenizer, folder: str):
 
 if __name__ == "__main__":
     preset = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in PRESETS else "sprites"
-    main(tyro.cli(Config, default=PRESETS[preset]))
+    data.command("train.py", lambda: main(tyro.cli(Config, default=PRESETS[preset])))

@@ -191,7 +191,4 @@ The clip "{caption}": its clusters, and what is kept.
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ValueError, OSError) as error:
-        sys.exit(f"tools.demo: {error}")
+    data.command("tools.demo", lambda: main(tyro.cli(Config)))

@@ -7,7 +7,6 @@ Pictures for people: what masks keep of a clip, and how runs went.
 
 import json
 import os
-import sys
 from dataclasses import dataclass
 
 import matplotlib
@@ -133,7 +132,4 @@ def main(cfg: Mask | Run):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.extras.subcommand_cli_from_dict({"mask": Mask, "run": Run}))
-    except (ValueError, OSError) as error:
-        sys.exit(f"tools.show: {error}")
+    data.command("tools.show", lambda: main(tyro.extras.subcommand_cli_from_dict({"mask": Mask, "run": Run})))
