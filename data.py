@@ -32,7 +32,7 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------------------------------
 # Sprites: what a clip shows
 
-VERSION = 2                                        # of the drawing; part of what `write_sprites` leaves in sprites.json
+VERSION = 3                                        # of the drawing; part of what `write_sprites` leaves in sprites.json
 FRAMES, SIZE = 8, 64                               # frames a clip, pixels a side
 SPLITS = {"train": 0, "test": 1}
 
@@ -53,7 +53,7 @@ MOTIONS = {                                        # direction in pixels, y down
     "moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1),
     "moves in a circle": None, "grows": None, "stays still": None,
 }
-TEXTURES = ("plain", "striped", "checked", "dotted", "shaded", "cloudy")
+TEXTURES = ("plain", "striped", "checked", "dotted", "cloudy")       # all but the clouds show in any 8 x 8 pixels
 TONES = {"brown": (96, 64, 40), "grey": (104, 104, 104), "navy": (32, 38, 84), "olive": (84, 90, 38)}
 
 HELD_OUT = 8                                       # one meaning in this many belongs to the test split
@@ -213,7 +213,7 @@ def background(texture: str, tone: str, camera: np.ndarray, rng) -> np.ndarray:
     x = (np.arange(SIZE) + 0.5)[None, None, :] + camera[:, 0, None, None]   # (T, 1, W)
     y = (np.arange(SIZE) + 0.5)[None, :, None] + camera[:, 1, None, None]   # (T, H, 1)
     angle, phase = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi, (4, 2))
-    period = rng.uniform(8, 12)
+    period = rng.uniform(5, 7)
     k = 2 * np.pi / period
     along = np.cos(angle) * x + np.sin(angle) * y                           # (T, H, W)
     if texture == "plain":
@@ -221,16 +221,14 @@ def background(texture: str, tone: str, camera: np.ndarray, rng) -> np.ndarray:
     elif texture == "striped":
         level = np.clip(2 * np.sin(k * along + phase[0, 0]), -1, 1)
     elif texture == "checked":
-        level = np.clip(4 * np.sin(k * x / 1.5 + phase[0, 0]) * np.sin(k * y / 1.5 + phase[0, 1]), -1, 1)
-    elif texture == "dotted":                                               # discs of radius 2 on a square grid
+        level = np.clip(4 * np.sin(k * x / 1.2 + phase[0, 0]) * np.sin(k * y / 1.2 + phase[0, 1]), -1, 1)
+    elif texture == "dotted":                                               # discs on a square grid
         dx, dy = (x + phase[0, 0]) % period - period / 2, (y + phase[0, 1]) % period - period / 2
-        level = 2 * np.clip(2.5 - np.hypot(dx, dy), 0, 1) - 0.5
-    elif texture == "shaded":
-        level = (along - (np.cos(angle) + np.sin(angle)) * SIZE / 2) * 2 / SIZE
+        level = 2 * np.clip(0.5 + period / 4 - np.hypot(dx, dy), 0, 1) - 0.5
     else:                                                                   # cloudy: waves of four directions
         level = 0 * along
         for i, (shift, turn) in enumerate(phase):
-            level += 0.5 * np.sin((np.cos(turn) * x + np.sin(turn) * y) * 2 * np.pi / (12 + 5 * i) + shift)
+            level += 0.5 * np.sin((np.cos(turn) * x + np.sin(turn) * y) * 2 * np.pi / (10 + 4 * i) + shift)
     return np.array(TONES[tone], float) * (1 + 0.25 * level[..., None])
 
 

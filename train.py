@@ -70,7 +70,7 @@ class Config:
     seed: int = 0                 # of everything drawn
     batch: int = 64               # clips a step, over all ranks
     micro_batch: int = 0          # clips a rank holds at once; 0: its share of the batch
-    steps: int = 600              # masked steps
+    steps: int = 500              # masked steps
     unmasked_steps: int = 40      # steps on all tokens that follow
     unmasked_batch: int = 32      # clips a step of those; 0: batch
     lr: float = 1e-3              # peak learning rate, reached after the warmup, then a cosine to 1 %
@@ -113,13 +113,15 @@ PRESETS = {
     # UMT's stage 2 (its exp/pretraining/b16_5m.py), with r = 0.85 for 0.8 and a SigLIP teacher for CLIP; bf16 for fp16
     # and a clipped gradient are ours. Steps: ten epochs of 5 M clips.
     "base": Config(
-        name="base", batch=2048, steps=27_000, unmasked_steps=2_700, unmasked_batch=1024, lr=1e-4, save_every=1000,
+        name="base", teacher="google/siglip-base-patch16-224", text="bert-base-uncased", batch=2048, steps=27_000,
+        unmasked_steps=2_700, unmasked_batch=1024, lr=1e-4, save_every=1000,
         data=DataConfig(train="data/webvid_cc3m_train.json", root="data/videos", frames=4, size=224, scale=0.5,
                         flip=True, views=0, cache=False, workers=12),
         mask=MaskConfig(ratio=0.85), model=ModelConfig(),
     ),
     "large": Config(
-        name="large", batch=4096, steps=13_500, unmasked_steps=1_350, unmasked_batch=2048, lr=1e-4, save_every=1000,
+        name="large", teacher="google/siglip-large-patch16-256", text="bert-large-uncased", batch=4096, steps=13_500,
+        unmasked_steps=1_350, unmasked_batch=2048, lr=1e-4, save_every=1000,
         data=DataConfig(train="data/webvid_cc3m_train.json", root="data/videos", frames=4, size=224, scale=0.5,
                         flip=True, views=0, cache=False, workers=12),
         mask=MaskConfig(ratio=0.85),
@@ -479,6 +481,9 @@ def main(cfg: Config) -> nn.Module:
     folder = cfg.teacher or os.path.join(out, "teacher")
     if cfg.stage != "text":
         if not cfg.teacher and not finished(folder, cfg):
+            if rank == 0 and cfg.data.train != DataConfig.train:
+                print(f"No --teacher was given: a small SigLIP is trained on these {len(rows)} clips first. That shows "
+                      "that all works; for results give it a real checkpoint.", flush=True)
             teacher = small_teacher(cfg, tokenizer).to(device)
             fit(replace(run, folder=folder), "teacher", teacher, clips, tokenizer, cfg.small.batch, micro["teacher"],
                 cfg.small.steps, cfg.small.lr, lambda batches: single_frames(teacher, batches, cfg.small.still))
