@@ -21,6 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -184,7 +185,7 @@ def micro_batches(run: Run, clips: Clips, tokenizer, stage: str, batch: int, mic
     order = [range(s * batch + i * micro, s * batch + (i + 1) * micro) for s in range(step, steps) for i in mine]
     loader = iter(DataLoader(
         clips, batch_sampler=order, num_workers=cfg.data.workers, pin_memory=run.device.type == "cuda",
-        collate_fn=lambda samples: data.collate(samples, tokenizer, cfg.model.text_length, seed=0),
+        collate_fn=partial(data.collate, tokenizer=tokenizer, length=cfg.model.text_length, seed=0),
     ))
     for s in range(step, steps):
         group = []
@@ -213,6 +214,9 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
     betas = (0.9, 0.95 if stage == "teacher" else 0.999)        # SigLIP's and UMT's
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr, betas)
     step = load_state(run, stage, model, optimizer)
+    log = os.path.join(run.folder, "log.jsonl")
+    if run.rank == 0:
+        forget_rows(log, stage, step)
     net = DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
     model.train()
 
@@ -263,7 +267,7 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
                    "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
                    "clips/s": (step - since) * batch / seconds, "wait": waited / seconds}
             if run.rank == 0:
-                with open(os.path.join(run.folder, "log.jsonl"), "a") as f:
+                with open(log, "a") as f:
                     f.write(json.dumps(row) + "\n")
             bar.set_postfix({k: f"{row[k]:.3g}" for k in (*mean, "clips/s", "wait")}, refresh=False)
             waited, clock, since = 0.0, time.perf_counter(), step
@@ -302,6 +306,15 @@ def load_state(run: Run, stage: str, model: nn.Module, optimizer) -> int:
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
+
+
+def forget_rows(log: str, stage: str, step: int):
+    """Drops the log's rows of steps that will be taken again: those past `step`, and those of later stages."""
+    if os.path.isfile(log):
+        with open(log) as f:
+            rows = [json.loads(line) for line in f]
+        kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step)]
+        data.write_atomically(log, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def same_config(then: dict, now: dict, path: str, prefix: str = ""):
@@ -366,9 +379,14 @@ class Guides:
         # Coordinates of unit vectors: fp16 is off by 5e-4 of each at most, of which nothing is seen in a squared error.
         parts = (("aligned", first.aligned, np.float16), ("text", first.text, np.float32),
                  ("keep", first.keep, np.int32))
-        done = os.path.join(self.folder, "done")
-        if run.rank == 0 and not os.path.isfile(done):
-            os.makedirs(self.folder, exist_ok=True)
+        done = os.path.join(self.folder, "done.json")
+        if os.path.isfile(done) and cfg.resume:
+            with open(done) as f:
+                same_config(json.load(f), asdict(cfg), done)
+        run.wait()
+        if run.rank == 0 and not (os.path.isfile(done) and cfg.resume):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.makedirs(self.folder)
             for name, x, dtype in parts:
                 np.lib.format.open_memmap(f"{self.folder}/{name}.npy", "w+", dtype, (total, *x.shape[1:]))
         run.wait()
@@ -382,7 +400,7 @@ class Guides:
                     array[rows.start:rows.stop] = x.cpu().float().numpy()
             run.wait()
             if run.rank == 0:
-                open(done, "w").close()
+                data.write_atomically(done, json.dumps(asdict(cfg)))
         run.wait()
 
     def chunk(self, clips: Clips, tokenizer, rows: range) -> Batch:
