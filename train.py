@@ -53,7 +53,7 @@ class SmallConfig:
     steps: int = 800              # teacher: steps
     lr: float = 2e-3              # teacher: peak learning rate
     still: float = 0.5            # teacher: share of captions true of single frames ("still"), where the data has such
-    text_steps: int = 250         # text: steps
+    text_steps: int = 300         # text: steps
     text_batch: int = 128         # text: captions a step
     text_lr: float = 1e-3         # text: peak learning rate
 
@@ -71,7 +71,7 @@ class Config:
     seed: int = 0                 # of everything drawn
     batch: int = 64               # clips a step, over all ranks
     micro_batch: int = 0          # clips a rank holds at once; 0: its share of the batch
-    steps: int = 500              # masked steps
+    steps: int = 560              # masked steps
     unmasked_steps: int = 40      # steps on all tokens that follow
     unmasked_batch: int = 32      # clips a step of those; 0: batch
     lr: float = 1e-3              # peak learning rate, reached after the warmup, then a cosine to 1 %

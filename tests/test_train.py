@@ -157,12 +157,29 @@ def test_two_processes_with_two_micro_batches_each_train_what_one_with_four_trai
     assert_close_runs("out/one", "out/two")
 
 
+def test_contrast_and_relevance_run_over_the_batch_however_it_is_cut(given):
+    flags = """--steps 8 --unmasked-steps 0 --vtm 0 --mlm 0 --model.dropout 0 --model.drop-path 0
+               --model.decoder-share 1 --name"""
+    train.main(given(f"{flags} one --micro-batch 8"))
+    train.main(given(f"{flags} two --micro-batch 2"))
+    on_ranks(2, given(f"{flags} three --micro-batch 4"))
+    for cut in ("out/two", "out/three"):
+        for key, row in log("out/one").items():                             # vtm and mlm are drawn by micro-batch
+            one, other = ({k: x[k] for k in ("mrm", "vtc", "grad_norm", "lr")} for x in (row, log(cut)[key]))
+            assert one == pytest.approx(other, rel=1e-3), (cut, key)
+
+
 def test_two_processes_train_a_teacher_and_a_text_encoder_too(sprites, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     on_ranks(2, config(sprites, "--name two --steps 2 --unmasked-steps 0"))
     assert Counter(stage for stage, _ in log("out/two/teacher")) == {"teacher": 6}
     assert Counter(stage for stage, _ in log("out/two/text")) == {"text": 6}
     assert weights("out/two").keys() == weights("out/two/masked").keys()
+
+
+def test_two_processes_can_also_hide_nothing(given):
+    on_ranks(2, given("--name two --steps 2 --unmasked-steps 1 --mask.ratio 0"))           # no MRM, no decoder
+    assert all("mrm" not in row for row in log("out/two").values())
 
 
 def on_ranks(world, cfg):
