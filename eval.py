@@ -144,7 +144,8 @@ def main(cfg: Config) -> dict:
     with open(os.path.join(cfg.checkpoint, "config.json")) as f:
         trained = json.load(f)
     tokenizer = data.load_tokenizer(os.path.join(cfg.checkpoint, "tokenizer.json"))
-    view = DataConfig(**{**trained["data"], "frames": cfg.frames or trained["data"]["frames"]})
+    # Frames are chosen from the whole video, as published; the training's cache holds only some of them.
+    view = DataConfig(**{**trained["data"], "frames": cfg.frames or trained["data"]["frames"], "cache": False})
     clips = Clips(data.read_annotations(annotations, media), view, train=False)
 
     keep = mask = None

@@ -120,10 +120,11 @@ PRESETS = {
                         flip=True, views=0, cache=False, workers=12),
         mask=MaskConfig(ratio=0.85), model=ModelConfig(),
     ),
+    # As base, 256 pixels a side, for which there is a SigLIP-L/16.
     "large": Config(
         name="large", teacher="google/siglip-large-patch16-256", text="bert-large-uncased", batch=4096, steps=13_500,
         unmasked_steps=1_350, unmasked_batch=2048, lr=1e-4, save_every=1000,
-        data=DataConfig(train="data/webvid_cc3m_train.json", root="data/videos", frames=4, size=224, scale=0.5,
+        data=DataConfig(train="data/webvid_cc3m_train.json", root="data/videos", frames=4, size=256, scale=0.5,
                         flip=True, views=0, cache=False, workers=12),
         mask=MaskConfig(ratio=0.85),
         model=ModelConfig(width=1024, depth=24, heads=16, drop_path=0.2, text_width=1024, text_depth=24,
@@ -166,8 +167,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def micro_sizes(cfg: Config, world: int) -> dict[str, int]:
     """Clips a rank holds at once, by stage, which must divide the stage's batch evenly over the ranks."""
-    batches = {"teacher": cfg.small.batch, "text": cfg.small.text_batch, "pretrain": cfg.batch,
-               "unmasked": cfg.unmasked_batch or cfg.batch}
+    batches = {"pretrain": cfg.batch, "unmasked": cfg.unmasked_batch or cfg.batch}
+    if not cfg.teacher:
+        batches["teacher"] = cfg.small.batch
+    if not cfg.text:
+        batches["text"] = cfg.small.text_batch
     micro = {stage: cfg.micro_batch if stage in ("pretrain", "unmasked") else 0 for stage in batches}
     for stage, batch in batches.items():
         micro[stage] = micro[stage] or max(1, batch // world)
@@ -207,7 +211,9 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
     cfg = run.cfg
     os.makedirs(run.folder, exist_ok=True)
     # Parameters that a stage has no use for get no gradient, and DDP must not wait for one.
-    idle = {"text": "crossattention", "unmasked": "decoder"}.get(stage)
+    N = (cfg.data.size // cfg.model.patch) ** 2
+    nothing_hidden = stage == "unmasked" or stage == "pretrain" and keep_count(N, cfg.mask.ratio) == N
+    idle = "crossattention" if stage == "text" else "decoder" if nothing_hidden else None
     for name, p in model.named_parameters():
         p.requires_grad_(idle is None or idle not in name)
     used = [p for p in model.parameters() if p.requires_grad]
@@ -284,6 +290,8 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
 
 # Settings that may change when a run is resumed.
 FREE = ("resume", "stage", "device", "log_every", "save_every", "data.workers", "data.cache")
+# Settings that main fills in as the stages go by: where they were still empty they do not differ.
+FILLED = ("teacher", "model.target")
 
 
 def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer):
@@ -312,7 +320,7 @@ def forget_rows(log: str, stage: str, step: int):
     """Drops the log's rows of steps that will be taken again: those past `step`, and those of later stages."""
     if os.path.isfile(log):
         with open(log) as f:
-            rows = [json.loads(line) for line in f]
+            rows = [json.loads(line) for line in f if line.endswith("\n")]      # the last may have been cut
         kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step)]
         data.write_atomically(log, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -320,7 +328,7 @@ def forget_rows(log: str, stage: str, step: int):
 def same_config(then: dict, now: dict, path: str, prefix: str = ""):
     """A run goes on as it began: ValueError at the first setting that differs."""
     for key, value in now.items():
-        if prefix + key in FREE:
+        if prefix + key in FREE or prefix + key in FILLED and not then[key]:
             continue
         if isinstance(value, dict):
             same_config(then[key], value, path, f"{prefix}{key}.")
@@ -476,7 +484,7 @@ def main(cfg: Config) -> nn.Module:
         torch.cuda.set_device(device)
     out = os.path.join("out", cfg.name)
     run = Run(cfg, out, device, rank, world)
-    folders = [os.path.join(out, s) for s in ("teacher", "text", "")] if cfg.stage == "all" else [f"{out}/{cfg.stage}"]
+    folders = [f"{out}/teacher", f"{out}/text", out] if cfg.stage == "all" else [f"{out}/{cfg.stage}"]
     held = [f for folder in folders for f in (f"{folder}/state.pt", f"{folder}/model.safetensors") if os.path.isfile(f)]
     if held and not cfg.resume:
         raise ValueError(f"{held[0]} is of an earlier run: --resume goes on with it, another --name starts anew")

@@ -78,9 +78,11 @@ def weights(folder):
 
 
 def log(folder):
-    """(stage, step) -> its losses, learning rate and gradient norm; a step that was taken again counts once."""
+    """(stage, step) -> its losses, learning rate and gradient norm. Each step stands there once, in order."""
     with open(os.path.join(folder, "log.jsonl")) as f:
         rows = [json.loads(line) for line in f]
+    taken = [(train.STAGES.index(row["stage"]), row["step"]) for row in rows]
+    assert taken == sorted(set(taken))
     return {(row["stage"], row["step"]): {k: row[k] for k in (*LOSSES, "grad_norm", "lr") if k in row} for row in rows}
 
 
@@ -287,6 +289,7 @@ STORED, ASKED, DRAWN = "--data.views 1", "--data.views 0", "--data.views 1 --mas
     ("pretrain", 2, STORED),        # before any
     ("pretrain", 13, DRAWN),
     ("masked", None, STORED),       # between the stages
+    ("unmasked", 1, ASKED),         # the masked model is written, the state is still that of its last step
     ("unmasked", 5, STORED),
     ("unmasked", 4, ASKED),
     ("unmasked", None, STORED),     # all steps taken, the model not written
@@ -317,14 +320,16 @@ def test_a_process_killed_by_the_system_resumes_too(given, unbroken, sprites, fi
                                    stdout=err, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = time.time() + 60
     while process.poll() is None and time.time() < end:
-        if os.path.exists("out/killed/state.pt") and len(log("out/killed")) > 5:
+        if os.path.exists("out/killed/state.pt") and open("out/killed/log.jsonl").read().count("\n") > 5:
             break
         time.sleep(0.005)
     process.kill()
     process.wait()
     assert not os.path.exists("out/killed/model.safetensors"), open("err.txt").read()
-    with open("out/killed/log.jsonl") as f:                                 # a line may have been cut
+    with open("out/killed/log.jsonl") as f:
         assert 4 < len(f.readlines()) < 26
+    with open("out/killed/log.jsonl", "a") as f:
+        f.write('{"stage": "pretr')                                         # as when the machine loses its power
     train.main(given(f"{STORED} --name killed --resume"))
     assert_same(weights("out/killed"), weights(whole))
     assert log("out/killed") == log(whole)
@@ -396,7 +401,8 @@ def test_a_run_goes_on_as_it_began_or_names_what_differs(given, stage):
     for setting, flag, then, now in CHANGES:
         with pytest.raises(ValueError) as error:
             train.main(given(f"--name killed --resume {flag}"))
-        assert str(error.value) == f"out/killed/state.pt is of a run with {setting} = {then}, asked for is {now}"
+        where, said = str(error.value).split(" is of a run with ")
+        assert where.startswith("out/killed/") and said == f"{setting} = {then}, asked for is {now}"
     free = "--device cpu --log-every 3 --save-every 7 --data.workers 1 --data.no-cache"
     assert all(f"--{name}".replace("_", "-") in free.replace("no-", "") for name in {*train.FREE} - {"resume", "stage"})
     train.main(given(f"--name killed --resume {free}"))
@@ -464,6 +470,22 @@ def test_given_weights_are_taken_and_not_trained(given, first):
     assert 0 < max(moved) <= 2.1e-3
     assert not model.training and all(p.requires_grad for p in model.parameters())
     assert_same(weights("out/sprites"), weights("out/sprites/masked"))      # no unmasked stage
+
+
+def test_each_stage_has_its_batch(sprites, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real, sizes = train.micro_batches, {}
+
+    def batches(run, clips, tokenizer, stage, batch, micro, step, steps):
+        sizes[stage] = batch, micro, steps
+        for group in real(run, clips, tokenizer, stage, batch, micro, step, steps):
+            assert len(group) == batch // micro and all(len(b.clip) == micro for b in group)
+            yield group
+
+    monkeypatch.setattr(train, "micro_batches", batches)
+    train.main(config(sprites, "--name a --steps 1 --unmasked-steps 2 --unmasked-batch 16 --small.batch 6 "
+                               "--small.steps 3 --small.text-batch 5 --small.text-steps 4"))
+    assert sizes == {"teacher": (6, 6, 3), "text": (5, 5, 4), "pretrain": (8, 4, 1), "unmasked": (16, 4, 2)}
 
 
 def test_without_a_tokenizer_one_is_trained_on_the_captions(given, sprites, tmp_path):
@@ -555,15 +577,19 @@ def test_the_teacher_is_asked_once_about_each_view_and_not_again_after_a_kill(gi
     told = guides(batches)
     assert sum(asked) == (1 + 2 * 24) * 4                                   # frames; one clip to learn the shapes
     asked.clear()
+    cfg.resume = True
     guides, _, _ = guides_of(cfg, cfg.teacher, asked)
     for a, b in zip(told, guides(batches), strict=True):
         assert torch.equal(a.keep, b.keep) and torch.equal(a.aligned, b.aligned) and torch.equal(a.text, b.text)
     assert sum(asked) <= 4
-    os.remove("out/a/guide/done")                                     # killed before all were asked: begin again
+    os.remove("out/a/guide/done.json")                                      # killed before all were asked: begin again
     for array in ("aligned", "keep"):
         np.lib.format.open_memmap(f"out/a/guide/{array}.npy", "r+")[20:] = 0
-    guides, _, _ = guides_of(cfg, cfg.teacher, asked)
+    guides, _, _ = guides_of(cfg, cfg.teacher)
     assert all(torch.equal(a.aligned, b.aligned) for a, b in zip(told, guides(batches), strict=True))
+    cfg.mask.quantile = 0.3
+    with pytest.raises(ValueError, match="out/a/guide/done.json is of a run with mask.quantile = .*, asked for is 0.3"):
+        guides_of(cfg, cfg.teacher)
 
 
 @pytest.mark.parametrize("flag", ["--mask.quantile 0.3", "--mask.ratio 0.5", "--pool mean"])
@@ -721,7 +747,7 @@ def test_presets_build_the_models_of_the_paper(preset, vision, text):
     assert count(model.vit) == pytest.approx(vision, rel=2e-3)
     cross = [count(x.crossattention) for x in model.bert.bert.encoder.layer if hasattr(x, "crossattention")]
     assert count(model.bert) - sum(cross) == pytest.approx(text, rel=0.02) and len(cross) == cfg.model.fusion
-    assert cfg.batch % 64 == 0 and cfg.data.size % cfg.model.patch == 0
+    assert cfg.teacher.endswith(f"-patch{cfg.model.patch}-{cfg.data.size}")  # the teacher's tokens are the student's
 
 
 def test_the_default_is_the_embedded_run():
