@@ -172,7 +172,7 @@ teacher at test time, a random one does not. "Objects kept": share of the object
 MRM: normalised relevance error at the end, 1 = predicting each clip's mean, 0 = perfect.
 
 **What this does not show.** With all tokens the comparison is one of learning speed: the structured mask shows the
-student the objects at once, and a longer run closes the gap, or turns it. Claim from this table only that ClusterSTM
+student the objects at once, and a longer run may close the gap, or turn it. Claim from this table only that ClusterSTM
 learns faster on few tokens and can be used with few.
 
 ![losses]({up}losses.png)
