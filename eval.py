@@ -3,7 +3,7 @@ Score a trained model.
 
     python eval.py --task sprites --checkpoint out/sprites
     python eval.py --task sprites --checkpoint out/sprites --mask cluster_stm --mask-ratio 0.9
-    python eval.py --checkpoint out/mine --data captions.json --data-root FOLDER
+    python eval.py --checkpoint out/captions --data captions.json --data-root FOLDER
 
 Text-to-video (T2V) and video-to-text (V2T) retrieval, R@1/5/10 in per cent and the median rank: by similarity, the mean
 over frames of the cosines, and re-ranked by the matching head, which looks again at each query's top k. With a mask
