@@ -121,15 +121,18 @@ def assert_one_line(script, code, err, message):
 # One process or several
 
 def assert_close_runs(a, b):
-    """The same losses and weights, to rounding."""
+    """
+    The same losses and weights, to rounding, which Adam enlarges where a gradient is next to nothing: mostly 2e-5, once
+    more in a full run of the suite. A quarter of one step's largest change, lr = 2e-3, is allowed.
+    """
     one, other = log(a), log(b)
     assert one.keys() == other.keys() and len(one) == 26
     for key in one:
-        assert one[key] == pytest.approx(other[key], rel=1e-4), key
+        assert one[key] == pytest.approx(other[key], rel=1e-3), key
     one, other = trained(a), trained(b)
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def trained(folder):
