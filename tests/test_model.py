@@ -777,6 +777,7 @@ def test_evaluation_in_inference_mode_leaves_training_possible():
     with torch.inference_mode():
         model(*part)
     sum(model(*part).values()).backward()
+    assert all(p.grad is not None for p in model.vit.parameters())
 
 
 def test_a_saved_student_comes_back_in_eval_mode_and_the_same(tmp_path):
