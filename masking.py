@@ -10,6 +10,8 @@ ignored if not wanted:
     text (B, E)           the caption's embedding                       grid (h, w)        N = h * w
     aligned (B, T, N, E)  tokens in the joint space of the text         generator          source of random numbers
 
+    check                 whether values are looked at (a NaN, a d_c <= 0): on a GPU that waits for the device
+
 This file and kernels/ import nothing else of the project.
 """
 
@@ -20,12 +22,11 @@ from fractions import Fraction
 import torch
 from torch import Generator, Tensor
 
-from kernels import check_features
-from kernels.bandwidth import bandwidth
-from kernels.cluster_argmax import cluster_argmax
-from kernels.cosine_distance import cosine_distance
-from kernels.density_peaks import density_peaks, log_density
-from kernels.temporal_density import temporal_density
+from kernels import check_bandwidth, check_features, check_tokens
+from kernels.bandwidth import bandwidth_ref, bandwidth_triton
+from kernels.cluster_argmax import cluster_argmax_ref, cluster_argmax_triton
+from kernels.density_peaks import check_clusters, density_peaks_cpu, density_peaks_triton
+from kernels.temporal_density import temporal_density_ref, temporal_density_triton
 
 
 @dataclass
@@ -79,7 +80,8 @@ def keep_count(N: int, ratio: float) -> int:
 
 def cluster_stm(
     tokens: Tensor, keep: int, *, d_c=None, d_c_time=None, quantile: float = 0.02, quantile_time: float = 0.1,
-    density: str = "exp", assign: str = "nearest", pick: str = "density", generator: Generator | None = None, **aux,
+    density: str = "exp", assign: str = "nearest", pick: str = "density", generator: Generator | None = None,
+    check: bool = True, **aux,
 ) -> Tensor:
     """
     The method: `keep` clusters a frame, and of each cluster the token that recurs most in the other frames.
@@ -87,55 +89,87 @@ def cluster_stm(
     tokens (B, T, N, C), d_c a number or (BT,), d_c_time a number or (B,); where not given, quantiles of the distances.
     pick: "density" (the method), or instead a "random" token of the cluster (needs generator), its "centre", or the
     "lowest" temporal density. For single frames the density within the frame stands in for that over time.
+
+    CUDA tensors take the Triton kernels. With check=False the host then waits for nothing, so that the call can be part
+    of a CUDA graph; within torch.compile it is one operation, clusterstm::keep.
     """
     if pick not in ("density", "random", "centre", "lowest"):
         raise ValueError(f"cluster_stm picks by density, random, centre or lowest, got {pick!r}")
-    B, T, N = shape(tokens, keep)
-    x = tokens.flatten(0, 1)                                                    # (F, N, C)
-    if d_c is None:
-        d_c = bandwidth(x, quantile)
-    labels, centres, _ = density_peaks(x, keep, d_c, density, assign)           # (F, N), (F, K)
+    for name, value in (("quantile", quantile), ("quantile_time", quantile_time)):
+        if not 0 < value <= 1:
+            raise ValueError(f"cluster_stm wants a {name} in (0, 1], got {value}")
+    B, T, N = shape(tokens, keep, check)
+    check_clusters(keep, N, density, assign)
+    x = check_tokens("cluster_stm", tokens, 4, check and tokens.is_cuda)        # on a CPU, `shape` has looked
+    d_c = None if d_c is None else check_bandwidth(d_c, B * T, x, check)
+    d_c_time = None if d_c_time is None else check_bandwidth(d_c_time, B, x, check)
+    noise = uniform((B, T, N), generator, tokens) if pick == "random" else None
+    return keep_op(x, keep, d_c, d_c_time, quantile, quantile_time, density, assign, pick, noise)
+
+
+@torch.library.custom_op(
+    "clusterstm::keep", mutates_args=(),
+    schema="(Tensor x, int keep, Tensor? d_c, Tensor? d_c_time, float quantile, float quantile_time, str density, "
+           "str assign, str pick, Tensor? noise) -> Tensor",
+)
+def keep_op(x, keep, d_c, d_c_time, quantile, quantile_time, density, assign, pick, noise):
+    """Steps 1 to 3 of docs/method.md, validated: x (B, T, N, C) -> (B, T * keep). The kernels, or their references."""
+    B, T, N, _ = x.shape
+    frames = x.flatten(0, 1)                                                    # (F, N, C)
+    cluster = density_peaks_triton if x.is_cuda else density_peaks_cpu
+    labels, centres, log_rho, *rest = cluster(frames, keep, d_c, density, assign, quantile)
     if pick == "centre":
         return flat(centres.view(B, T, keep), N)
     if pick == "random":
-        score = uniform((B, T, N), generator, tokens)
+        score = noise
     elif T == 1:
-        d_c = torch.as_tensor(d_c, dtype=torch.float32, device=x.device).expand(B)
-        score = log_density(cosine_distance(x), d_c, density).view(B, T, N)
+        score = log_rho
+    elif x.is_cuda:
+        score = temporal_density_triton(x, bandwidth_triton(x, quantile_time) if d_c_time is None else d_c_time, *rest)
     else:
-        score = temporal_density(tokens, bandwidth(tokens, quantile_time) if d_c_time is None else d_c_time)
-    if pick == "lowest":
-        score = -score
-    return flat(cluster_argmax(score.view(B * T, N), labels, keep).view(B, T, keep), N)
+        d_c_time = [None] * B if d_c_time is None else d_c_time[:, None]        # a clip at a time: it fits the cache
+        score = torch.cat([
+            temporal_density_ref(clip[None], bandwidth_ref(clip[None], quantile_time) if scale is None else scale)
+            for clip, scale in zip(x, d_c_time, strict=True)
+        ])
+    score = (-score if pick == "lowest" else score).view(B * T, N)
+    if x.is_cuda:
+        return cluster_argmax_triton(score, labels, keep, frames=T).view(B, T * keep)
+    return flat(cluster_argmax_ref(score, labels, keep).view(B, T, keep), N)
 
 
-def random(tokens: Tensor, keep: int, *, generator: Generator | None = None, **aux) -> Tensor:
+@keep_op.register_fake
+def _(x, keep, *rest):
+    return x.new_empty(x.shape[0], x.shape[1] * keep, dtype=torch.int64)
+
+
+def random(tokens: Tensor, keep: int, *, generator: Generator | None = None, check: bool = True, **aux) -> Tensor:
     """T * keep tokens anywhere in the clip (Feichtenhofer et al., NeurIPS 2022): a frame's share varies."""
-    B, T, N = shape(tokens, keep)
+    B, T, N = shape(tokens, keep, check)
     return uniform((B, T * N), generator, tokens).argsort(1)[:, :T * keep].sort(1).values
 
 
-def random_frame(tokens: Tensor, keep: int, *, generator: Generator | None = None, **aux) -> Tensor:
+def random_frame(tokens: Tensor, keep: int, *, generator: Generator | None = None, check: bool = True, **aux) -> Tensor:
     """keep random tokens of each frame."""
-    B, T, N = shape(tokens, keep)
+    B, T, N = shape(tokens, keep, check)
     return flat(uniform((B, T, N), generator, tokens).argsort(2)[..., :keep], N)
 
 
-def tube(tokens: Tensor, keep: int, *, generator: Generator | None = None, **aux) -> Tensor:
+def tube(tokens: Tensor, keep: int, *, generator: Generator | None = None, check: bool = True, **aux) -> Tensor:
     """keep random places, the same in all frames (VideoMAE, Tong et al., NeurIPS 2022)."""
-    B, T, N = shape(tokens, keep)
+    B, T, N = shape(tokens, keep, check)
     return flat(uniform((B, 1, N), generator, tokens).argsort(2)[..., :keep].expand(B, T, keep), N)
 
 
 def umt(tokens: Tensor, keep: int, *, attention: Tensor | None = None, generator: Generator | None = None,
-        **aux) -> Tensor:
+        check: bool = True, **aux) -> Tensor:
     """keep tokens of each frame, drawn without replacement in proportion to attention (UMT, Li et al., ICCV 2023)."""
-    B, T, N = shape(tokens, keep)
+    B, T, N = shape(tokens, keep, check)
     if attention is None:
         raise ValueError("the mask umt needs attention (B, T, N), got none")
     if attention.shape != (B, T, N):
         raise ValueError(f"tokens {tuple(tokens.shape)} want attention ({B}, {T}, {N}), got {tuple(attention.shape)}")
-    if not (attention.isfinite() & (attention >= 0)).all():
+    if check and not (attention.isfinite() & (attention >= 0)).all():
         low, high = attention.aminmax()
         raise ValueError(f"attention wants finite values >= 0, got {low.item():g} to {high.item():g}")
     # Gumbel top-k in fp32 is that draw in one sort; tokens of no attention at all come last, in random order.
@@ -144,9 +178,9 @@ def umt(tokens: Tensor, keep: int, *, attention: Tensor | None = None, generator
     return flat((log + gumbel).argsort(2, descending=True)[..., :keep], N)
 
 
-def shape(tokens: Tensor, keep: int) -> tuple[int, int, int]:
+def shape(tokens: Tensor, keep: int, check: bool) -> tuple[int, int, int]:
     """B, T, N of tokens (B, T, N, C), which must be finite, and keep between 1 and N."""
-    check_features("a mask", tokens, 4)
+    check_features("a mask", tokens, 4, check)
     B, T, N, _ = tokens.shape
     if not 1 <= keep <= N:
         raise ValueError(f"a mask keeps 1 to N = {N} tokens a frame, got {keep}")

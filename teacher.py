@@ -393,18 +393,19 @@ class Guide:
 
 
 @torch.no_grad()
-def guide(teacher: SigLIP, batch, mask, ratio: float, pool: str = "map") -> Guide:
+def guide(teacher: SigLIP, batch, mask, ratio: float, pool: str = "map", check: bool = True) -> Guide:
     """
     The teacher's word on a batch: what to keep, what every token is about, what the captions are about.
 
-    batch: video (B, T, 3, H, W) uint8, captions, seed. mask: a function like those in masking.MASKS.
+    batch: video (B, T, 3, H, W) uint8, captions, seed. mask: a function like those in masking.MASKS; check: whether it
+    looks for a NaN in the tokens, for which it waits for the device.
     """
     B, T = batch.video.shape[:2]
     tokens, _ = teacher.encode_image(teacher.pixels(batch.video.flatten(0, 1)))     # (F, N, C)
     text = teacher.encode_text(teacher.tokenize(batch.captions))
     aligned = teacher.align(tokens, teacher.grid, pool).unflatten(0, (B, T))        # (B, T, N, E)
-    return Guide(choose(teacher, tokens.unflatten(0, (B, T)), mask, ratio, batch.seed, text=text, aligned=aligned),
-                 aligned, text)
+    return Guide(choose(teacher, tokens.unflatten(0, (B, T)), mask, ratio, batch.seed, text=text, aligned=aligned,
+                        check=check), aligned, text)
 
 
 @torch.no_grad()

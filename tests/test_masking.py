@@ -323,7 +323,7 @@ def test_a_token_that_recurs_is_kept_before_one_that_does_not():
     ({"density": "cutoff"}, "'exp' and 'gauss', got 'cutoff'"),
     ({"assign": "none"}, "'nearest' centre or the 'parent's, got 'none'"),
     ({"quantile": 0.0}, r"quantile in \(0, 1\], got 0.0"),
-    ({"quantile_time": 1.5}, r"quantile in \(0, 1\], got 1.5"),
+    ({"quantile_time": 1.5}, r"quantile_time in \(0, 1\], got 1.5"),
     ({"d_c": 0.0}, "d_c wants positive numbers, got 0"),
     ({"d_c": torch.ones(2)}, r"one number or \(6,\), got \(2,\)"),
     ({"d_c_time": torch.ones(6)}, r"one number or \(2,\), got \(6,\)"),
