@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from kernels.window_attention import window_attention
 from masking import keep_count
 
 ACTIVATIONS = {
@@ -133,19 +134,18 @@ class MapAttention(nn.Module):
         self.out_proj = nn.Linear(C, C)
 
     def scores(self, probe: Tensor, x: Tensor) -> Tensor:
-        """probe (C), x (F, N, C) -> its logits (F, H, N). The query is folded into the key weights: FNCH products."""
+        """probe (C), x (F, N, C) -> its logits (F, N, H). The query is folded into the key weights: FNCH products."""
         C, H = x.shape[-1], self.heads
         (wq, wk, _), (bq, bk, _) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q = (wq @ probe + bq).view(H, C // H) * (C // H) ** -0.5
         w = torch.einsum("hd,hdc->hc", q, wk.view(H, C // H, C))
         b = (q * bk.view(H, C // H)).sum(-1)
-        return (x @ w.T + b).transpose(1, 2)
+        return x @ w.T + b
 
     def values(self, x: Tensor) -> Tensor:
-        """x (F, N, C) -> (F, H, N, C / H)."""
-        F, N, C = x.shape
-        v = nnf.linear(x, self.in_proj_weight[2 * C:], self.in_proj_bias[2 * C:])
-        return v.view(F, N, self.heads, C // self.heads).transpose(1, 2)
+        """x (F, N, C) -> (F, N, C), head after head."""
+        C = x.shape[-1]
+        return nnf.linear(x, self.in_proj_weight[2 * C:], self.in_proj_bias[2 * C:])
 
 
 class MapHead(nn.Module):
@@ -161,8 +161,9 @@ class MapHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (F, N, C) -> (F, E)."""
-        a = self.attention.scores(self.probe[0, 0], x).softmax(-1)                  # (F, H, N)
-        return self.finish((a[:, :, None] @ self.attention.values(x)).squeeze(2).flatten(1))
+        a = self.attention.scores(self.probe[0, 0], x).softmax(1)                   # (F, N, H)
+        v = self.attention.values(x).unflatten(-1, (a.shape[-1], -1))               # (F, N, H, C / H)
+        return self.finish((a.transpose(1, 2)[:, :, None] @ v.transpose(1, 2)).flatten(1))
 
     def finish(self, mixed: Tensor) -> Tensor:
         """Values mixed by attention (..., C) -> joint space (..., E)."""
@@ -173,19 +174,9 @@ class MapHead(nn.Module):
         """
         The head on each token's 3 x 3 neighbourhood alone, clipped at the border: x (F, N, C) -> (F, N, E).
 
-        Scores and values are computed once a token; a softmax over the nine shifts of the scores then mixes the nine
-        shifts of the values.
+        Scores and values are computed once a token (kernels/window_attention.py).
         """
-        F, N, C = x.shape
-        h, w = grid
-        H = self.attention.heads
-        shifts = [(i, j) for i in range(3) for j in range(3)]
-        s = self.attention.scores(self.probe[0, 0], x).view(F, H, h, w)
-        s = nnf.pad(s, (1, 1, 1, 1), value=-torch.inf)
-        a = torch.stack([s[:, :, i:i + h, j:j + w] for i, j in shifts], -1).softmax(-1)     # (F, H, h, w, 9)
-        v = nnf.pad(self.attention.values(x).reshape(F, H, h, w, C // H), (0, 0, 1, 1, 1, 1))
-        mixed = sum(a[..., k, None] * v[:, :, i:i + h, j:j + w] for k, (i, j) in enumerate(shifts))
-        return self.finish(mixed.permute(0, 2, 3, 1, 4).reshape(F, N, C))
+        return self.finish(window_attention(self.attention.scores(self.probe[0, 0], x), self.attention.values(x), grid))
 
 
 class VisionEmbeddings(nn.Module):
@@ -289,7 +280,7 @@ class SigLIP(nn.Module):
     def attend(self, tokens: Tensor) -> Tensor:
         """tokens (F, N, C) -> (F, N): the MAP head's attention, mean over its heads; sums to 1."""
         head = self.vision_model.head
-        return head.attention.scores(head.probe[0, 0], tokens).float().softmax(-1).mean(1)
+        return head.attention.scores(head.probe[0, 0], tokens).float().softmax(1).mean(-1)
 
     def align(self, tokens: Tensor, grid: tuple[int, int], pool: str = "map") -> Tensor:
         """
@@ -308,7 +299,7 @@ class SigLIP(nn.Module):
             raise ValueError(f"align pools by 'map' or 'mean', got {pool!r}")
         x = tokens.transpose(1, 2).reshape(F, C, *grid)
         x = nnf.avg_pool2d(x, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)      # (F, N, C)
-        return nnf.normalize(head.finish(head.attention.values(x).transpose(1, 2).flatten(2)), dim=-1)
+        return nnf.normalize(head.finish(head.attention.values(x)), dim=-1)
 
     def forward(self, frames: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Training: uint8 frames (B, 3, H, W) and the ids (B, L) of their captions -> the sigmoid loss by name."""

@@ -179,7 +179,7 @@ def test_a_window_whose_scores_are_far_below_the_frames_best_does_not_underflow(
     with torch.no_grad():
         expected = torch.stack([torch.stack([map_head(head, window)[0] for window in windows(frame, grid)])
                                 for frame in x])
-        score = head.attention.scores(head.probe[0, 0], x)                                  # (F, H, N)
+        score = head.attention.scores(head.probe[0, 0], x).transpose(1, 2)                  # (F, H, N)
         best = nnf.max_pool2d(score.view(2, 2, *grid), 3, 1, 1).flatten(2)                  # of each window
         assert (score.max(-1, keepdim=True).values - best > 150).any()                      # exp(-150) is 0 in fp32
         found = model.float().align(x.float(), grid)
