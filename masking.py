@@ -107,39 +107,46 @@ def cluster_stm(
     return keep_op(x, keep, d_c, d_c_time, quantile, quantile_time, density, assign, pick, noise)
 
 
+def keep_triton(x, keep, d_c, d_c_time, quantile, quantile_time, density, assign, pick, noise) -> Tensor:
+    """Steps 1 to 3 of docs/method.md in the kernels: x (B, T, N, C) -> (B, T * keep). Six launches at most."""
+    B, T, N, _ = x.shape
+    labels, centres, log_rho, inv = density_peaks_triton(x.flatten(0, 1), keep, d_c, density, assign, quantile)
+    if pick == "centre":
+        return flat(centres.view(B, T, keep), N)
+    score = noise if pick == "random" else log_rho
+    if pick != "random" and T > 1:
+        d_c_time = bandwidth_triton(x, quantile_time) if d_c_time is None else d_c_time
+        score = temporal_density_triton(x, d_c_time, inv.view(B, T, N))
+    score = (-score if pick == "lowest" else score).view(B * T, N)
+    return cluster_argmax_triton(score, labels, keep, frames=T).view(B, T * keep)
+
+
+def keep_ref(x, keep, d_c, d_c_time, quantile, quantile_time, density, assign, pick, noise) -> Tensor:
+    """The same from the references."""
+    B, T, N, _ = x.shape
+    labels, centres, log_rho = density_peaks_cpu(x.flatten(0, 1), keep, d_c, density, assign, quantile)
+    if pick == "centre":
+        return flat(centres.view(B, T, keep), N)
+    score = noise if pick == "random" else log_rho
+    if pick != "random" and T > 1:
+        d_c_time = bandwidth_ref(x, quantile_time) if d_c_time is None else d_c_time
+        clips = zip(x.split(1), d_c_time.split(1), strict=True)                 # one at a time: it fits the cache
+        score = torch.cat([temporal_density_ref(*clip) for clip in clips])
+    score = (-score if pick == "lowest" else score).view(B * T, N)
+    return flat(cluster_argmax_ref(score, labels, keep).view(B, T, keep), N)
+
+
 @torch.library.custom_op(
     "clusterstm::keep", mutates_args=(),
     schema="(Tensor x, int keep, Tensor? d_c, Tensor? d_c_time, float quantile, float quantile_time, str density, "
            "str assign, str pick, Tensor? noise) -> Tensor",
 )
-def keep_op(x, keep, d_c, d_c_time, quantile, quantile_time, density, assign, pick, noise):
-    """Steps 1 to 3 of docs/method.md, validated: x (B, T, N, C) -> (B, T * keep). The kernels, or their references."""
-    B, T, N, _ = x.shape
-    frames = x.flatten(0, 1)                                                    # (F, N, C)
-    cluster = density_peaks_triton if x.is_cuda else density_peaks_cpu
-    labels, centres, log_rho, *rest = cluster(frames, keep, d_c, density, assign, quantile)
-    if pick == "centre":
-        return flat(centres.view(B, T, keep), N)
-    if pick == "random":
-        score = noise
-    elif T == 1:
-        score = log_rho
-    elif x.is_cuda:
-        score = temporal_density_triton(x, bandwidth_triton(x, quantile_time) if d_c_time is None else d_c_time, *rest)
-    else:
-        d_c_time = [None] * B if d_c_time is None else d_c_time[:, None]        # a clip at a time: it fits the cache
-        score = torch.cat([
-            temporal_density_ref(clip[None], bandwidth_ref(clip[None], quantile_time) if scale is None else scale)
-            for clip, scale in zip(x, d_c_time, strict=True)
-        ])
-    score = (-score if pick == "lowest" else score).view(B * T, N)
-    if x.is_cuda:
-        return cluster_argmax_triton(score, labels, keep, frames=T).view(B, T * keep)
-    return flat(cluster_argmax_ref(score, labels, keep).view(B, T, keep), N)
+def keep_op(x, *how):
+    return keep_triton(x, *how) if x.is_cuda else keep_ref(x, *how)
 
 
 @keep_op.register_fake
-def _(x, keep, *rest):
+def _(x, keep, *how):
     return x.new_empty(x.shape[0], x.shape[1] * keep, dtype=torch.int64)
 
 

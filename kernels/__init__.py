@@ -81,17 +81,27 @@ def cached(x: Tensor) -> int:
     return max(1, CACHED // (x[0].numel() * x.element_size())) if not x.is_cuda else len(x)
 
 
-def tiles(x: Tensor, n: int) -> dict:
+def chip(x: Tensor) -> str:
+    """The chip that x is on, as compilers name it. A CPU stands for sm_90, which the tests compile for."""
+    if not x.is_cuda:
+        return "sm_90"
+    device = torch.cuda.get_device_properties(x.device)
+    return device.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{device.major}{device.minor}"
+
+
+def tiles(x: Tensor, n: int, block: int = 128) -> dict:
     """
     The launch of a kernel that multiplies n tokens of x with n others: blocks of tokens and channels, warps, stages.
 
-    Not measured: chosen on sm_90 by the compiler's report (no spills, two programs to a multiprocessor in 16 bits).
+    Not measured: the largest blocks whose registers do not spill, by the compilers' reports (docs/bench.md).
     """
-    wide = x.element_size() == 4        # fp32 is multiplied in fp32, on the plain units
+    wide, name = x.element_size() == 4, chip(x)         # fp32 is multiplied in fp32, on the plain units
+    if wide or name not in ("sm_80", "sm_86", "sm_89", "sm_90"):
+        block = min(block, 64)
     return dict(
-        BLOCK=min(64 if wide else 128, max(16, triton.next_power_of_2(n))),
+        BLOCK=min(block, max(16, triton.next_power_of_2(n))),
         BLOCK_C=min(32 if wide else 64, max(16, triton.next_power_of_2(x.shape[-1]))),
-        num_warps=8, num_stages=2 if wide or torch.version.hip else 3,
+        num_warps=8, num_stages=2 if wide or name.startswith("gfx") else 3,
     )
 
 

@@ -127,14 +127,14 @@ def bandwidth_kernel(
         tl.debug_barrier()                                  # all have read before the next item is written
 
 
-def scratch(P: int, n: int, x: Tensor, **launch) -> tuple[Tensor, int, dict]:
+def scratch(P: int, n: int, x: Tensor, block: int = 128, **launch) -> tuple[Tensor, int, dict]:
     """
     Room for P matrices of n x n distances, their stride, and the launch of what reads them.
 
     A stride is whole blocks (SPARE of `distances`), and a row is read N_PAD wide. ROWS are looked at together: 32
     elements a thread, and at most 255 turns. `launch` overrides what `tiles` chose.
     """
-    shape = tiles(x, n) | launch
+    shape = tiles(x, n, block) | launch
     N_PAD, stride = max(16, triton.next_power_of_2(n)), triton.cdiv(n, shape["BLOCK"]) * shape["BLOCK"]
     shape |= dict(N_PAD=N_PAD, ROWS=min(N_PAD, 8192 // N_PAD))
     return torch.empty(P * n * stride + N_PAD, device=x.device), stride, shape
@@ -155,7 +155,7 @@ def bandwidth_triton(x: Tensor, quantile: float) -> Tensor:
     if N == total == 1 or x.ndim == 4 and x.shape[1] == 1:
         return torch.full((items,), FLOOR, device=x.device)
     x, P = x.contiguous(), min(items, programs(x))
-    d, stride, shape = scratch(P, n, x, BLOCK=min(64, max(16, triton.next_power_of_2(n))))      # 128 spill
+    d, stride, shape = scratch(P, n, x, block=64)           # 128 spill
     inv, d_c = torch.empty(P, n, device=x.device), torch.empty(items, device=x.device)
     with torch.cuda.device_of(x):
         bandwidth_kernel[(P,)](x, inv, d, d_c, items, n, total, N, C, stride, want, APART=x.ndim == 4, **shape)

@@ -42,7 +42,7 @@ def cluster_argmax_kernel(
     if FLAT:
         tl.debug_barrier()                                          # best is there
         best = tl.load(best_ptr + f * K + tl.maximum(label, 0), mask=j < N, other=N)
-        kept = best == j
+        kept = (best == j) & (j < N)
         place = tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(flat_ptr + f * K + place, (f % T) * N + j, mask=kept)
 

@@ -14,7 +14,7 @@ from test_temporal_density import recurrence
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
 from kernels.temporal_density import temporal_density
-from masking import MASKS, MaskConfig, cluster_stm, keep_count
+from masking import MASKS, MaskConfig, cluster_stm, keep_count, keep_ref, keep_triton
 
 DRAWN = ["random", "random_frame", "tube", "umt"]
 PICKS = ["density", "centre", "lowest"]                                         # those that draw nothing
@@ -315,6 +315,134 @@ def test_a_token_that_recurs_is_kept_before_one_that_does_not():
     x[1, 3] = x[0, 2]
     keep = cluster_stm(x[None], 2, d_c=0.3, d_c_time=0.01)[0].tolist()
     assert 2 in keep and 8 + 3 in keep
+
+# cluster_stm in the kernels: in Triton's interpreter, or on a GPU where there is one.
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+def kernels(x, K, d_c=None, d_c_time=None, density="exp", assign="nearest", pick="density", noise=None):
+    B, T = x.shape[:2]
+    d_c = None if d_c is None else torch.full((B * T,), d_c, device=DEVICE)
+    d_c_time = None if d_c_time is None else torch.full((B,), d_c_time, device=DEVICE)
+    noise = None if noise is None else noise.to(DEVICE)
+    return keep_triton(x.to(DEVICE), K, d_c, d_c_time, 0.02, 0.1, density, assign, pick, noise).cpu()
+
+
+@pytest.mark.parametrize("T", [1, 2, 4])
+@pytest.mark.parametrize("density", ["exp", "gauss"])
+def test_the_kernels_are_its_three_steps(T, density):
+    x = torch.randn(2, T, 21, 24, generator=seeded(T)).to(torch.float16 if T == 4 else torch.float32)
+    clips = [oracle(clip.double(), 0.25, density) for clip in x]
+    for assign, pick in product(("nearest", "parent"), PICKS):
+        want, way = [kept(4, assign, pick) for kept in clips], {"density": density, "assign": assign, "pick": pick}
+        assert kernels(x, 4, 0.25, 0.25, **way).tolist() == want
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_the_kernels_break_every_tie_toward_the_lower_index(T):
+    x = torch.eye(8)[torch.randint(0, 6, (2, T, 17), generator=seeded(T))]
+    clips = [oracle(clip, np.float32(0.02), "exp") for clip in x]
+    for K, assign, pick in product((3, 6, 17), ("nearest", "parent"), PICKS[:2]):
+        want = [kept(K, assign, pick) for kept in clips]
+        assert kernels(x, K, 0.02, 0.02, assign=assign, pick=pick).tolist() == want
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 49, 64), (2, 3, 64, 40), (1, 2, 196, 768), (3, 1, 50, 32), (1, 5, 129, 24)],
+                         ids=str)
+def test_with_their_own_bandwidths_the_kernels_keep_nearly_what_the_exact_quantiles_do(shape):
+    B, T, N, C = shape
+    K = keep_count(N, 0.85)
+    x = (torch.randn(B, T, 8, C, generator=seeded(1)).repeat_interleave(N // 8 + 1, 2)[:, :, :N]
+         + 0.7 * torch.randn(shape, generator=seeded(2))).half()
+    keep = kernels(x, K)
+    check_contract(keep, B, T, N, K)
+    want = keep_ref(x.double(), K, None, None, 0.02, 0.1, "exp", "nearest", "density", None)
+    here, there = (torch.zeros(B, T * N).scatter(1, ids, 1) for ids in (keep, want))
+    assert (here == there).double().mean() > 0.98
+    assert kernels(x, K).equal(keep)
+
+
+def test_the_kernels_pick_at_random_by_the_noise_they_are_given():
+    x, noise = torch.randn(2, 3, 20, 16, generator=seeded(5)), torch.rand(2, 3, 20, generator=seeded(6))
+    want = cluster_stm(x, 6, d_c=0.3, pick="random", generator=seeded(6))
+    assert kernels(x, 6, d_c=0.3, pick="random", noise=noise).equal(want)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_unchecked_a_nan_leaves_ids_in_range_and_other_clips_alone(bad):
+    x = torch.randn(3, 2, 20, 16, generator=seeded(7))
+    want = kernels(x, 6)
+    x[1, 0, 3, 5] = x[1, 1, 7] = bad
+    keep = kernels(x, 6)
+    check_contract(keep, 3, 2, 20, 6)
+    assert keep[[0, 2]].equal(want[[0, 2]])
+
+
+def test_in_compiled_code_it_is_one_operation():
+    x = torch.randn(2, 3, 16, 8, generator=seeded(8)).to(DEVICE)
+    backend = "aot_eager" if DEVICE == "cpu" else "inductor"                    # no C++ compiler is asked for
+    for given in ({}, {"d_c": 0.3, "d_c_time": 0.2}):
+        step = lambda x, given=given: cluster_stm(x * 2, 5, check=False, **given) + 1
+        assert torch.compile(step, fullgraph=True, backend=backend)(x).equal(step(x))
+    how = (5, None, None, 0.02, 0.1, "exp", "nearest", "density", None)
+    torch.library.opcheck(torch.ops.clusterstm.keep.default, (x, *how))
+
+
+def test_what_is_not_checked_is_refused_all_the_same_by_shape():
+    for x, keep, message in [(torch.ones(2, 9, 4), 3, "wants"), (torch.ones(1, 2, 9, 4), 10, "1 to N = 9"),
+                             (torch.ones(1, 2, 9, 4).long(), 3, "floating-point")]:
+        with pytest.raises(ValueError, match=message):
+            cluster_stm(x, keep, check=False)
+
+
+@gpu
+def test_on_a_gpu_the_host_waits_for_nothing_and_a_graph_replays_it():
+    x = torch.randn(4, 8, 196, 768, device="cuda", dtype=torch.bfloat16)
+    want = cluster_stm(x, 29)                               # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert_later = [cluster_stm(x, 29, check=False), cluster_stm(x, 29, d_c=0.3, d_c_time=0.3, check=False)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert assert_later[0].equal(want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        keep = cluster_stm(x, 29, check=False)
+    other = torch.randn_like(x)
+    want = cluster_stm(other, 29)
+    x.copy_(other)
+    graph.replay()
+    assert keep.equal(want)
+
+
+@gpu
+def test_on_a_gpu_memory_does_not_grow_with_the_square_of_the_tokens():
+    cluster_stm(torch.randn(4, 8, 196, 768, device="cuda").bfloat16(), 29)
+    took = []
+    for B in (128, 256):
+        x = torch.randn(B, 8, 196, 768, device="cuda", dtype=torch.bfloat16)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        cluster_stm(x, 29, check=False)
+        took.append(torch.cuda.max_memory_allocated() - before)
+        del x
+    assert took[1] - took[0] < 128 * 8 * 196 * 400          # bytes a token: 13 x 2 slots of 4, and a few of its own
+
+
+@gpu
+def test_on_a_gpu_bad_values_are_named():
+    x = torch.randn(1, 2, 20, 16, device="cuda")
+    x[0, 0, 3, 5] = math.nan
+    with pytest.raises(ValueError, match="1 NaN or infinite of 640"):
+        cluster_stm(x, 6)
+    for value, message in ((x.double(), "float32, float16 or bfloat16"), (x.nan_to_num() * 1e20, "1e-12 to 1e12"),
+                           (torch.zeros(1, 2, 1025, 8, device="cuda"), "1 to 1024 tokens")):
+        with pytest.raises(ValueError, match=message):
+            cluster_stm(value.nan_to_num(), 6)
+    with pytest.raises(ValueError, match="d_c wants to be on cuda"):
+        cluster_stm(x.nan_to_num(), 6, d_c=torch.ones(2))
 
 
 @pytest.mark.parametrize("words, message", [
