@@ -106,5 +106,5 @@ def tiles(x: Tensor, n: int, block: int = 128) -> dict:
 
 
 def programs(x: Tensor) -> int:
-    """How many programs fill the device that x is on, two to a multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    """How many programs fill the device that x is on: their registers leave room for one on a multiprocessor."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
