@@ -18,12 +18,14 @@ torch.set_num_threads(1)
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """torch.empty is full of NaN, or of -7: what no program wrote cannot pass for computed."""
-    for name in ("empty", "empty_like"):
-        def poisoned(*args, make=getattr(torch, name), **kwargs):
+    def poisoned(make):
+        def empty(*args, **kwargs):
             t = make(*args, **kwargs)
             return t.fill_(torch.nan if t.is_floating_point() else -7)
+        return empty
 
-        monkeypatch.setattr(torch, name, poisoned)
+    for make in (torch.empty, torch.empty_like):
+        monkeypatch.setattr(torch, make.__name__, poisoned(make))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ import eval as score
 import train
 from masking import MASKS, MaskConfig, keep_count
 from teacher import SigLIP
-from tools import demo, show
+from tools import bench, demo, show
+from tools import compile as chips
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Objects kept
@@ -186,7 +187,11 @@ def parsed(line):
     if script == "data.py":
         assert args.pop(0) == "sprites"
         return tyro.cli(functools.wraps(data.write_sprites)(lambda **asked: asked), args=args)
-    assert script in ("tools/show.py", "tools/demo.py"), line
+    if script == "tools/bench.py":
+        return bench.parse(args)
+    assert script in ("tools/show.py", "tools/demo.py", "tools/compile.py"), line
+    if script == "tools/compile.py":
+        return chips.parse(args)
     if script == "tools/show.py":
         return tyro.extras.subcommand_cli_from_dict({"mask": show.Mask, "run": show.Run}, args=args)
     return tyro.cli(demo.Config, args=args)
@@ -284,7 +289,8 @@ def test_the_readme_names_every_file():
     assert len(top) > 5 and not [name for name in (*top, *tools, "kernels/") if f"`{name}`" not in said]
 
 
-@pytest.mark.parametrize("name", ["README.md", "train.py", "eval.py", "data.py", "tools/show.py", "tools/demo.py"])
+@pytest.mark.parametrize("name", ["README.md", "train.py", "eval.py", "data.py", "tools/show.py", "tools/demo.py",
+                                  "tools/bench.py", "tools/compile.py", "docs/bench.md"])
 def test_commands_that_the_pages_give_parse(name):
     said = page(name)
     said = said if name.endswith(".md") else said.split('"""')[1]           # the docstring
