@@ -11,6 +11,7 @@ by a linear head on its last position.
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -352,16 +353,43 @@ def load_weights(model: nn.Module, saved: dict[str, Tensor], where: str):
     model.load_state_dict(saved)
 
 
-def read_folder(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and model.safetensors of a folder, which must be there and be what their names say."""
-    for name in ("config.json", "model.safetensors"):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise FileNotFoundError(f"{folder} is no folder of {what}: it has no {name}")
+def find_folder(name: str, what: str) -> str:
+    """A folder as it is; a hub id (owner/model, or an old one without owner) fetched, or found in the hub's cache."""
+    if os.path.isdir(name):
+        return name
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"{name} is no folder of {what}: there is no such folder")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
+        return snapshot_download(name, allow_patterns=["*.json", "vocab.txt", "model*.safetensors"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise FileNotFoundError(
+            f"{name} is no folder of {what}: none is at {os.path.abspath(name)} or in the hub's cache "
+            f"({constants.HF_HUB_CACHE}), and it could not be fetched ({reason}); where there is a network: "
+            f"hf download {name} --local-dir {name}",
+        ) from None
+
+
+def read_folder(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and the weights of a folder, which must be there and be what their names say: one file or several."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    files = ["config.json", "model.safetensors"]
+    try:
+        if os.path.isfile(index) and not os.path.isfile(os.path.join(folder, files[1])):
+            with open(index) as f:
+                files = ["config.json", *sorted(set(json.load(f)["weight_map"].values()))]
+        for name in files:
+            if not os.path.isfile(os.path.join(folder, name)):
+                raise FileNotFoundError(f"{folder} is no folder of {what}: it has no {name}")
         with open(os.path.join(folder, "config.json")) as f:
-            return json.load(f), load_file(os.path.join(folder, "model.safetensors"))
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is no folder of {what}: {error}") from None
+            config, weights = json.load(f), {}
+        for name in files[1:]:
+            weights |= load_file(os.path.join(folder, name))
+    except (json.JSONDecodeError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{folder} is no folder of {what}: {type(error).__name__}: {error}") from None
+    return config, weights
 
 
 def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
