@@ -6,10 +6,24 @@ from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 import numpy as np
 import pytest
 import torch
-from test_cosine_distance import DTYPES, distances, unkind
+from test_cosine_distance import (
+    DEVICE,
+    DTYPES,
+    LOW,
+    captured,
+    distances,
+    low,
+    needs_cuda,
+    quick_distances,
+    strided,
+    unkind,
+)
 
+from kernels.bandwidth import bandwidth_triton
 from kernels.cosine_distance import cosine_distance
-from kernels.density_peaks import density_peaks, follow, nearest
+from kernels.density_peaks import density_peaks, density_peaks_ref, density_peaks_triton, follow, nearest
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DIGITS = Context(prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
 WAYS = [(density, assign) for density in ("exp", "gauss") for assign in ("nearest", "parent")]
@@ -333,3 +347,348 @@ X = torch.ones(2, 3, 4)
 def test_impossible_arguments_are_refused_by_name(x, K, d_c, words, message):
     with pytest.raises(ValueError, match=message):
         density_peaks(x, K, d_c, *words)
+
+
+def test_unchecked_on_a_cpu_the_reference_clusters_the_frames_without_a_NaN_as_ever():
+    x = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(0))
+    want = density_peaks(x, 3, 0.3)
+    x[1, 4, 2] = math.nan
+    got = density_peaks(x, 3, 0.3, check=False)
+    assert all(a[::2].equal(b[::2]) for a, b in zip(got, want, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernel
+
+def run(x, K, d_c, density, assign, **kwargs):
+    """The kernel's labels, centres, log rho and inverse lengths, on the CPU. d_c: a number, one a frame, or None."""
+    if d_c is not None:
+        d_c = torch.as_tensor(d_c, dtype=torch.float32).expand(len(x)).contiguous().to(DEVICE)
+    out = [t.cpu() for t in density_peaks_triton(x.to(DEVICE), K, d_c, density, assign, **kwargs)]
+    check_contract(*out[:3], *x.shape[:2], K)
+    return out
+
+
+def log_rho(d, d_c, density):
+    """d (N, N) fp64 -> (N,)."""
+    a = (d / d_c) ** (2 if density == "gauss" else 1)
+    np.fill_diagonal(a, np.inf)
+    least = a.min(1)
+    least[np.isinf(least)] = 0
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(least[:, None] - a).sum(1)) - least
+
+
+def check_densities(got, d, d_c, density):
+    """Distances are good to 1e-6, and what that makes of log rho is what it may be off by."""
+    want, off = log_rho(d, d_c, density), 1e-6 / d_c
+    if density == "gauss":
+        off *= 2 * d.max() / d_c + off
+    np.testing.assert_allclose(got.double().numpy(), want, rtol=1e-6, atol=2e-6 + off)
+
+
+def check_steps(frame, labels, centres, rho, assign, off=1e-6):
+    """
+    Each step follows from the ones before, on any tokens: what each does is known but for distances nearly equal.
+
+    frame (N, C); labels (N,), centres (K,), rho (N,), the logarithms, as the kernel has them.
+    """
+    d, N = quick_distances(frame), len(frame)
+    labels, centres, rho = labels.tolist(), centres.tolist(), rho.double().numpy()
+    if N == 1:
+        return
+    by_density = np.lexsort((np.arange(N), -rho))
+    place = np.empty(N, int)
+    place[by_density] = np.arange(N)
+    near = np.where(place[None] < place[:, None], d, np.inf)                    # to the denser tokens
+    delta = near.min(1)
+    peak = by_density[0]
+    delta[peak] = d[peak].max()
+
+    with np.errstate(divide="ignore"):
+        low, high = np.log(np.maximum(delta - off, 0)), np.log(delta + off)
+    slack = 1e-6 + 2e-7 * (abs(rho) + abs(np.log(delta + off)))
+    others = np.setdiff1d(np.arange(N), centres)
+    if len(others):
+        assert (rho + high + slack)[centres].min() >= (rho + low - slack)[others].max()
+    for i in others:
+        if assign == "nearest" or i == peak:
+            assert d[i, centres[labels[i]]] <= d[i, centres].min() + 2 * off
+        else:
+            assert labels[i] in {labels[j] for j in np.flatnonzero(near[i] <= delta[i] + 2 * off)}
+
+
+# Whole blocks, ragged ones, two and three; several turns of a program (the interpreter has two); the model's C once.
+@pytest.mark.parametrize("shape", [
+    (1, 1, 8), (5, 2, 3), (3, 3, 8), (1, 16, 100), (3, 17, 8), (2, 49, 40), (1, 64, 64), (1, 129, 96), (1, 196, 768),
+    (1, 256, 8),
+], ids=str)
+@low
+def test_each_step_of_the_kernel_is_right_given_those_before(shape, dtype):
+    F, N, C = shape
+    x, d_c = unkind(*shape, seed=N).to(dtype), np.float32(0.2)
+    square = x.double().square().sum(-1).numpy()
+    want_inv = np.where(square > 0, 1 / np.sqrt(np.where(square > 0, square, 1)), 0)
+    for way, (density, assign) in enumerate(WAYS):
+        if N > 3 and way % 2 != (N + (dtype == torch.float32)) % 2 or N > 100 and way > 1:
+            continue
+        K = counts(N)[(way + N) % len(counts(N))] if N < 100 else N // 7
+        labels, centres, rho, inv = run(x, K, d_c, density, assign)
+        np.testing.assert_allclose(inv.double().numpy(), want_inv, rtol=1e-6, atol=0)
+        for f in range(F):
+            check_densities(rho[f], quick_distances(x[f]), float(d_c), density)
+            check_steps(x[f], labels[f], centres[f], rho[f], assign)
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 34, 35])
+@ways
+def test_each_step_of_the_kernel_is_right_for_any_number_of_clusters(K, density, assign):
+    x = torch.randn(2, 35, 12, generator=torch.Generator().manual_seed(K))
+    x[1] = x[1, 0] + 1e-3 * x[1]                                                # rounding decides nearly everything
+    d_c = [0.3, 1e-6]
+    labels, centres, rho, _ = run(x, K, d_c, density, assign)
+    for f in range(2):
+        check_densities(rho[f], quick_distances(x[f]), float(np.float32(d_c[f])), density)
+        check_steps(x[f], labels[f], centres[f], rho[f], assign)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@ways
+def test_the_kernel_is_the_definition_wherever_rounding_cannot_decide(dtype, density, assign):
+    x = torch.randn(4, 20, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    d_c, compared = np.float32(0.3), 0
+    frames = [Peaks(f, d_c, density) for f in x]
+    for K in (1, 3, 8):
+        labels, centres, rho, _ = run(x, K, d_c.item(), density, assign)
+        for f, p in enumerate(frames):
+            np.testing.assert_allclose(rho[f].double().numpy(), [float(r.ln()) for r in p.rho], rtol=0, atol=2e-5)
+            want_labels, want_centres, margin = p.cluster(K, assign)
+            if margin > 2e-6:
+                assert (labels[f].tolist(), centres[f].tolist()) == (want_labels, want_centres)
+                compared += 1
+    assert compared >= 9                                                        # of 12
+
+
+@pytest.mark.parametrize("N, kinds", [(49, 7), (64, 3), (16, 16), (33, 1), (130, 9)])
+@low
+@ways
+def test_in_the_kernel_ties_of_density_of_distance_and_of_gamma_go_to_the_lower_index(N, kinds, dtype, density, assign):
+    if N > 40 and (density, assign) not in (WAYS[1:3] if dtype == torch.float32 else WAYS[::3]):
+        return
+    x = one_hot(2, N, seed=N, kinds=kinds)
+    if N == 64:
+        x[:, ::5] *= -1                                                         # and at distance 2
+        x[:, 7::20] = 0                                                         # and without direction
+    x, d_c = x.to(dtype), np.float32(0.02)
+    frames = [Peaks(f, d_c, density) for f in x]
+    for K in counts(N)[1::3] if dtype == torch.float32 else [N // 7]:
+        labels, centres, _, _ = run(x, K, d_c.item(), density, assign)
+        for f, p in enumerate(frames):
+            assert (labels[f].tolist(), centres[f].tolist()) == p.cluster(K, assign)[:2]
+
+
+@pytest.mark.parametrize("N, K, assign", [(300, 30, "nearest"), (1024, 102, "parent")])
+def test_the_kernel_takes_as_many_tokens_as_there_may_be(N, K, assign):
+    x = one_hot(1, N, seed=N, kinds=16).to(LOW[-1])
+    want = density_peaks_ref(x.double(), K, torch.tensor([0.02], dtype=torch.float64), "exp", assign)
+    labels, centres, rho, _ = run(x, K, 0.02, "exp", assign)
+    assert labels.equal(want[0]) and centres.equal(want[1])
+    torch.testing.assert_close(rho.double(), want[2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("density, d_c, dtype", [
+    ("exp", 1e-6, torch.float32), ("exp", 1e-3, LOW[-1]), ("gauss", 0.01, torch.float32),
+], ids=str)
+@pytest.mark.parametrize("assign", ["nearest", "parent"])
+def test_in_the_kernel_where_every_density_underflows_the_order_is_still_that_of_the_exact_ones(
+        density, d_c, dtype, assign):
+    for seed in range(2):
+        x = stars(seed).to(dtype)
+        p = Peaks(x[0], np.float32(d_c), density)
+        for K in range(1 + seed, p.N + 1, 6):
+            labels, centres, rho, _ = run(x, K, d_c, density, assign)
+            assert (labels[0].tolist(), centres[0].tolist()) == p.cluster(K, assign)[:2]
+            assert (rho < -100).all() and (rho > -math.inf).all()
+
+
+@pytest.mark.parametrize("half", [8, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+def test_the_kernel_follows_a_chain_of_parents_to_its_end(half, dtype):
+    # A circle of vectors of signs, each with one more sign turned than the one before: all are equally dense, so each
+    # is the child of the one before it, and the last one is the nearer to 0.
+    N = 2 * half
+    turn = torch.arange(N)[:, None] - torch.arange(half)[None]
+    x = torch.where((turn > 0) & (turn <= half), -1.0, 1.0)                     # (N, half)
+    C = 16 if half == 8 else 256
+    x = torch.nn.functional.pad(x, (0, C - half), value=1.0)[None]
+    for K in (1, 2, 3, half) if half == 8 else (3,):
+        labels, centres, rho, _ = run(x.to(dtype), K, 2 / C / 40, "exp", "parent")
+        assert centres.tolist() == [list(range(K))]
+        assert labels.tolist() == [[min(i, K - 1) for i in range(N - 1)] + [0]]
+        assert (rho == rho[0, 0]).all()
+
+
+@pytest.mark.parametrize("density", ["exp", "gauss"])
+def test_in_the_kernel_a_spiral_is_one_chain_uphill(density):
+    # Degrees on a circle, ever further apart, in any order.
+    g = torch.Generator().manual_seed(1)
+    gap = 1.2 + 0.03 * torch.arange(69)
+    angle = torch.deg2rad(torch.cat([torch.zeros(1), gap.cumsum(0)])).double()
+    p = torch.randperm(70, generator=g)
+    x = torch.stack([angle.cos(), angle.sin()], -1)[p][None].float()
+    for K in (1, 2):
+        labels, centres, rho, _ = run(x, K, 1e-4, density, "parent")
+        check_steps(x[0], labels[0], centres[0], rho[0], "parent")
+        assert p[rho[0].argmax()] < 3 and p[centres[0]].min() < 3
+
+
+@pytest.mark.parametrize("d_c", [1e-6, 0.02, 10.0])
+@ways
+def test_in_the_kernel_a_constant_frame_has_the_first_tokens_as_centres(d_c, density, assign):
+    for token in (torch.zeros(8), torch.eye(8)[3] * 0.5, torch.tensor([1.0, -1, 1, 1, 0, 0, 0, 0])):
+        rho = math.log(18) if token.any() else math.log(18) - (1 / d_c) ** (2 if density == "gauss" else 1)
+        for K in (1, 4, 19) if (d_c, density) == (0.02, "exp") else (4,):
+            out = run(token.expand(1, 19, 8), K, d_c, density, assign)
+            assert out[1].tolist() == [list(range(K))]
+            assert out[0].tolist() == [list(range(K)) + [0] * (19 - K)]
+            np.testing.assert_allclose(out[2].double().numpy(), rho, rtol=1e-6)
+    x = torch.randn(24, generator=torch.Generator().manual_seed(0)).expand(3, 33, 24)       # rounding decides
+    run(x, 5, d_c, density, assign)
+
+
+def test_a_single_token_has_density_0_in_the_kernel_too():
+    for density, assign in WAYS:
+        for d_c in (0.1, None):
+            labels, centres, rho, _ = run(torch.ones(3, 1, 4), 1, d_c, density, assign)
+            assert labels.tolist() == centres.tolist() == [[0]] * 3 and rho.tolist() == [[-math.inf]] * 3
+
+
+# float32: its blocks are as large as bandwidth's.
+@pytest.mark.parametrize("shape, q", [((3, 20, 8), 0.02), ((1, 70, 9), 1.0), ((5, 2, 3), 0.5)], ids=str)
+def test_a_bandwidth_the_kernel_finds_is_the_one_it_could_be_given(shape, q):
+    x = unkind(*shape, seed=shape[1])
+    if shape[1] > 9:
+        x[0, 1:] = x[0, 1:] + x[0, :1]                                          # each frame has its own
+    d_c = bandwidth_triton(x.to(DEVICE), q).cpu()
+    K = max(1, shape[1] // 5)
+    labels, centres, rho, _ = run(x, K, None, "exp", "nearest", quantile=q)
+    torch.testing.assert_close(rho, run(x, K, d_c, "exp", "nearest")[2], rtol=1e-5, atol=1e-5)
+    for f in range(shape[0]):
+        check_steps(x[f], labels[f], centres[f], rho[f], "nearest")
+
+
+@pytest.mark.parametrize("shape, q", [((3, 20, 8), "0.02"), ((1, 49, 40), "0.1"), ((1, 129, 16), "0.5")], ids=str)
+def test_a_bandwidth_the_kernel_finds_is_that_quantile(shape, q):
+    x = unkind(*shape).to(LOW[-1])
+    N, top, bottom = shape[1], *map(int, (q.replace(".", ""), 10 ** len(q.partition(".")[2])))
+    _, _, rho, _ = run(x, 1, None, "exp", "parent", quantile=float(q))
+    for f in range(shape[0]):
+        d = quick_distances(x[f])
+        d_c = np.sort(d[np.triu_indices(N, 1)])[-(-top * (N * (N - 1) // 2) // bottom) - 1]
+        if d_c > 1e-4:                                                          # rho grows with d_c
+            ends = [log_rho(d, d_c * (1 + s / 250) + s * 2e-6, "exp") + s * (1e-5 + 2e-6 / d_c) for s in (-1, 1)]
+            assert (ends[0] <= rho[f].numpy()).all() and (rho[f].numpy() <= ends[1]).all()
+
+
+@pytest.mark.parametrize("density, assign, dtype", [
+    (*WAYS[0], torch.float32), (*WAYS[3], torch.float32), (*WAYS[1], LOW[-1]), (*WAYS[2], LOW[-1]),
+], ids=str)
+def test_frames_of_the_kernel_do_not_know_of_each_other_and_have_the_same_bits_every_run(density, assign, dtype):
+    x = torch.cat([unkind(4, 19, 12, seed=4), torch.ones(1, 19, 12)]).to(dtype)
+    d_c = torch.tensor([0.1, 0.5, 2.0, 0.01, 1e-6])
+    out = run(x, 5, d_c, density, assign)
+    turned = [t.flip(0) for t in run(x.flip(0), 5, d_c.flip(0), density, assign)]
+    for again in (run(x, 5, d_c, density, assign), turned):
+        assert all(a.equal(b) for a, b in zip(again, out, strict=True))
+    alone = run(x[3:4], 5, d_c[3], density, assign)
+    assert all(a[0].equal(b[3]) for a, b in zip(alone, out, strict=True))
+
+
+def test_the_kernel_takes_any_strides():
+    for x in strided(2, 9, 12):
+        out, same = run(x, 4, 0.3, "exp", "parent"), run(x.contiguous(), 4, 0.3, "exp", "parent")
+        assert all(a.equal(b) for a, b in zip(out, same, strict=True))
+
+
+@ways
+def test_in_the_kernel_permuted_tokens_give_permuted_answers(density, assign):
+    g = torch.Generator().manual_seed(3)
+    x, moves = torch.randn(4, 21, 32, generator=g), torch.stack([torch.randperm(21, generator=g) for _ in range(4)])
+    compared = 0
+    for K in (1, 5):
+        labels, centres, rho, _ = run(x, K, 0.3, density, assign)
+        moved = run(x.gather(1, moves[..., None].expand_as(x)), K, 0.3, density, assign)
+        torch.testing.assert_close(moved[2], rho.gather(1, moves), rtol=0, atol=2e-5)
+        for f in range(4):
+            if Peaks(x[f], np.float32(0.3), density).cluster(K, assign)[2] > 4e-6:
+                assert moves[f, moved[1][f]].sort().values.equal(centres[f])
+                assert moves[f, moved[1][f, moved[0][f]]].equal(centres[f, labels[f, moves[f]]])
+                compared += 1
+    assert compared >= 6                                                        # of 8
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("density, assign", WAYS[:3])
+def test_in_the_kernel_a_NaN_or_an_infinity_spoils_its_own_frame_only_and_that_still_has_K_clusters(
+        bad, density, assign):
+    x = torch.randn(5, 10, 8, generator=torch.Generator().manual_seed(5))
+    spoilt = x.clone()
+    spoilt[1, [0, 7, 9], 3] = bad
+    spoilt[3] = bad
+    for K, d_c in [(1, 0.3)] if density == "gauss" else [(4, None)] if assign == "parent" else [(10, 0.3)]:
+        out, want = run(spoilt, K, d_c, density, assign), run(x, K, d_c, density, assign)       # check_contract
+        assert all(a[::2].equal(b[::2]) for a, b in zip(out, want, strict=True))
+        assert not out[2].isnan().any() and not out[3].isnan().any()
+
+
+def test_in_the_kernel_a_chain_that_ends_at_a_peak_which_is_no_centre_takes_the_centre_nearest_to_the_peak():
+    # A NaN is at distance 0 from every token: token 6 is the densest, everyone's parent, and nothing has a gamma.
+    x = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(6))
+    x[0, 6, 0] = math.nan
+    labels, centres, rho, _ = run(x, 3, 0.1, "exp", "parent")
+    assert rho.argmax() == 6 and centres.tolist() == [[0, 1, 2]]
+    assert labels.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
+@pytest.mark.parametrize("density, assign", WAYS[1:3])
+def test_in_the_kernel_a_bandwidth_that_is_none_spoils_its_own_frame_only(bad, density, assign):
+    x = torch.randn(3, 10, 8, generator=torch.Generator().manual_seed(7))
+    out = run(x, 4, torch.tensor([0.3, bad, 0.1]), density, assign)             # check_contract
+    want = run(x, 4, torch.tensor([0.3, 0.2, 0.1]), density, assign)
+    assert all(a[::2].equal(b[::2]) for a, b in zip(out, want, strict=True))
+    assert not out[2].isnan().any()
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@ways
+def test_a_tensor_on_a_gpu_goes_to_the_kernel(dtype, density, assign):
+    x = unkind(3, 70, 40).to("cuda", dtype)
+    labels, centres, rho = density_peaks(x, 9, 0.3, density, assign)
+    want = run(x, 9, 0.3, density, assign)
+    assert labels.cpu().equal(want[0]) and centres.cpu().equal(want[1])
+    torch.testing.assert_close(rho.cpu(), want[2].exp(), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="d_c wants to be on cuda"):
+        density_peaks(x, 9, torch.ones(3), density, assign)
+
+
+@needs_cuda
+def test_on_a_gpu_the_features_may_have_more_than_2_to_the_31_elements():
+    N, C = 64, 1536
+    x = torch.randn(2 ** 31 // (N * C) + 3, N, C, device="cuda", dtype=torch.float16)
+    assert x.numel() > 2 ** 31
+    for d_c in (torch.full((len(x),), 0.3, device="cuda"), None):
+        out = density_peaks_triton(x, 9, d_c, "exp", "parent")
+        alone = density_peaks_triton(x[-3:], 9, None if d_c is None else d_c[-3:], "exp", "parent")
+        assert all(a[-3:].equal(b) for a, b in zip(out, alone, strict=True))
+
+
+@needs_cuda
+@ways
+def test_the_kernel_can_be_captured_in_a_cuda_graph(density, assign):
+    x = unkind(3, 70, 40).cuda()
+    out = captured(lambda: density_peaks(x, 9, 0.3, density, assign, check=False))
+    assert all(a.equal(b) for a, b in zip(out, density_peaks(x, 9, 0.3, density, assign), strict=True))
+    out = captured(lambda: density_peaks_triton(x, 9, None, density, assign))
+    assert all(a.equal(b) for a, b in zip(out, density_peaks_triton(x, 9, None, density, assign), strict=True))
