@@ -155,7 +155,8 @@ def test_the_eager_path_keeps_the_reference_s_ids_in_fp32(x):
 def test_the_tables_of_a_gpu_run_in_the_interpreter(capsys):
     if torch.cuda.is_available():
         pytest.skip("a GPU runs them itself")
-    args = bench.parse(["kernels", "--device", "cpu", "--shapes", "4,4,8", "--frames", "2", "--skip", "compiled"])
+    args = bench.parse(["kernels", "--device", "cpu", "--shapes", "4,4,8", "--frames", "2", "--skip", "compiled",
+                        "teacher"])
     assert bench.gpu_tables(args, "cpu", torch.float16)
     said = capsys.readouterr().out
     timed = [n for n, op in bench.operations(4, 4, 8, 2, 1).items() if op.eager]

@@ -502,6 +502,26 @@ def peer_rows(args, shape: tuple, device: str, dtype: torch.dtype):
     line("flash-kmeans, 10 iterations", took, ratio(took, ours))
 
 
+def teacher_rows(args, device: str, dtype: torch.dtype, frames: int = 256):
+    """What the mask and the relevance target cost beside the forward they wait for: SigLIP-B/16, random weights."""
+    from teacher import SigLIP, SigLIPConfig
+    torch.manual_seed(0)
+    teacher = SigLIP(SigLIPConfig()).to(device, dtype).requires_grad_(False)
+    size, T, reps = teacher.cfg.vision_config.image_size, args.frames[0], 100 if device == "cuda" else 1
+    pixels = torch.randn(frames, 3, size, size, device=device, dtype=dtype)
+    tokens, _ = teacher.encode_image(pixels)
+    clips = tokens.unflatten(0, (-1, T))
+    forward = attempt(measure, lambda x: teacher.encode_image(x)[0], [(pixels,)], reps)
+    heading(f"Beside the teacher: SigLIP-B/16 at {size}, {frames} frames, {str(dtype)[6:]}", "what", "ms",
+            "of the forward")
+    line("forward, eager", forward, ratio(forward, forward))
+    for name, run, x in (("cluster_stm(check=False)", lambda x: cluster_stm(x, keep_count(x.shape[2], args.ratio),
+                                                                            check=False), clips),
+                         ("SigLIP.align", lambda x: teacher.align(x, teacher.grid), tokens)):
+        took = attempt(measure, run, [(x,)], reps)
+        line(name, took, ratio(took, forward))
+
+
 def sweep_rows(args, shape: tuple, device: str, dtype: torch.dtype):
     """Launches of the two large kernels against time. All compile first, side by side, into Triton's cache."""
     from tools.compile import compile_all
@@ -551,6 +571,8 @@ def gpu_tables(args, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) 
             agreement_rows(args, shape, device, dtype)
         if "peers" not in args.skip:
             peer_rows(args, shape, device, dtype)
+    if "teacher" not in args.skip:
+        teacher_rows(args, device, dtype)
     if args.sweep:
         sweep_rows(args, args.shapes[0], device, dtype)
     return good
@@ -586,7 +608,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--sweep", action="store_true", help="also time the two large kernels under many launches")
     run.add_argument("--features", help="teacher tokens (B, T, N, C), .npy or .pt, to compare kept ids on")
     run.add_argument("--rounds", type=int, default=20, help="on a CPU: runs of each")
-    run.add_argument("--skip", nargs="+", default=[], choices=("eager", "compiled", "agreement", "peers", "report"),
+    parts = ("eager", "compiled", "agreement", "peers", "teacher", "report")
+    run.add_argument("--skip", nargs="+", default=[], choices=parts,
                      help="leave out baselines, tables, or the compile report (which only a CPU prints)")
     run.add_argument("--commit", default="", help="commit to name in the heading where there is no git")
     args = top.parse_args(argv)
