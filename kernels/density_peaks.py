@@ -18,9 +18,9 @@ token i, which is at least delta_i. In exact arithmetic it is therefore always a
 and d_ji come out of different sums), so a chain of parents that ends at a peak which is no centre is provided for.
 
 Cost. One N x N x C product a frame, 2FN^2C flop, and a few passes over N^2 distances. In the kernel one program does
-a frame from features to labels. Its distances, about 4N^2 bytes, lie in scratch that the program uses again for its next
-frame: with padding 200 kB at N = 196, 26 MB for the 132 programs of an H200, which its L2 cache holds; memory does not
-grow with F. The steps between, each a function of a whole frame, are separated by barriers of the program.
+a frame from features to labels. Its distances, about 4N^2 bytes, lie in scratch that the program uses again for its
+next frame: with padding 200 kB at N = 196, 26 MB for the 132 programs of an H200, which its L2 cache holds; memory does
+not grow with F. The steps between, each a function of a whole frame, are separated by barriers of the program.
 """
 
 import torch
