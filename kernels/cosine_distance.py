@@ -11,7 +11,6 @@ on chip or in the L2 cache: this one is for those who want the matrix.
 """
 
 import torch
-import torch.nn.functional as nn
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,8 +20,13 @@ from kernels import check_tokens, programs, tiles
 
 def unit(x: Tensor) -> Tensor:
     """x (..., C) scaled to unit length, whatever its length; a zero vector stays zero."""
-    x = x / x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)     # else squares may overflow
-    return nn.normalize(x, dim=-1)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    safe = (length > 1e-15) & (length < 1e15)
+    if not safe.all():                                  # squares overflow or vanish: such tokens are scaled first
+        scaled = x / x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        x = torch.where(safe, x, scaled)
+        length = torch.where(safe, length, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp_min(1e-12))
+    return x / length
 
 
 def cosine_distance_ref(x: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def log_density(d: Tensor, d_c: Tensor, density: str) -> Tensor:
     a = d / d_c[:, None, None]
     if density == "gauss":
         a = a.square()
-    itself = torch.eye(d.shape[1], dtype=torch.bool, device=d.device)
-    return (-a).masked_fill(itself, -torch.inf).logsumexp(-1)
+    a.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    return a.neg_().logsumexp(-1)
 
 
 def order(score: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def density_peaks_ref(x: Tensor, K: int, d_c: Tensor, density: str, assign: str)
 
     by_density = order(log_rho)                                                 # (F, N), densest first
     place = by_density.argsort(1)
-    denser = place[:, None, :] < place[:, :, None]                              # (F, i, j): j is denser than i
-    delta, parent = d.masked_fill(~denser, torch.inf).min(-1)                   # (F, N), (F, N)
+    no_denser = place[:, None, :] >= place[:, :, None]                          # (F, i, j): j is no denser than i
+    delta, parent = d.masked_fill(no_denser, torch.inf).min(-1)                 # (F, N), (F, N)
     peak = by_density[:, :1]
     delta = delta.scatter(1, peak, d.amax(-1).gather(1, peak))
     parent = parent.scatter(1, peak, peak)
