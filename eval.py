@@ -154,8 +154,9 @@ def main(cfg: Config) -> dict:
         mask = MaskConfig(**{**trained["mask"], "name": cfg.mask, "ratio": ratio})
         teacher = SigLIP.from_pretrained(cfg.teacher or trained["teacher"]).to(device)
         def keep(b):
-            tokens, _ = teacher.encode_image(teacher.pixels(b.video.flatten(0, 1)))
-            return choose(teacher, tokens.unflatten(0, b.video.shape[:2]), mask, mask.ratio, cfg.seed + b.seed)
+            grid = model.vit.grid(b.video)[1:]                  # the student's
+            tokens, _ = teacher.encode_image(teacher.pixels(b.video.flatten(0, 1), grid))
+            return choose(teacher, tokens.unflatten(0, b.video.shape[:2]), mask, mask.ratio, cfg.seed + b.seed, grid)
 
     k = task.rerank if cfg.rerank < 0 else cfg.rerank
     found = retrieval(model, clips, tokenizer, trained["model"]["text_length"], k, cfg.batch, keep)

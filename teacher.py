@@ -3,8 +3,9 @@ The teacher: SigLIP (Zhai et al., ICCV 2023), its two towers and its attention-p
 is told by it.
 
 Layout and parameter names are those of the Hugging Face checkpoints (transformers, models/siglip), so that real weights
-load by name. The joint space has width E, the vision tower's width: an image is pooled into it by the MAP head, a text
-by a linear head on its last position.
+load by name: SigLIP's, and of SigLIP 2's (Tschannen et al., 2025) those of fixed resolution, whose tokenizer is
+another. The joint space has width E, the vision tower's width: an image is pooled into it by the MAP head, a text by a
+linear head on its last position.
 
 `guide` is the seam: nothing else of the teacher reaches the student.
 """
@@ -12,13 +13,14 @@ by a linear head on its last position.
 import json
 import os
 import re
+import string
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.nn.functional as nnf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from torch import Tensor, nn
 
 from kernels.window_attention import window_attention
@@ -29,6 +31,8 @@ ACTIVATIONS = {
     "gelu": nnf.gelu,
     "relu": nnf.relu,
 }
+AS_IT_IS = "PreTrainedTokenizerFast"        # the class of a tokenizer.json to which nothing is to be added
+FILTERS = {2: "bilinear", 3: "bicubic"}     # Pillow's numbers
 
 
 @dataclass
@@ -59,11 +63,25 @@ class TextConfig:
 
 
 @dataclass
+class PixelConfig:
+    """What becomes of an image; names and defaults of a checkpoint's preprocessor_config.json."""
+    image_mean: tuple = (0.5, 0.5, 0.5)
+    image_std: tuple = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    resample: int = 3           # one of FILTERS
+    size: tuple = ()            # (height, width); empty: the vision tower's image_size
+
+
+@dataclass
 class SigLIPConfig:
-    """A SigLIP checkpoint's config.json."""
+    """A SigLIP checkpoint's config.json and preprocessor_config.json."""
     vision_config: VisionConfig = field(default_factory=VisionConfig)
     text_config: TextConfig = field(default_factory=TextConfig)
     model_type: str = "siglip"
+    pixels: PixelConfig = field(default_factory=PixelConfig)
+
+    def __post_init__(self):
+        self.pixels.size = self.pixels.size or (self.vision_config.image_size,) * 2
 
 
 def patches(pixels: Tensor, size: int) -> Tensor:
@@ -73,6 +91,20 @@ def patches(pixels: Tensor, size: int) -> Tensor:
         raise ValueError(f"frames of {H} x {W} pixels do not divide into patches of {size}")
     x = pixels.view(F, c, H // size, size, W // size, size)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(F, (H // size) * (W // size), c * size * size)
+
+
+def resized(frames: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """
+    frames (..., 3, H, W) in grey levels -> (..., 3, *size), antialiased, across and then down as in Pillow before 13
+    (which goes down first where a frame is to lose much of its height).
+    """
+    *lead, H, W = frames.shape
+    if (H, W) == tuple(size):
+        return frames
+    x = frames.reshape(-1, 3, H, W).float()
+    for step in ((H, size[1]), tuple(size)):        # each pass ends in whole grey levels from 0 to 255
+        x = nnf.interpolate(x, step, mode=mode, align_corners=False, antialias=True).round_().clamp_(0, 255)
+    return x.view(*lead, *size)
 
 
 class Attention(nn.Module):
@@ -188,13 +220,21 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2, cfg.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (F, 3, H, W) -> (F, N, C)."""
-        if pixels.shape[-2:] != (self.cfg.image_size, self.cfg.image_size):
-            want, got = self.cfg.image_size, "x".join(map(str, pixels.shape[-2:]))
-            raise ValueError(f"this SigLIP takes frames of {want}x{want} pixels, got {got}")
-        conv = self.patch_embedding
-        x = nnf.linear(patches(pixels, self.cfg.patch_size), conv.weight.flatten(1), conv.bias)
-        return x + self.position_embedding.weight
+        """pixels (F, 3, H, W) -> (F, N, C). Pixels beyond the last whole patch are cut off."""
+        (H, W), p, conv = pixels.shape[-2:], self.cfg.patch_size, self.patch_embedding
+        if min(H, W) < p:
+            raise ValueError(f"frames of {H} x {W} pixels hold no patch of {p}")
+        pixels = pixels[..., :H // p * p, :W // p * p].to(conv.weight.dtype)
+        x = nnf.linear(patches(pixels, p), conv.weight.flatten(1), conv.bias)
+        return x + self.positions((H // p, W // p))
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table, (N, C), interpolated to another grid than its own."""
+        table, side = self.position_embedding.weight, self.cfg.image_size // self.cfg.patch_size
+        if grid == (side, side):
+            return table
+        table = table.T.unflatten(1, (side, side))[None]                                # (1, C, side, side)
+        return nnf.interpolate(table, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
 
 
 class VisionModel(nn.Module):
@@ -225,11 +265,11 @@ class TextModel(nn.Module):
 class SigLIP(nn.Module):
     """Image and text into one space of width E. `tokenizer` turns captions into ids."""
 
-    mean, std = 0.5, 0.5     # of its pixels, all three channels
-
     def __init__(self, cfg: SigLIPConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg = cfg
+        # A copy: `tokenize` sets its padding.
+        self.tokenizer = tokenizer and Tokenizer.from_str(tokenizer.to_str())
         self.vision_model = VisionModel(cfg.vision_config)
         self.text_model = TextModel(cfg.text_config, cfg.vision_config.hidden_size)
         self.logit_scale = nn.Parameter(torch.tensor([10.0]).log())     # Zhai et al., Algorithm 1: t' = log 10
@@ -244,14 +284,29 @@ class SigLIP(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w), the patches of a frame."""
+        """(h, w), the patches of a frame of the configured size."""
         side = self.cfg.vision_config.image_size // self.cfg.vision_config.patch_size
         return side, side
 
-    def pixels(self, frames: Tensor) -> Tensor:
-        """uint8 frames (..., 3, H, W) -> normalised as SigLIP wants them."""
-        p = self.logit_bias
-        return frames.to(p.dtype).div_(255).sub_(self.mean).div_(self.std)
+    def grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        """pixels (..., H, W) -> (h, w), the patches of a frame of theirs."""
+        H, W = pixels.shape[-2:]
+        return H // self.cfg.vision_config.patch_size, W // self.cfg.vision_config.patch_size
+
+    def pixels(self, frames: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """uint8 frames (..., 3, H, W) -> normalised as SigLIP wants them; with a grid, resized to just its patches."""
+        if grid is not None:
+            p = self.cfg.vision_config.patch_size
+            frames = resized(frames, (grid[0] * p, grid[1] * p), FILTERS[self.cfg.pixels.resample])
+        c, dtype = self.cfg.pixels, self.logit_bias.dtype
+        x = frames.to(torch.promote_types(dtype, torch.float32), copy=True).div_(1 / c.rescale_factor)
+        for i, (mean, std) in enumerate(zip(c.image_mean, c.image_std, strict=True)):
+            x[..., i, :, :].sub_(mean).div_(std)
+        return x.to(dtype)
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """uint8 frames (..., 3, H, W) of any size -> pixels of the checkpoint's own, as its processor makes them."""
+        return self.pixels(resized(frames, self.cfg.pixels.size, FILTERS[self.cfg.pixels.resample]))
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (F, 3, H, W), normalised -> tokens (F, N, C) after the last LayerNorm, pooled (F, E), unit length."""
@@ -310,29 +365,44 @@ class SigLIP(nn.Module):
         return {"sigmoid": sigmoid_loss(image, text, same, self.logit_scale, self.logit_bias)}
 
     def save(self, folder: str):
-        """config.json, tokenizer.json, then model.safetensors into the folder, the last whole or not at all."""
+        """A folder in Hugging Face's layout; its weights come last, whole or not at all."""
         os.makedirs(folder, exist_ok=True)
+        config = asdict(self.cfg)
+        pixels = config.pop("pixels")
+        pixels["size"] = dict(zip(("height", "width"), pixels["size"], strict=True))
+        config["text_config"]["projection_size"] = self.cfg.vision_config.hidden_size
+        files = {"config.json": config,
+                 "preprocessor_config.json": {"image_processor_type": "SiglipImageProcessor", **pixels}}
         if self.tokenizer is not None:
             self.tokenizer.save(os.path.join(folder, "tokenizer.json"))
-        config = asdict(self.cfg)
-        config["text_config"]["projection_size"] = self.cfg.vision_config.hidden_size
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump(config, f, indent=1)
+            pad = self.tokenizer.id_to_token(self.cfg.text_config.pad_token_id)
+            files["tokenizer_config.json"] = {"tokenizer_class": AS_IT_IS, "pad_token": pad}
+        for name, value in files.items():
+            with open(os.path.join(folder, name), "w") as f:
+                json.dump(value, f, indent=1)
         path = os.path.join(folder, "model.safetensors")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path + ".tmp")
         os.replace(path + ".tmp", path)
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype=torch.float32) -> "SigLIP":
-        """A folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json. Strict; in eval mode."""
+        """
+        A folder in Hugging Face's layout, or a hub id: config.json, model.safetensors (or its shards), and where there
+        are, preprocessor_config.json, tokenizer.json, tokenizer_config.json. Strict; frozen, in eval mode.
+        """
+        folder = find_folder(folder, "a SigLIP")
         config, saved = read_folder(folder, "a SigLIP")
-        if config.get("model_type") != "siglip":
-            raise ValueError(f"{folder}/config.json: model_type wants to be 'siglip', is {config.get('model_type')!r}")
-        cfg = SigLIPConfig(known(VisionConfig, config.get("vision_config", {})),
-                           known(TextConfig, config.get("text_config", {})))
-        path = os.path.join(folder, "tokenizer.json")
-        model = cls(cfg, Tokenizer.from_file(path) if os.path.isfile(path) else None)
-        load_weights(model, saved, folder)
+        where, kind = os.path.join(folder, "config.json"), config.get("model_type")
+        naflex = ", as all SigLIP 2 but the NaFlex ones have it" if kind == "siglip2" else ""
+        demand(kind == "siglip", where, "model_type", f"'siglip'{naflex}", kind)
+        cfg = SigLIPConfig(read_tower(VisionConfig, config, "vision_config", where),
+                           read_tower(TextConfig, config, "text_config", where), pixels=read_pixels(folder))
+        with torch.device("meta"):          # no memory and no time for weights that the file's replace
+            model = cls(cfg)
+        model.tokenizer = read_tokenizer(folder, cfg.text_config)
+        for tower in ("vision_model", "text_model"):        # a buffer that old checkpoints hold
+            saved.pop(f"{tower}.embeddings.position_ids", None)
+        load_weights(model, saved, os.path.join(folder, "model*.safetensors"), assign=True)
         return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -342,7 +412,91 @@ def known(config, values: dict):
     return config(**{k: v for k, v in values.items() if k in names})
 
 
-def load_weights(model: nn.Module, saved: dict[str, Tensor], where: str):
+def demand(fits: bool, where: str, key: str, wanted: str, value):
+    if not fits:
+        raise ValueError(f"{where}: {key} wants to be {wanted}, is {value!r}")
+
+
+def read_tower(config, values: dict, part: str, where: str):
+    """The dataclass `config` from `part` of a config.json; what it lacks has the published default."""
+    values = values.get(part) or {}
+    demand(isinstance(values, dict), where, part, "an object", values)
+    values = {k: v for k, v in values.items() if v is not None}
+    for key, wanted in (("hidden_act", tuple(ACTIVATIONS)), ("num_channels", (3,)), ("vision_use_head", (True,))):
+        value = values.get(key, wanted[0])
+        demand(value in wanted, where, f"{part}.{key}", " or ".join(map(repr, wanted)), value)
+    cfg = known(config, values)
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        demand(isinstance(value, (int, f.type)), where, f"{part}.{f.name}", f"of type {f.type.__name__}", value)
+    demand(cfg.hidden_size % cfg.num_attention_heads == 0, where, f"{part}.hidden_size",
+           f"a multiple of num_attention_heads, {cfg.num_attention_heads}", cfg.hidden_size)
+    return cfg
+
+
+def read_pixels(folder: str) -> PixelConfig:
+    """A folder's preprocessor_config.json; SigLIP's own way where it has none."""
+    path = os.path.join(folder, "preprocessor_config.json")
+    values = {k: v for k, v in read_json(path).items() if v is not None} if os.path.isfile(path) else {}
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        demand(values.get(key, True), path, key, "true", values.get(key))
+    if "size" in values:
+        size = values["size"]
+        demand(isinstance(size, dict) and {"height", "width"} <= size.keys(), path, "size", "height and width", size)
+        values["size"] = size["height"], size["width"]
+    cfg = known(PixelConfig, values)
+    demand(cfg.resample in FILTERS, path, "resample", f"one of {FILTERS}", cfg.resample)
+    for key in ("image_mean", "image_std"):
+        value = getattr(cfg, key)
+        demand(isinstance(value, (list, tuple)) and len(value) == 3, path, key, "3 numbers", value)
+        setattr(cfg, key, tuple(value))
+    return cfg
+
+
+def read_tokenizer(folder: str, cfg: TextConfig) -> Tokenizer | None:
+    """
+    A folder's tokenizer.json, made to do what the checkpoint's processor does; the id it pads with goes into `cfg`.
+
+    SigLIP (sentencepiece, a Unigram model): lower case, no punctuation, single spaces; </s> ends and pads.
+    SigLIP 2 (Gemma's, a BPE model): lower case; no <bos>, <eos> ends, <pad> pads. Others are taken as they are.
+    """
+    path, beside = (os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    if not os.path.isfile(path):
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as error:                  # the library raises plain Exception
+        raise ValueError(f"{path} is no tokenizer: {one_line(error)}") from None
+    options = read_json(beside) if os.path.isfile(beside) else {}
+    lower, steps, end, pad = options.get("do_lower_case", True), [], None, None
+    if options.get("tokenizer_class") == AS_IT_IS and "do_lower_case" not in options:
+        pass
+    elif isinstance(tokenizer.model, models.Unigram) and tokenizer.token_to_id("</s>") is not None:
+        # Python's lower(), which SigLIP's processor calls, knows a sigma that ends a word; Lowercase() does not.
+        steps = [normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς"), normalizers.Lowercase()] if lower else []
+        steps += [normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+                  normalizers.Replace(Regex(r"[\s▁]+"), " "), normalizers.Strip()]
+        end = pad = "</s>"
+    elif isinstance(tokenizer.model, models.BPE) and tokenizer.token_to_id("<eos>") is not None:
+        steps, end, pad = [normalizers.Lowercase()] if lower else [], "<eos>", "<pad>"
+    if steps:
+        old = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([*steps, *old])
+    if end:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))])
+    pad = options.get("pad_token") or pad
+    if pad is not None:
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        known_as = tokenizer.token_to_id(pad) if isinstance(pad, str) else None
+        demand(known_as is not None, beside, "pad_token", "one of tokenizer.json", pad)
+        cfg.pad_token_id = known_as
+    found, size = max(*tokenizer.get_vocab().values(), cfg.pad_token_id), cfg.vocab_size
+    demand(found < size, path, "its largest id", f"below text_config.vocab_size, {size}, of config.json", found)
+    return tokenizer
+
+
+def load_weights(model: nn.Module, saved: dict[str, Tensor], where: str, assign: bool = False):
     """Every weight of the model from `saved`, and no other there; a ValueError names the first that does not fit."""
     want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     have = {key: tuple(value.shape) for key, value in saved.items()}
@@ -350,11 +504,27 @@ def load_weights(model: nn.Module, saved: dict[str, Tensor], where: str):
         if want.get(key) != have.get(key):
             found, wanted = have.get(key, "not there"), want.get(key, "no such weight")
             raise ValueError(f"{where}: {key} is {found}, wanted {wanted}")
-    model.load_state_dict(saved)
+    model.load_state_dict(saved, assign=assign)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def read_json(path: str) -> dict:
+    """A file that holds one JSON object."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {one_line(error)}") from None
+    demand(isinstance(values, dict), path, "the whole", "one object", values)
+    return values
 
 
 def find_folder(name: str, what: str) -> str:
     """A folder as it is; a hub id (owner/model, or an old one without owner) fetched, or found in the hub's cache."""
+    name = os.fspath(name)
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
@@ -363,7 +533,7 @@ def find_folder(name: str, what: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
         return snapshot_download(name, allow_patterns=["*.json", "vocab.txt", "model*.safetensors"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise FileNotFoundError(
             f"{name} is no folder of {what}: none is at {os.path.abspath(name)} or in the hub's cache "
@@ -374,21 +544,22 @@ def find_folder(name: str, what: str) -> str:
 
 def read_folder(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
     """config.json and the weights of a folder, which must be there and be what their names say: one file or several."""
+    def path(name):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise FileNotFoundError(f"{folder} is no folder of {what}: it has no {name}")
+        return os.path.join(folder, name)
+
+    config, files, weights = read_json(path("config.json")), ["model.safetensors"], {}
     index = os.path.join(folder, "model.safetensors.index.json")
-    files = ["config.json", "model.safetensors"]
-    try:
-        if os.path.isfile(index) and not os.path.isfile(os.path.join(folder, files[1])):
-            with open(index) as f:
-                files = ["config.json", *sorted(set(json.load(f)["weight_map"].values()))]
-        for name in files:
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise FileNotFoundError(f"{folder} is no folder of {what}: it has no {name}")
-        with open(os.path.join(folder, "config.json")) as f:
-            config, weights = json.load(f), {}
-        for name in files[1:]:
-            weights |= load_file(os.path.join(folder, name))
-    except (json.JSONDecodeError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{folder} is no folder of {what}: {type(error).__name__}: {error}") from None
+    if os.path.isfile(index) and not os.path.isfile(os.path.join(folder, files[0])):
+        shards = read_json(index).get("weight_map")
+        demand(isinstance(shards, dict), index, "weight_map", "an object: the file of each weight", shards)
+        files = sorted(set(shards.values()))
+    for name in files:
+        try:
+            weights |= load_file(path(name))
+        except SafetensorError as error:
+            raise ValueError(f"{os.path.join(folder, name)} holds no weights: {one_line(error)}") from None
     return config, weights
 
 
@@ -412,24 +583,29 @@ class Guide:
 
 
 @torch.no_grad()
-def guide(teacher: SigLIP, batch, mask, ratio: float, pool: str = "map", check: bool = True) -> Guide:
+def guide(teacher: SigLIP, batch, mask, ratio: float, pool: str = "map", check: bool = True,
+          grid: tuple[int, int] | None = None) -> Guide:
     """
     The teacher's word on a batch: what to keep, what every token is about, what the captions are about.
 
     batch: video (B, T, 3, H, W) uint8, captions, seed. mask: a function like those in masking.MASKS; check: whether it
-    looks for a NaN in the tokens, for which it waits for the device.
+    looks for a NaN in the tokens, for which it waits for the device. grid: the student's patches of a frame (h, w), to
+    which the teacher is shown the frames in another size where its own patches would be others.
     """
     B, T = batch.video.shape[:2]
-    tokens, _ = teacher.encode_image(teacher.pixels(batch.video.flatten(0, 1)))     # (F, N, C)
+    pixels = teacher.pixels(batch.video.flatten(0, 1), grid)
+    grid = teacher.grid_of(pixels)
+    tokens, _ = teacher.encode_image(pixels)                                        # (F, N, C)
     text = teacher.encode_text(teacher.tokenize(batch.captions))
-    aligned = teacher.align(tokens, teacher.grid, pool).unflatten(0, (B, T))        # (B, T, N, E)
-    return Guide(choose(teacher, tokens.unflatten(0, (B, T)), mask, ratio, batch.seed, text=text, aligned=aligned,
+    aligned = teacher.align(tokens, grid, pool).unflatten(0, (B, T))                # (B, T, N, E)
+    return Guide(choose(teacher, tokens.unflatten(0, (B, T)), mask, ratio, batch.seed, grid, text=text, aligned=aligned,
                         check=check), aligned, text)
 
 
 @torch.no_grad()
-def choose(teacher: SigLIP, tokens: Tensor, mask, ratio: float, seed: int, **aux) -> Tensor:
-    """tokens (B, T, N, C) of the teacher -> the ids that `mask` keeps of them, (B, TK)."""
+def choose(teacher: SigLIP, tokens: Tensor, mask, ratio: float, seed: int, grid: tuple[int, int] | None = None,
+           **aux) -> Tensor:
+    """tokens (B, T, N, C) of the teacher, a grid of (h, w) a frame -> the ids that `mask` keeps of them, (B, TK)."""
     attention = teacher.attend(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-    return mask(tokens, keep_count(tokens.shape[2], ratio), attention=attention, grid=teacher.grid,
+    return mask(tokens, keep_count(tokens.shape[2], ratio), attention=attention, grid=grid or teacher.grid,
                 generator=torch.Generator().manual_seed(seed), **aux)

@@ -371,7 +371,8 @@ class Guides:
         cfg = self.run.cfg
         # On a GPU a NaN shows in the loss: the mask does not wait for the device to look for one.
         check = batch.video.device.type != "cuda"
-        return guide(self.teacher, batch, cfg.mask, cfg.mask.ratio, cfg.pool, check)
+        grid = (cfg.data.size // cfg.model.patch,) * 2          # the student's: a teacher token for each of its patches
+        return guide(self.teacher, batch, cfg.mask, cfg.mask.ratio, cfg.pool, check, grid)
 
     def stored_guide(self, batch: Batch) -> Guide:
         row = (batch.clip * self.views + batch.view).cpu().numpy()
@@ -520,9 +521,6 @@ def main(cfg: Config) -> nn.Module:
             run.wait()
         teacher = SigLIP.from_pretrained(folder, torch.bfloat16 if cuda else torch.float32).to(device)
         vision = teacher.cfg.vision_config
-        if (vision.image_size, vision.patch_size) != (cfg.data.size, cfg.model.patch):
-            raise ValueError(f"the teacher {folder} sees {vision.image_size} pixels in patches of {vision.patch_size}, "
-                             f"the student {cfg.data.size} in patches of {cfg.model.patch}: their tokens differ")
         cfg.teacher, cfg.model.target = folder, cfg.model.target or vision.hidden_size
     if cfg.stage == "teacher":
         return teacher

@@ -12,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read when a kernel is decorated, so before any import of kernels
 
+os.environ["HF_HUB_OFFLINE"] = "1"              # a hub id is looked for in the cache alone
+
 torch.set_num_threads(1)
 
 

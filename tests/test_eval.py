@@ -254,7 +254,7 @@ def test_the_command_scores_and_says_where_it_wrote(trained, sprites, capsys):
     ("--data-root SPRITES --checkpoint out/first/teacher", "config.json has no 'model' part: no run of train.py"),
     ("--data-root SPRITES --mask clusters", "there is no mask 'clusters'; there are cluster_stm"),
     ("--data-root SPRITES --mask cluster_stm --mask-ratio 1", r"mask ratio is in \[0, 1\), got 1"),
-    ("--data-root SPRITES --mask cluster_stm --teacher nowhere", "nowhere.* it has no config.json"),
+    ("--data-root SPRITES --mask cluster_stm --teacher nowhere", "nowhere is no folder of a SigLIP: none is at "),
     ("--data-root SPRITES --frames 9", "9"),
     ("--data short.json --data-root SPRITES/videos", "row 1: no file .*absent.mp4"),
 ])

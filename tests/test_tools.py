@@ -168,7 +168,7 @@ def test_show_is_a_command(first, sprites, tmp_path, monkeypatch, capsys):
     for args, message in ((["run", "nowhere"], "nowhere/log.jsonl is not there"),
                           (["mask", "nowhere.mp4", "--teacher", teacher], "nowhere.mp4: no such file"),
                           (["mask", video, "--teacher", teacher, "--mask", "clusters"], "there is no mask 'clusters'"),
-                          (["mask", video, "--teacher", "nowhere"], "nowhere.* it has no config.json")):
+                          (["mask", video, "--teacher", "nowhere"], "nowhere is no folder of a SigLIP")):
         code, _, err = command("tools/show.py", args, capsys)
         assert_one_line("tools.show", code, err, message)
 
