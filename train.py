@@ -37,7 +37,17 @@ import data
 from data import Batch, Clips, DataConfig
 from masking import MaskConfig, keep_count
 from model import Bert, ClusterSTM, ModelConfig, bert_config, corrupt, save_weights, stream
-from teacher import Guide, SigLIP, SigLIPConfig, TextConfig, VisionConfig, guide, load_weights, read_folder
+from teacher import (
+    Guide,
+    SigLIP,
+    SigLIPConfig,
+    TextConfig,
+    VisionConfig,
+    find_folder,
+    guide,
+    load_weights,
+    read_folder,
+)
 
 STAGES = ("teacher", "text", "pretrain", "unmasked")
 
@@ -66,7 +76,7 @@ class Config:
     resume: bool = False          # go on where out/NAME stopped
     teacher: str = ""             # folder of a SigLIP checkpoint; empty: a small one is trained on the data first
     text: str = ""                # folder of a BERT checkpoint; empty: trained by MLM on the captions first
-    tokenizer: str = ""           # tokenizer.json of the text encoder; empty: its folder's, or trained on the captions
+    tokenizer: str = ""           # tokenizer.json or vocab.txt; empty: the text encoder's, or trained on the captions
     device: str = "auto"          # cpu, cuda, or auto: cuda where there is one
     seed: int = 0                 # of everything drawn
     batch: int = 64               # clips a step, over all ranks
@@ -455,14 +465,13 @@ def single_frames(teacher: SigLIP, batches: list[Batch], still: float) -> list[t
     return calls
 
 
-def find_tokenizer(run: Run, rows: list):
-    """The one given, or the text encoder's, or the data's; else one is trained on the captions."""
+def find_tokenizer(run: Run, rows: list, text: str):
+    """The one given, or that of the text encoder's folder, or the data's; else one is trained on the captions."""
     cfg = run.cfg
     own = os.path.join("out", cfg.name, "tokenizer.json")
-    path = cfg.tokenizer
-    if not path:
-        beside = [cfg.text, os.path.dirname(cfg.data.train)] if cfg.text else [os.path.dirname(cfg.data.train)]
-        path = next((p for p in (os.path.join(b, "tokenizer.json") for b in beside) if os.path.isfile(p)), own)
+    files = [os.path.join(folder, name) for folder in (text, os.path.dirname(cfg.data.train) or ".") if folder
+             for name in ("tokenizer.json", "vocab.txt")]
+    path = cfg.tokenizer or next((p for p in files if os.path.isfile(p)), own)
     if path == own and run.rank == 0 and not os.path.isfile(own):
         os.makedirs(os.path.dirname(own), exist_ok=True)
         data.train_tokenizer([caption for row in rows for caption in row.captions], own)
@@ -497,7 +506,8 @@ def main(cfg: Config) -> nn.Module:
         data.write_sprites(os.path.dirname(cfg.data.train))
     run.wait()
     rows = data.read_annotations(cfg.data.train, cfg.data.root)
-    tokenizer = find_tokenizer(run, rows)
+    text = find_folder(cfg.text, "a BERT") if cfg.text else ""
+    tokenizer = find_tokenizer(run, rows, text)
     if rank > 0:
         run.wait()
     clips = Clips(rows, cfg.data, cfg.seed)
@@ -524,7 +534,7 @@ def main(cfg: Config) -> nn.Module:
         cfg.teacher, cfg.model.target = folder, cfg.model.target or vision.hidden_size
     if cfg.stage == "teacher":
         return teacher
-    folder = cfg.text or os.path.join(out, "text")
+    folder = text or os.path.join(out, "text")
     if not cfg.text and not finished(folder, cfg):
         torch.manual_seed(cfg.seed)
         bert = Bert(bert_config(cfg.model)).to(device)
@@ -536,8 +546,9 @@ def main(cfg: Config) -> nn.Module:
             tokenizer.save(os.path.join(folder, "tokenizer.json"))
         run.wait()
     torch.manual_seed(cfg.seed)
-    bert = Bert.from_pretrained(folder, fusion_layers=cfg.model.fusion, encoder_width=cfg.model.width,
-                                hidden_dropout_prob=cfg.model.dropout)
+    bert = Bert.from_pretrained(folder, **asdict(bert_config(cfg.model)))
+    if rank == 0 and any(key.startswith("cls.") for key in bert.new):
+        print(f"{folder} has no masked-language-model head: it starts new", flush=True)
     if cfg.stage == "text":
         return bert
 
