@@ -694,6 +694,18 @@ class ClusterSTM(nn.Module):
         losses["mlm"] = nnf.cross_entropy(logits, labels[masked], reduction="sum") / whole.words
         return losses
 
+    def start_from(self, folder: str):
+        """The weights of a folder that tools/convert.py or train.py wrote, but for what its config.json calls new."""
+        config, saved = read_folder(folder, "a student")
+        for name in ("heads", "text_heads", "positions"):           # no shape tells of these
+            wanted = getattr(self.cfg, name)
+            have = config.get("model", {}).get(name, wanted)
+            if have != wanted:
+                raise ValueError(f"{folder}/config.json: model.{name} is {have!r}, wanted {wanted!r}")
+        new = tuple(config.get("new", ()))
+        kept = {key: value for key, value in self.state_dict().items() if key.startswith(new)}
+        load_weights(self, kept | {key: value for key, value in saved.items() if not key.startswith(new)}, folder)
+
     def save(self, folder: str):
         """model.safetensors into the folder, whole or not at all; its config.json is the run's."""
         save_weights(self, folder)

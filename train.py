@@ -74,8 +74,9 @@ class Config:
     name: str = ""                # the run; its folder is out/NAME; empty: as the annotation file, without _train
     stage: Literal["all", "teacher", "text"] = "all"    # all: whatever is missing, then pretrain; or one of the first
     resume: bool = False          # go on where out/NAME stopped
-    teacher: str = ""             # folder of a SigLIP checkpoint; empty: a small one is trained on the data first
-    text: str = ""                # folder of a BERT checkpoint; empty: trained by MLM on the captions first
+    teacher: str = ""             # folder or hub id of a SigLIP; empty: a small one is trained on the data first
+    text: str = ""                # folder or hub id of a BERT; empty: trained by MLM on the captions first
+    student: str = ""             # folder to start the student from (tools/convert.py: UMT's ViT); empty: drawn anew
     tokenizer: str = ""           # tokenizer.json or vocab.txt; empty: the text encoder's, or trained on the captions
     device: str = "auto"          # cpu, cuda, or auto: cuda where there is one
     seed: int = 0                 # of everything drawn
@@ -507,6 +508,7 @@ def main(cfg: Config) -> nn.Module:
     run.wait()
     rows = data.read_annotations(cfg.data.train, cfg.data.root)
     text = find_folder(cfg.text, "a BERT") if cfg.text else ""
+    student = find_folder(cfg.student, "a student") if cfg.student else ""
     tokenizer = find_tokenizer(run, rows, text)
     if rank > 0:
         run.wait()
@@ -553,7 +555,10 @@ def main(cfg: Config) -> nn.Module:
         return bert
 
     # The student: masked pretraining, then a short stage on all tokens.
-    model = ClusterSTM(cfg.model, bert).to(device)
+    model = ClusterSTM(cfg.model, bert)
+    if student:
+        model.start_from(student)
+    model = model.to(device)
     masked = os.path.join(out, "masked")
     if cfg.resume and finished(masked, cfg):
         load_weights(model, read_folder(masked, "a trained model")[1], masked)

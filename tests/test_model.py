@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as nnf
+from safetensors.torch import save_file
 from test_teacher import hugging_face, shaken
 
 from model import (
@@ -789,6 +790,28 @@ def test_a_saved_student_comes_back_in_eval_mode_and_the_same(tmp_path):
     a, b = model(*part), again(*part)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_student_starts_from_a_folder_but_for_what_its_config_calls_new(tmp_path):
+    other, model = student(), student()
+    drawn = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    weights = {key: value for key, value in other.state_dict().items() if key.startswith("vit.")}
+    config = {"model": {"heads": CFG.heads}, "new": sorted({key.split(".")[0] for key in drawn} - {"vit"})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model.safetensors")
+    model.start_from(str(tmp_path))
+    for key, value in model.state_dict().items():
+        assert value.equal((weights if key in weights else drawn)[key]), key
+    first = next(iter(weights))
+    save_file({key: value for key, value in weights.items() if key != first}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{first} is not there, wanted "):
+        model.start_from(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model": {"heads": CFG.heads + 1}}))
+    with pytest.raises(ValueError, match=f"config.json: model.heads is {CFG.heads + 1}, wanted {CFG.heads}"):
+        model.start_from(str(tmp_path))
 
 
 def test_a_folder_that_holds_no_student_is_refused_in_one_line(tmp_path):

@@ -20,7 +20,7 @@ import eval as score
 import train
 from masking import MASKS, MaskConfig, keep_count
 from teacher import SigLIP
-from tools import bench, demo, show
+from tools import bench, convert, demo, show
 from tools import compile as chips
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,9 @@ def parsed(line):
         return tyro.cli(functools.wraps(data.write_sprites)(lambda **asked: asked), args=args)
     if script == "tools/bench.py":
         return bench.parse(args)
-    assert script in ("tools/show.py", "tools/demo.py", "tools/compile.py"), line
+    assert script in ("tools/show.py", "tools/demo.py", "tools/compile.py", "tools/convert.py"), line
+    if script == "tools/convert.py":
+        return tyro.cli(convert.Config, args=args)
     if script == "tools/compile.py":
         return chips.parse(args)
     if script == "tools/show.py":
@@ -290,7 +292,7 @@ def test_the_readme_names_every_file():
 
 
 @pytest.mark.parametrize("name", ["README.md", "train.py", "eval.py", "data.py", "tools/show.py", "tools/demo.py",
-                                  "tools/bench.py", "tools/compile.py", "docs/bench.md"])
+                                  "tools/bench.py", "tools/compile.py", "tools/convert.py", "docs/bench.md"])
 def test_commands_that_the_pages_give_parse(name):
     said = page(name)
     said = said if name.endswith(".md") else said.split('"""')[1]           # the docstring
