@@ -819,11 +819,11 @@ class Batch:
                                 for name, value in values.items() if isinstance(value, Tensor)})
 
 
-def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int) -> Batch:
+def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int, sep: bool = False) -> Batch:
     captions = [s.caption for s in samples]
     return Batch(
         video=torch.stack([s.video for s in samples]),
-        ids=encode(tokenizer, captions, length), captions=captions, stills=[s.still for s in samples],
+        ids=encode(tokenizer, captions, length, sep), captions=captions, stills=[s.still for s in samples],
         media=torch.tensor([s.media for s in samples]), clip=torch.tensor([s.clip for s in samples]),
         view=torch.tensor([s.view for s in samples]), seed=seed,
     )

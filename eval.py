@@ -102,7 +102,7 @@ def retrieval(model: ClusterSTM, clips: Clips, tokenizer, length: int, k: int, b
         tokens.append(x)
         video.append(v)
     tokens, video = torch.cat(tokens), torch.cat(video)                                     # (V, S, C), (V, E)
-    ids = data.encode(tokenizer, [c for c, _ in captions], length).to(device)
+    ids = data.encode(tokenizer, [c for c, _ in captions], length, model.cfg.sep).to(device)
     states, text = zip(*(model.encode_text(x) for x in ids.split(256)), strict=True)
     states, text = torch.cat(states), torch.cat(text)                                       # (M, L, D), (M, E)
     similarity = text @ video.T                                                             # (M, V)

@@ -38,6 +38,7 @@ class ModelConfig:
     vocab: int = 0               # BERT: word pieces; 0: as many as the tokenizer has
     mask_id: int = 0             # BERT: id of [MASK]; 0: as the tokenizer has
     text_length: int = 32        # word pieces a caption, [CLS] included; longer ones are cut (L)
+    sep: bool = False            # whether a caption ends in [SEP], as BERT's own do; UMT's do not
     embed: int = 512             # joint space of VTC
     decoder: str = "cross"       # cross: queries attend to visible tokens; joint: self-attention over all tokens
     decoder_width: int = 512     # decoder: channels

@@ -200,7 +200,8 @@ def micro_batches(run: Run, clips: Clips, tokenizer, stage: str, batch: int, mic
     order = [range(s * batch + i * micro, s * batch + (i + 1) * micro) for s in range(step, steps) for i in mine]
     loader = iter(DataLoader(
         clips, batch_sampler=order, num_workers=cfg.data.workers, pin_memory=run.device.type == "cuda",
-        collate_fn=partial(data.collate, tokenizer=tokenizer, length=cfg.model.text_length, seed=0),
+        collate_fn=partial(data.collate, tokenizer=tokenizer, length=cfg.model.text_length, seed=0,
+                           sep=cfg.model.sep),
     ))
     for s in range(step, steps):
         group = []
@@ -427,7 +428,8 @@ class Guides:
 
     def chunk(self, clips: Clips, tokenizer, rows: range) -> Batch:
         samples = [clips.view(row // self.views, row % self.views) for row in rows]
-        return data.collate(samples, tokenizer, self.run.cfg.model.text_length, seed=0).to(self.run.device)
+        cfg = self.run.cfg.model
+        return data.collate(samples, tokenizer, cfg.text_length, seed=0, sep=cfg.sep).to(self.run.device)
 
     def forget(self):
         """The stored words, once nobody needs them."""

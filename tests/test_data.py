@@ -619,6 +619,9 @@ def test_a_batch_holds_its_samples(sprites, rows, cfg):
     tokenizer = data.load_tokenizer(f"{sprites}/tokenizer.json")
     samples = [Clips(rows, cfg)[n] for n in range(5)]
     batch = collate(samples, tokenizer, 40, seed=9)
+    ended = collate(samples, tokenizer, 40, seed=9, sep=True).ids           # [SEP] stands where the padding began
+    used = (batch.ids != 0).sum(1, keepdim=True)
+    assert ended.equal(batch.ids.scatter(1, used, tokenizer.token_to_id("[SEP]")))
     assert batch.video.shape == (5, 4, 3, 32, 32) and batch.video.dtype == torch.uint8
     assert torch.equal(batch.ids, data.encode(tokenizer, batch.captions, 40)) and batch.seed == 9
     for i, s in enumerate(samples):
