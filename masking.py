@@ -98,9 +98,9 @@ def cluster_stm(
     for name, value in (("quantile", quantile), ("quantile_time", quantile_time)):
         if not 0 < value <= 1:
             raise ValueError(f"cluster_stm wants a {name} in (0, 1], got {value}")
-    B, T, N = shape(tokens, keep, check)
+    x = check_tokens("a mask", tokens, 4, check)
+    B, T, N = shape(x, keep, check=False)                                       # its values have been looked at
     check_clusters(keep, N, density, assign)
-    x = check_tokens("cluster_stm", tokens, 4, check and tokens.is_cuda)        # on a CPU, `shape` has looked
     d_c = None if d_c is None else check_bandwidth(d_c, B * T, x, check)
     d_c_time = None if d_c_time is None else check_bandwidth(d_c_time, B, x, check)
     noise = uniform((B, T, N), generator, tokens) if pick == "random" else None
@@ -108,7 +108,7 @@ def cluster_stm(
 
 
 def keep_triton(x, keep, d_c, d_c_time, quantile, quantile_time, density, assign, pick, noise) -> Tensor:
-    """Steps 1 to 3 of docs/method.md in the kernels: x (B, T, N, C) -> (B, T * keep). Six launches at most."""
+    """Steps 1 to 3 of docs/method.md in the kernels: x (B, T, N, C) -> (B, T * keep). Five launches."""
     B, T, N, _ = x.shape
     labels, centres, log_rho, inv = density_peaks_triton(x.flatten(0, 1), keep, d_c, density, assign, quantile)
     if pick == "centre":

@@ -11,7 +11,7 @@ frames are legal; with no pair at all (N = 1, or T = 1) it is 1e-6.
 The reference is exact. The kernel does not sort: it counts the distances below seven thresholds at a time, narrows in
 on the cell that holds the rank until that is 1/256 as wide as the value, and interpolates by rank within it. Across
 frames it takes the pairs of a fixed sample of tokens, evenly spaced over the clip (`sample`): at least 256 of them, and
-all of a clip that has no more. docs/bench.md says how often the kept tokens are those of the exact quantile.
+all of a clip that has no more. docs/log.md says how often the kept tokens are those of the exact quantile.
 
 Cost. Reference: the distances, N^2 (T-1)/2T of them a token, then a selection, linear in their number. Kernel: within
 frames 2FN^2C flop and about four passes over N^2 distances in the L2 cache, none when density_peaks does it on the way;
