@@ -642,6 +642,15 @@ def rows(sprites, count, **changes):
         json.dump(listed, f)
 
 
+def test_a_student_of_other_patches_has_a_teacher_token_for_each_in_training_and_in_scoring(given, sprites, capsys):
+    # Frames of 16 pixels: 16 teacher patches of 4, but 4 of the student's.
+    train.main(given("--name wide --steps 1 --unmasked-steps 1 --model.patch 8"))
+    code, _, err = command("eval.py", ["--task", "sprites", "--data-root", sprites, "--checkpoint", "out/wide/masked",
+                                       "--mask", "cluster_stm"], capsys)
+    assert code == 0, err
+    assert all(0 < row["vtc"] < 100 for row in log("out/wide").values())
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--micro-batch 3", "batch 8 is no multiple of micro_batch 3"),
     ("--steps 0", "steps 0"),
