@@ -1,7 +1,5 @@
 """
-Data: the embedded set `sprites`, video files -> frames, annotation rows -> samples -> batches.
-
-    python data.py sprites --out data/sprites        draws the embedded set and writes it as ordinary video files
+Data: video files -> frames, annotation rows -> samples -> batches.
 
 A sample is a function of (seed, n) alone, so a run can stop anywhere and any number of processes read the same clips.
 Nothing is replaced in silence: a video that does not decode is an error that names it.
@@ -11,20 +9,20 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import sqlite3
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from contextlib import closing
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from urllib.parse import quote
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-import tyro
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
@@ -32,241 +30,7 @@ from tqdm import tqdm
 from teacher import demand, one_line, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sprites: what a clip shows
-
-VERSION = 3                                        # of the drawing; part of what `write_sprites` leaves in sprites.json
-FRAMES, SIZE = 8, 64                               # frames a clip, pixels a side
-SPLITS = {"train": 0, "test": 1}
-
-SHAPES = {                                         # left, top, right, bottom of the shape, in radii from its centre
-    "circle": (-1, -1, 1, 1),
-    "square": (-0.9, -0.9, 0.9, 0.9),
-    "triangle": (-1.1, -1, 1.1, 0.9),
-    "cross": (-1.1, -1.1, 1.1, 1.1),
-    "ring": (-1.1, -1.1, 1.1, 1.1),
-    "bar": (-1.2, -0.45, 1.2, 0.45),
-}
-COLOURS = {
-    "red": (235, 30, 40), "green": (30, 205, 60), "blue": (50, 100, 255), "yellow": (250, 235, 50),
-    "white": (250, 250, 250), "orange": (255, 140, 20), "purple": (175, 60, 230), "cyan": (50, 225, 235),
-}
-SIZES = {"small": 3.2, "large": 5.5}               # radius in pixels
-MOTIONS = {                                        # direction in pixels, y down
-    "moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1),
-    "moves in a circle": None, "grows": None, "stays still": None,
-}
-TEXTURES = ("plain", "striped", "checked", "dotted", "cloudy")       # all but the clouds show in any 8 x 8 pixels
-TONES = {"brown": (96, 64, 40), "grey": (104, 104, 104), "navy": (32, 38, 84), "olive": (84, 90, 38)}
-
-HELD_OUT = 8                                       # one meaning in this many belongs to the test split
-DRIFT = 1.5                                        # pixels a frame that the camera moves at most
-TEMPLATES = (                                      # the whole, one object, between objects
-    ("{objects} on {background}", "{object} {motion}", " while "),
-    ("on {background} {objects}", "{object} {motion}", " and "),
-    ("there is {objects} on {background}", "{object} that {motion}", " and "),
-    ("{background} with {objects}", "{object} which {motion}", " and "),
-)
-
-
-@dataclass
-class Plan:
-    """What a clip shows, before anything is placed or drawn."""
-    objects: list[dict]                            # shape, colour, size, motion
-    texture: str
-    tone: str
-    template: int
-
-    def meaning(self) -> str:
-        """The same for two plans that show the same things, in whatever order and words."""
-        objects = sorted(" ".join(o[key] for key in ("size", "colour", "shape", "motion")) for o in self.objects)
-        return ", ".join([*objects, f"{self.texture} {self.tone}"])
-
-    def caption(self) -> str:
-        whole, one, between = TEMPLATES[self.template]
-        objects = between.join(one.format(object=name(o), motion=o["motion"]) for o in self.objects)
-        return whole.format(objects=objects, background=f"a {self.texture} {self.tone} background")
-
-    def still(self) -> str:
-        """The objects alone: true of each frame."""
-        return " and ".join(map(name, self.objects))
-
-
-@dataclass
-class Drawn:
-    """A clip of `sprites` with its ground truth."""
-    frames: np.ndarray                             # (T, H, W, 3) uint8
-    caption: str
-    still: str                                     # the objects alone: true of each frame
-    boxes: np.ndarray                              # (T, objects, 4) float32: x0, y0, x1, y1 in pixels
-    objects: list[dict]                            # shape, colour, size, motion
-
-
-def name(o: dict) -> str:
-    return f"a {o['size']} {o['colour']} {o['shape']}"
-
-
-def propose(rng: np.random.Generator) -> Plan:
-    count = rng.choice([1, 2, 3], p=[0.45, 0.40, 0.15])
-    kinds = rng.choice(len(SHAPES) * len(COLOURS), count, replace=False)     # no two sprites of one shape and colour
-    objects = [{
-        "shape": list(SHAPES)[kind // len(COLOURS)],
-        "colour": list(COLOURS)[kind % len(COLOURS)],
-        "size": list(SIZES)[rng.integers(len(SIZES))],
-        "motion": list(MOTIONS)[rng.integers(len(MOTIONS))],
-    } for kind in kinds]
-    texture, tone = TEXTURES[rng.integers(len(TEXTURES))], list(TONES)[rng.integers(len(TONES))]
-    return Plan(objects, texture, tone, int(rng.integers(len(TEMPLATES))))
-
-
-@lru_cache(maxsize=4)
-def held_out_plans(seed: int) -> tuple[list[Plan], set[str]]:
-    """The plans of test clips 0, 1, … and their meanings, as far as `plan` has come."""
-    return [], set()
-
-
-def plan(seed: int, split: str, index: int) -> Plan:
-    """
-    What clip `index` shows. Meanings are split by a hash, so that no test clip means what a training clip means;
-    test clips also differ from one another, so a test clip depends on those before it.
-    """
-    def first(index, accept):
-        rng = np.random.default_rng((seed, SPLITS[split], index))
-        while True:
-            proposal = propose(rng)
-            held_out = zlib.crc32(proposal.meaning().encode()) % HELD_OUT == 0
-            if held_out == (split == "test") and accept(proposal):
-                return proposal
-
-    if split == "train":
-        return first(index, accept=lambda proposal: True)
-    plans, meanings = held_out_plans(seed)
-    while len(plans) <= index:
-        plans.append(first(len(plans), accept=lambda proposal: proposal.meaning() not in meanings))
-        meanings.add(plans[-1].meaning())
-    return plans[index]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sprites: drawing. Pixel i covers [i, i + 1), so its centre is at i + 0.5.
-
-def distance(shape: str, x, y, r):
-    """Signed distance in pixels to the edge of a shape of radius r at the origin, negative inside; broadcasts."""
-    if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.9 * r
-    if shape == "triangle":                        # a base at 0.9 r and two sides that meet at (0, -r)
-        slope = np.array([1.9, -1.1]) / np.hypot(1.9, 1.1)
-        return np.maximum(y - 0.9 * r, slope[0] * abs(x) + slope[1] * (y + r))
-    if shape == "cross":
-        long, short = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-        return np.maximum(long - 1.1 * r, short - 0.35 * r)
-    if shape == "ring":
-        return abs(np.hypot(x, y) - 0.8 * r) - 0.3 * r
-    if shape == "bar":
-        return np.maximum(abs(x) - 1.2 * r, abs(y) - 0.45 * r)
-    raise ValueError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
-
-
-def paint(video, shape, colour, centre, radius):
-    """Draws one shape over video (T, H, W, 3) float, in place: centre (T, 2), radius (T,)."""
-    x0, y0 = np.maximum(np.floor((centre - 1.3 * radius[:, None]).min(0)).astype(int) - 1, 0)
-    x1, y1 = np.maximum(np.ceil((centre + 1.3 * radius[:, None]).max(0)).astype(int) + 1, 0)
-    window = video[:, y0:y1, x0:x1]                                         # all that it touches in any frame
-    y, x = np.arange(y0, y0 + window.shape[1]) + 0.5, np.arange(x0, x0 + window.shape[2]) + 0.5
-    sdf = distance(shape, x[None, None, :] - centre[:, 0, None, None], y[None, :, None] - centre[:, 1, None, None],
-                   radius[:, None, None])
-    cover = np.clip(0.5 - sdf, 0, 1)[..., None]                             # (T, h, w, 1): share of a pixel inside
-    window += cover * (np.array(colour, float) - window)
-
-
-def path(motion: str, radius: float, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (T, 2) and radii (T,) of a sprite that stays inside the frame all the time."""
-    t = np.arange(FRAMES)
-    speed, orbit, phase = rng.uniform(2.5, 4), rng.uniform(6, 9), rng.uniform(0, 2 * np.pi)
-    turn = phase + rng.choice([-1, 1]) * 2 * np.pi * t / FRAMES             # once around, either way
-    offset, radii = np.zeros((FRAMES, 2)), np.full(FRAMES, radius)
-    if motion == "moves in a circle":
-        offset = orbit * np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    elif motion == "grows":
-        radii = radius * np.linspace(0.6, 1.5, FRAMES)
-    elif motion != "stays still":
-        offset = speed * t[:, None] * np.array(MOTIONS[motion])
-    margin = 1.2 * radii.max() + 1
-    start = rng.uniform(margin - offset.min(0), SIZE - margin - offset.max(0))
-    return start + offset, radii
-
-
-def place(objects: list[dict], rng) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (objects, T, 2) and radii (objects, T), drawn again while sprites hide one another for long."""
-    for _ in range(100):
-        paths = [path(o["motion"], SIZES[o["size"]], rng) for o in objects]
-        centres, radii = (np.stack(part) for part in zip(*paths, strict=True))
-        apart = np.hypot(*(centres[:, None] - centres[None]).transpose(3, 0, 1, 2))      # (objects, objects, T)
-        clear = apart > radii[:, None] + radii[None]
-        clear |= np.eye(len(objects), dtype=bool)[..., None]
-        if clear[..., 0].all() and clear.mean(-1).min() >= 0.75:
-            break
-    return centres, radii
-
-
-def background(texture: str, tone: str, camera: np.ndarray, rng) -> np.ndarray:
-    """camera (T, 2), how far the view has moved -> (T, H, W, 3) float."""
-    x = (np.arange(SIZE) + 0.5)[None, None, :] + camera[:, 0, None, None]   # (T, 1, W)
-    y = (np.arange(SIZE) + 0.5)[None, :, None] + camera[:, 1, None, None]   # (T, H, 1)
-    angle, phase = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi, (4, 2))
-    period = rng.uniform(5, 7)
-    k = 2 * np.pi / period
-    along = np.cos(angle) * x + np.sin(angle) * y                           # (T, H, W)
-    if texture == "plain":
-        level = 0 * along
-    elif texture == "striped":
-        level = np.clip(2 * np.sin(k * along + phase[0, 0]), -1, 1)
-    elif texture == "checked":
-        level = np.clip(4 * np.sin(k * x / 1.2 + phase[0, 0]) * np.sin(k * y / 1.2 + phase[0, 1]), -1, 1)
-    elif texture == "dotted":                                               # discs on a square grid
-        dx, dy = (x + phase[0, 0]) % period - period / 2, (y + phase[0, 1]) % period - period / 2
-        level = 2 * np.clip(0.5 + period / 4 - np.hypot(dx, dy), 0, 1) - 0.5
-    else:                                                                   # cloudy: waves of four directions
-        level = 0 * along
-        for i, (shift, turn) in enumerate(phase):
-            level += 0.5 * np.sin((np.cos(turn) * x + np.sin(turn) * y) * 2 * np.pi / (10 + 4 * i) + shift)
-    return np.array(TONES[tone], float) * (1 + 0.25 * level[..., None])
-
-
-def draw(seed: int, split: str, index: int, sprites: bool = True) -> Drawn:
-    """
-    Clip `index` of a split: a function of these numbers alone, the same on any machine.
-    sprites=False leaves the sprites out of the pixels and changes nothing else.
-    """
-    shown = plan(seed, split, index)
-    rng = np.random.default_rng((seed, SPLITS[split], index, 1))
-    centres, radii = place(shown.objects, rng)                              # (objects, T, 2), (objects, T)
-
-    heading, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0, DRIFT)
-    camera = np.arange(FRAMES)[:, None] * speed * np.array([np.cos(heading), np.sin(heading)])      # (T, 2)
-    video = background(shown.texture, shown.tone, camera, rng)              # (T, H, W, 3)
-    reach = DRIFT * FRAMES                                                  # clutter may come into view later
-    for _ in range(round(10 * (1 + 2 * reach / SIZE) ** 2)):                # about 10 specks in view
-        spot, radius = rng.uniform(-reach, SIZE + reach, 2), rng.uniform(0.8, 1.2)
-        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
-        paint(video, "circle", colour, spot - camera, np.full(FRAMES, radius))
-    if sprites:
-        for o, centre, radius in zip(shown.objects, centres, radii, strict=True):
-            paint(video, o["shape"], COLOURS[o["colour"]], centre, radius)
-    video += 0.02 * 255 * rng.standard_normal(video.shape)
-
-    extent = np.array([SHAPES[o["shape"]] for o in shown.objects])          # (objects, 4)
-    boxes = np.concatenate([centres, centres], axis=-1) + radii[..., None] * extent[:, None]
-    return Drawn(
-        frames=np.clip(np.rint(video), 0, 255).astype(np.uint8),
-        caption=shown.caption(), still=shown.still(),
-        boxes=boxes.transpose(1, 0, 2).astype(np.float32), objects=shown.objects,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# Files
 
 def cores() -> int:
     """CPU cores that this process may use."""
@@ -299,74 +63,6 @@ def write_video(path: str, frames: np.ndarray, codec: str = "libx264", fps: int 
         container.mux(stream.encode())
 
 
-def write_clip(folder: str, seed: int, clip: tuple[str, int]) -> tuple[dict, np.ndarray]:
-    """Draws and writes one clip; returns its annotation row and its boxes (T, objects, 4)."""
-    split, index = clip
-    drawn = draw(seed, split, index)
-    name = f"{split}_{index:05d}.mp4"
-    write_video(os.path.join(folder, name), drawn.frames, crf="12", preset="veryfast")
-    return {"video": name, "caption": drawn.caption, "still": drawn.still}, drawn.boxes
-
-
-def write_sprites(out: str, seed: int = 0, train: int = 4096, test: int = 512):
-    """Draw the embedded data set `sprites` and write it as ordinary files.
-
-    videos/*.mp4 are H.264 (crf 12, 4:2:0); sprites_train.json and sprites_test.json are in the form of the published
-    retrieval annotations, with one more key, "still": the objects alone, true of each frame. sprites_boxes.npz holds
-    the true boxes, train and test (clips, T, 3, 4), x0 y0 x1 y1 in pixels, NaN where a clip has fewer than three
-    sprites. tokenizer.json is a word-piece tokenizer of the training captions.
-
-    Coding changes a pixel by 4.6 of 255 levels on average, much of it the noise, and by 14 on sprites, where 4:2:0
-    halves the resolution of colour; 99 % of the pixels of small sprites stay nearest to their own colour.
-
-    Args:
-        out: folder to write; it appears whole or not at all
-        seed: another seed is another set
-        train: clips to learn from
-        test: held-out clips; none means what another or any training clip means
-    """
-    if train < 1 or test < 1:
-        raise ValueError(f"--train {train} --test {test}: both want at least one clip")
-    if seed < 0:
-        raise ValueError(f"--seed {seed}: wants a number that is not negative")
-    out = out.rstrip("/")
-    made = {"version": VERSION, "seed": seed, "train": train, "test": test}
-    if os.path.lexists(out):
-        try:
-            with open(os.path.join(out, "sprites.json")) as f:
-                there = json.load(f)
-        except (OSError, ValueError):
-            raise FileExistsError(f"{out} exists and is not a set of sprites") from None
-        if there != made:
-            raise FileExistsError(f"{out} holds another set, {there}; wanted {made}")
-        print(f"{out} is already there, with the same parameters")
-        return
-
-    parent, name = os.path.split(os.path.abspath(out))
-    os.makedirs(parent, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-    try:
-        os.mkdir(os.path.join(folder, "videos"))
-        clips = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]
-        write = partial(write_clip, os.path.join(folder, "videos"), seed)
-        rows, boxes = zip(*in_parallel(write, clips, "sprites"), strict=True)
-        padded = np.full((len(clips), FRAMES, 3, 4), np.nan, np.float32)
-        for i, box in enumerate(boxes):
-            padded[i, :, :box.shape[1]] = box
-        np.savez_compressed(os.path.join(folder, "sprites_boxes.npz"), train=padded[:train], test=padded[train:])
-        for split, part in (("train", rows[:train]), ("test", rows[train:])):
-            lines = ",\n".join(json.dumps(row) for row in part)
-            write_atomically(os.path.join(folder, f"sprites_{split}.json"), f"[\n{lines}\n]\n")
-        train_tokenizer([row["caption"] for row in rows[:train]], os.path.join(folder, "tokenizer.json"))
-        write_atomically(os.path.join(folder, "sprites.json"), json.dumps(made))
-        os.chmod(folder, 0o755)
-        os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    print(f"{out}: {train} + {test} clips")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -380,20 +76,27 @@ def clean(caption: str) -> str:
     return " ".join(caption.split())
 
 
-def train_tokenizer(captions: list[str], path: str, vocab: int = 2000):
+def train_tokenizer(captions: list[str], path: str, vocab: int = 2000, more: list[str] = ()):
     """
     A BERT word-piece tokenizer of at most `vocab` entries: the most frequent words whole, any other word in letters.
-    The same captions give the same file, which the library's own trainer does not promise.
+    The same captions give the same file, which the library's own trainer does not promise. What only the texts of
+    `more` have comes after all that the captions have, and leaves the captions' ids as they are.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words = Counter(word for caption in captions
-                    for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
-    letters = sorted(set("".join(words)))
-    pieces = [*SPECIALS, *letters, *(f"##{letter}" for letter in letters)]
-    if len(pieces) > vocab:
-        raise ValueError(f"a vocabulary of {vocab} has no room for {len(pieces)} special tokens and letters")
-    frequent = sorted(words, key=lambda word: (-words[word], word))
-    pieces = list(dict.fromkeys(pieces + frequent))[:vocab]                 # a word of one letter is there already
+
+    def letters_and_words(texts):
+        words = Counter(word for text in texts
+                        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+        letters = sorted(set("".join(words)))
+        return [*letters, *(f"##{letter}" for letter in letters)], sorted(words, key=lambda word: (-words[word], word))
+
+    letters, words = letters_and_words(captions)
+    if len(SPECIALS) + len(letters) > vocab:
+        raise ValueError(f"a vocabulary of {vocab} has no room for {len(SPECIALS) + len(letters)} special tokens and "
+                         "letters")
+    more_letters, more_words = letters_and_words(more)
+    pieces = [*SPECIALS, *letters, *words, *more_letters, *more_words]
+    pieces = list(dict.fromkeys(pieces))[:vocab]                            # a word of one letter is there already
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.add_special_tokens(list(SPECIALS))
@@ -458,8 +161,46 @@ def encode(tokenizer: Tokenizer, captions: list[str], length: int, sep: bool = F
     return ids
 
 
+def encode_answers(tokenizer: Tokenizer, answers: list[str], length: int) -> Tensor:
+    """
+    A texts to be said -> (A, L) int64: [CLS], the pieces, [SEP], padded with [PAD]. What is too long is cut, and then
+    has no [SEP]: its end is not to be learned.
+    """
+    pad, cls, end = (tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]"))
+    ids = torch.full((len(answers), length), pad)                           # (A, L)
+    for row, answer in zip(ids, answers, strict=True):
+        pieces = [cls, *tokenizer.encode(answer, add_special_tokens=False).ids, end][:length]
+        row[:len(pieces)] = torch.tensor(pieces)
+    return ids
+
+
+def decode_answers(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
+    """(A, L) ids, with or without [CLS], up to the first [SEP] -> texts, their pieces joined to words."""
+    said = []
+    for row in ids.tolist():
+        words = []
+        for piece in map(tokenizer.id_to_token, row):
+            if piece == "[SEP]":
+                break
+            if piece.startswith("##") and words:
+                words[-1] += piece[2:]
+            elif piece not in ("[PAD]", "[CLS]"):
+                words.append(piece)
+        said.append(" ".join(words))
+    return said
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotations
+
+@dataclass
+class Question:
+    """What is asked about a clip, and the answers to learn. Without a text the answers are captions of it."""
+    text: str                                      # cleaned
+    answers: dict[str, float]                      # answer -> weight
+    id: str | int = ""
+    kind: str = ""                                 # of question, if the file says
+
 
 @dataclass
 class Row:
@@ -468,49 +209,106 @@ class Row:
     captions: list[str]                            # cleaned
     still: str | None                              # what each frame shows, if the file says
     media: int                                     # the same for the same file name in its corpus, everywhere
+    questions: list[Question] = field(default_factory=list)
+    right: int | None = None                       # multiple choice: the place of the caption that is true
+    where: str = ""                                # file and row
 
 
-def read_annotations(path: str, root: str) -> list[Row]:
-    """A JSON list of {"video" or "image": name under root, "caption": str or list of str}, as UMT's and VindLU's."""
+def read_list(path: str) -> list:
+    """
+    What an annotation file lists: a JSON list, a .jsonl of one object a line, or VindLU's SQLite, a table
+    annos(id, image or video, caption), in a .sqlite or .db.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such annotation file")
+    line, entries = "", []
     try:
-        with open(path, encoding="utf-8") as f:
-            entries = json.load(f)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such annotation file") from None
+        if path.endswith((".sqlite", ".db")):
+            with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as base:
+                base.row_factory = sqlite3.Row
+                entries = [dict(row) for row in base.execute("select * from annos order by id")]
+        else:
+            with open(path, encoding="utf-8") as f:
+                if path.endswith(".jsonl"):
+                    for i, text in enumerate(f, 1):
+                        line = f", line {i}"
+                        entries += [json.loads(text)] if text.strip() else []
+                else:
+                    entries = json.load(f)
+    except sqlite3.Error as error:
+        raise ValueError(f"{path}: not SQLite with a table annos ({error})") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}{line}: not JSON ({error})") from None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: wanted a list of rows, got {_short(entries)}")
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder, wanted as the root of the videos in {path}")
+        raise ValueError(f"{path}: wanted a list of rows, got {short(entries)}")
+    return entries
 
-    rows = []
-    for i, entry in enumerate(entries):
-        where = f"{path}, row {i}"
+
+def read_entries(path: str) -> list[tuple[str, dict]]:
+    """The objects of an annotation file, each with its place."""
+    placed = [(f"{path}, row {i}", entry) for i, entry in enumerate(read_list(path))]
+    for where, entry in placed:
         if not isinstance(entry, dict):
-            raise ValueError(f"{where}: wanted an object, got {_short(entry)}")
-        name = entry.get("video", entry.get("image"))
-        if not isinstance(name, str) or not name:
-            raise ValueError(f'{where}: wanted a file name under "video" or "image", got {_short(entry)}')
-        captions = entry.get("caption")
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
-            raise ValueError(f'{where}: wanted a text or a list of texts under "caption", got {_short(captions)}')
-        cleaned = [clean(caption) for caption in captions]
-        if "" in cleaned:
-            raise ValueError(f"{where}: empty caption {captions[cleaned.index('')]!r}")
-        still = clean(entry["still"]) if isinstance(entry.get("still"), str) else None
-        media = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-        rows.append(Row(os.path.join(root, name), cleaned, still or None, media))
+            raise ValueError(f"{where}: wanted an object, got {short(entry)}")
+    return placed
 
-    absent = [i for i, row in enumerate(rows) if not os.path.isfile(row.video)]
+
+def file_names(entry: dict, where: str) -> list[str]:
+    """Under "video" or, as in older files, "image": a name, or a list of them."""
+    names = entry.get("video", entry.get("image"))
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f'{where}: wanted a file name under "video" or "image", got {short(entry)}')
+    return names
+
+
+def texts(entry: dict, key: str, where: str) -> list[str]:
+    """Under `key` a text or a list of them, none of them empty once it is cleaned; as they stand there."""
+    found = entry.get(key)
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
+        raise ValueError(f'{where}: wanted a text or a list of texts under "{key}", got {short(found)}')
+    for text in found:
+        if not clean(text):
+            raise ValueError(f"{where}: empty {key} {text!r}")
+    return found
+
+
+def media_id(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def check_media(rows: list[Row], root: str):
+    """FileNotFoundError where videos are not there: the first is named, all are counted."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root}: no such folder, wanted as the root of the videos in "
+                                f"{rows[0].where.rpartition(', row')[0]}")
+    there = {video: os.path.isfile(video) for video in {row.video for row in rows}}
+    absent = [row for row in rows if not there[row.video]]
     if absent:
-        raise FileNotFoundError(f"{path}, row {absent[0]}: no file {rows[absent[0]].video}"
+        raise FileNotFoundError(f"{absent[0].where}: no file {absent[0].video}"
                                 f" ({len(absent)} of {len(rows)} rows lack theirs)")
+
+
+def read_annotations(path: str, root: str, check: bool = True) -> list[Row]:
+    """
+    Rows of {"video" or "image": name under root, "caption": str or list of str}, as UMT's and VindLU's.
+
+    Where the name is a list, the captions being true of several videos, each is a row; such rows share their `where`.
+    check: whether the videos must be there.
+    """
+    rows = []
+    for where, entry in read_entries(path):
+        captions = [clean(text) for text in texts(entry, "caption", where)]
+        still = clean(entry["still"]) if isinstance(entry.get("still"), str) else None
+        rows += [Row(os.path.join(root, name), captions, still or None, media_id(name), where=where)
+                 for name in file_names(entry, where)]
+    if check:
+        check_media(rows, root)
     return rows
 
 
-def _short(value) -> str:
+def short(value) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -519,10 +317,15 @@ def _short(value) -> str:
 # Decoding
 
 def pick(count: int, total: int, sample: str = "middle", rng: np.random.Generator | None = None) -> np.ndarray:
-    """`count` of `total` frames, one from each of `count` equal segments: its middle, or a random one of it."""
-    if not 1 <= count <= total:
+    """
+    `count` of `total` frames, one from each of `count` equal segments: its middle, or a random one of it. Of fewer
+    frames than that all are taken and the last is repeated, as in UMT.
+    """
+    if count < 1 or total < 1:
         raise ValueError(f"has {total} frames, wanted {count}")
     edges = np.arange(count + 1) * total // count
+    if total < count:
+        return np.minimum(np.arange(count), total - 1)
     if sample == "middle":
         return (edges[:-1] + edges[1:] - 1) // 2                            # (count,)
     if sample == "random":
@@ -531,42 +334,55 @@ def pick(count: int, total: int, sample: str = "middle", rng: np.random.Generato
 
 
 def read_frames(path: str, num_frames: int, sample: str = "middle", rng: np.random.Generator | None = None,
-                size: int | None = None) -> Tensor:
+                size: int | None = None, seconds: float = 0) -> Tensor:
     """
-    -> (T, 3, H, W) uint8, T = num_frames, or all frames for num_frames = 0; short side at most `size`.
+    -> (T, 3, H, W) uint8, T = num_frames, or all frames for num_frames = 0; short side at most `size`; of the first
+    `seconds` alone, where that is not 0.
 
     The whole file is decoded, so whether it is accepted does not depend on which frames are asked for; only those T are
     kept. A frame that does not decode shows the good one before it, as in a player, up to one frame in ten.
     """
-    return decode(path, lambda total: pick(num_frames or total, total, sample, rng), size)
+    def choose(times):
+        total = max(1, int((times < seconds).sum())) if seconds else len(times)
+        return pick(num_frames or total, total, sample, rng)
+
+    return decode(path, choose, size)
 
 
 def decode(path: str, choose, size: int | None) -> Tensor:
-    """choose(number of frames) -> ascending indices of the frames to return, (T, 3, H, W) uint8."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        times = frame_times(path)
-        wanted = choose(len(times))
-        pictures, at, lost, last = [], -1, len(times), None
-        for at, frame in decoded_frames(path, times):
-            while len(pictures) < len(wanted) and wanted[len(pictures)] < at:        # lost: the one before stands in
-                pictures.append(to_tensor(last or frame, size))
-            if len(pictures) < len(wanted) and wanted[len(pictures)] == at:
-                pictures.append(to_tensor(frame, size))
-            lost, last = lost - 1, frame
-    except (av.FFmpegError, ValueError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if 10 * lost > len(times):
-        raise ValueError(f"{path}: {lost} of {len(times)} frames do not decode")
-    pictures += [to_tensor(last, size)] * (len(wanted) - len(pictures))
+    """As `chosen_frames` -> (T, 3, H, W) uint8."""
+    pictures = [to_tensor(frame, size) for frame in chosen_frames(path, choose)]
     if len({picture.shape for picture in pictures}) > 1:
         raise ValueError(f"{path}: changes its size on the way")
     return torch.stack(pictures)                                            # (T, 3, H, W)
 
 
+def chosen_frames(path: str, choose):
+    """
+    choose(times (n,) of the frames, seconds from the first) -> ascending indices of those to hand on, as soon as they
+    are decoded; none is kept. That too few decode is known, and raised, at the end.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        times, seconds = frame_times(path)
+        wanted = choose(seconds)
+        given, lost, last = 0, len(times), None
+        for at, frame in decoded_frames(path, times):
+            while given < len(wanted) and wanted[given] <= at:              # lost: the one before stands in
+                yield frame if wanted[given] == at else last or frame
+                given += 1
+            lost, last = lost - 1, frame
+    except (av.FFmpegError, ValueError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if 10 * lost > len(times):
+        raise ValueError(f"{path}: {lost} of {len(times)} frames do not decode")
+    for _ in wanted[given:]:
+        yield last
+
+
 def open_video(path: str):
-    container = av.open(path)
+    container = av.open(path, metadata_errors="ignore")                     # a title need not be UTF-8
     if not container.streams.video:
         container.close()
         raise ValueError("has no video stream")
@@ -575,10 +391,10 @@ def open_video(path: str):
     return container, stream
 
 
-def frame_times(path: str) -> list[int | None]:
+def frame_times(path: str) -> tuple[list[int | None], np.ndarray]:
     """
-    Presentation times of the frames, ascending, None for a frame whose time is not known. They are read from the
-    packets: what a header says about their number may be wrong.
+    Presentation times of the n frames, ascending, None for a frame whose time is not known, and (n,) seconds from the
+    first. They are read from the packets: what a header says about their number may be wrong.
     """
     container, stream = open_video(path)
     with container:
@@ -591,7 +407,12 @@ def frame_times(path: str) -> list[int | None]:
         count = len(packets)
         if any(corrupt for _, corrupt in packets):                          # the file breaks off inside a packet:
             count = max(count, stream.frames)                               # the rest of its index is lost
-    return sorted(times) + [None] * (count - len(times))
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        known = sorted(times)
+        seconds = (np.array(known, float) - (known[0] if known else 0)) * float(stream.time_base or 1 / rate)
+    rest = count - len(known)
+    after = (seconds[-1] if known else -1 / rate) + np.arange(1, rest + 1) / rate
+    return known + [None] * rest, np.concatenate([seconds, after])
 
 
 def decoded_frames(path: str, times: list[int | None]):
@@ -660,6 +481,7 @@ class DataConfig:
     root: str = "data/sprites/videos"                 # folder that its "video" names are relative to
     frames: int = 8           # frames a clip (T)
     size: int = 64            # pixels a side
+    seconds: float = 0.0      # of a video only its first so many seconds; 0: all of it
     scale: float = 1.0        # smallest share of the frame's area that a training crop keeps; 1: the whole frame
     flip: bool = False        # mirror half of the training clips (never where captions say left or right)
     views: int = 1            # fixed views (frames, crop, flip) a clip has; 0: a new one every epoch
@@ -669,7 +491,8 @@ class DataConfig:
     workers: int = 0          # loader processes
 
     def __post_init__(self):
-        for name, least in (("frames", 1), ("size", 1), ("views", 0), ("cache_size", 0), ("workers", 0)):
+        for name, least in (("frames", 1), ("size", 1), ("seconds", 0), ("views", 0), ("cache_size", 0),
+                            ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} {getattr(self, name)}: wants at least {least}")
         if not 0 < self.scale <= 1:
@@ -704,7 +527,8 @@ def decode_cache(rows: list[Row], cfg: DataConfig, folder: str) -> Cache:
     videos = list(dict.fromkeys(row.video for row in rows))
     size = cfg.cache_size or cfg.size
     stats = [os.stat(video) for video in videos]
-    key = [cfg.cache_frames, size, [(v, s.st_size, s.st_mtime_ns) for v, s in zip(videos, stats, strict=True)]]
+    how = [cfg.cache_frames, size, *[cfg.seconds] * (cfg.seconds > 0)]
+    key = [*how, [(v, s.st_size, s.st_mtime_ns) for v, s in zip(videos, stats, strict=True)]]
     path = os.path.join(folder, "decoded_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
     if os.path.exists(path + ".json"):
         return Cache(path)
@@ -716,7 +540,7 @@ def decode_cache(rows: list[Row], cfg: DataConfig, folder: str) -> Cache:
         raise ValueError(f"{folder}: no decode cache can be written ({error.strerror}); pass --data.no-cache") from None
     try:
         with file:
-            read = partial(_read_for_cache, cfg.cache_frames, size)
+            read = partial(_read_for_cache, cfg.cache_frames, size, cfg.seconds)
             for video, frames in zip(videos, in_parallel(read, videos, "decoding"), strict=True):
                 if isinstance(frames, str):
                     failures.append(frames)
@@ -735,10 +559,14 @@ def decode_cache(rows: list[Row], cfg: DataConfig, folder: str) -> Cache:
     return Cache(path)
 
 
-def _read_for_cache(count: int, size: int, video: str) -> np.ndarray | str:
+def _read_for_cache(count: int, size: int, seconds: float, video: str) -> np.ndarray | str:
     """Frames (n, 3, h, w), or what is wrong with the video: all that fail are counted before the run stops."""
+    def choose(times):
+        total = max(1, int((times < seconds).sum())) if seconds else len(times)
+        return pick(min(count, total), total)
+
     try:
-        return decode(video, lambda total: pick(min(count, total), total), size).numpy()
+        return decode(video, choose, size).numpy()
     except (ValueError, OSError) as error:
         return str(error)
 
@@ -751,6 +579,7 @@ class Sample:
     media: int                                     # Row.media
     clip: int                                      # row
     view: int                                      # which frames, crop and flip of it
+    questions: list[Question] = field(default_factory=list)
 
 
 class Clips(torch.utils.data.Dataset):
@@ -789,29 +618,30 @@ class Clips(torch.utils.data.Dataset):
 
     def read(self, row: Row, sample: str, rng) -> Tensor:
         if self.cache is None:
-            return read_frames(row.video, self.cfg.frames, sample, rng)
+            return read_frames(row.video, self.cfg.frames, sample, rng, seconds=self.cfg.seconds)
         video = self.cache[row.video]
-        try:
-            chosen = pick(self.cfg.frames, len(video), sample, rng)
-        except ValueError as error:
-            raise ValueError(f"{row.video}: {error}") from None
+        chosen = pick(self.cfg.frames, len(video), sample, rng)
         return torch.from_numpy(np.asarray(video)[chosen])
 
     def sample(self, clip: int, view: int, video: Tensor, caption: str) -> Sample:
         row = self.rows[clip]
-        return Sample(video, caption, row.still or caption, row.media, clip, view)
+        return Sample(video, caption, row.still or caption, row.media, clip, view, row.questions)
 
 
 @dataclass
 class Batch:
     video: Tensor                                  # (B, T, 3, S, S) uint8
-    ids: Tensor                                    # (B, L) int64
+    ids: Tensor                                    # (B, L) int64; of questions (Q, L)
     captions: list[str]
     stills: list[str]
     media: Tensor                                  # (B,) int64, equal for clips of one file
     clip: Tensor                                   # (B,) int64
     view: Tensor                                   # (B,) int64
     seed: int                                      # of all that is drawn at random about this batch
+    rows: Tensor | None = None                     # (Q,) int64, the clip of the batch that question q is about
+    answers: Tensor | None = None                  # (A, L') int64
+    asked: Tensor | None = None                    # (A,) int64, the question that answer a belongs to
+    weight: Tensor | None = None                   # (A,) fp32
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -819,13 +649,25 @@ class Batch:
                                 for name, value in values.items() if isinstance(value, Tensor)})
 
 
-def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int, sep: bool = False) -> Batch:
+def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int, sep: bool = False,
+            answer_length: int = 0) -> Batch:
+    """With an answer_length the ids are those of the samples' questions, and their answers are there too."""
     captions = [s.caption for s in samples]
-    return Batch(
+    batch = Batch(
         video=torch.stack([s.video for s in samples]),
-        ids=encode(tokenizer, captions, length, sep), captions=captions, stills=[s.still for s in samples],
+        ids=torch.empty(0), captions=captions, stills=[s.still for s in samples],
         media=torch.tensor([s.media for s in samples]), clip=torch.tensor([s.clip for s in samples]),
         view=torch.tensor([s.view for s in samples]), seed=seed,
+    )
+    if not answer_length:
+        return replace(batch, ids=encode(tokenizer, captions, length, sep))
+    questions = [(b, q) for b, s in enumerate(samples) for q in s.questions]
+    answers = [(i, answer, weight) for i, (_, q) in enumerate(questions) for answer, weight in q.answers.items()]
+    return replace(
+        batch, ids=encode(tokenizer, [q.text for _, q in questions], length, sep),
+        rows=torch.tensor([b for b, _ in questions]), asked=torch.tensor([i for i, _, _ in answers]),
+        answers=encode_answers(tokenizer, [answer for _, answer, _ in answers], answer_length),
+        weight=torch.tensor([weight for _, _, weight in answers]),
     )
 
 
@@ -839,6 +681,9 @@ def command(name: str, run):
         sys.exit(f"{name}: {str(error).strip().splitlines()[-1]}")          # a loader process sends its traceback along
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":              # `data.py sprites --out FOLDER` is `sprites.py --out FOLDER`
+    import tyro
+
+    from sprites import write_sprites
     command("data.py", lambda: tyro.extras.subcommand_cli_from_dict({"sprites": write_sprites},
                                                                     description="The embedded data set."))

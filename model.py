@@ -8,7 +8,8 @@ only in its first layers and cross-attention to the video in its last. Letters a
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -186,6 +187,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     fusion_layers: int = 3       # the last layers, which have cross-attention
     encoder_width: int = 768     # channels of the video tokens
+    is_decoder: bool = False     # a word sees those before it alone
 
 
 def read_bert_config(values: dict, where: str, **changes) -> BertConfig:
@@ -228,12 +230,24 @@ class BertSelf(nn.Module):
         self.key = nn.Linear(context, cfg.hidden_size)
         self.value = nn.Linear(context, cfg.hidden_size)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        q, k, v = (p.view(*p.shape[:2], self.heads, -1).transpose(1, 2)
-                   for p in (self.query(x), self.key(context), self.value(context)))
+    def split(self, x: Tensor) -> Tensor:
+        """(M, L, D) -> (M, H, L, D / H)."""
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, rows: Tensor | None = None,
+                past: list | None = None) -> Tensor:
+        """`past` keeps keys and values from call to call: of the words so far, or of a context that stays as it is."""
+        if past and context is not x:
+            k, v = past
+        else:
+            k, v = self.split(self.key(context)), self.split(self.value(context))
+            if past:
+                k, v = (torch.cat(both, 2) for both in zip(past, (k, v), strict=True))
+        if past is not None:
+            past[:] = k, v
         if rows is not None:        # keys and values once a clip, though several texts attend to it
             k, v = k[rows], v[rows]
-        y = attend(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        y = attend(self.split(self.query(x)), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return y.transpose(1, 2).flatten(2)
 
 
@@ -256,8 +270,8 @@ class BertAttention(nn.Module):
         self.self = BertSelf(cfg, context)
         self.output = BertOutput(cfg, cfg.hidden_size)
 
-    def forward(self, x, context, mask, rows=None):
-        return self.output(self.self(x, context, mask, rows), x)
+    def forward(self, x, context, mask, rows=None, past=None):
+        return self.output(self.self(x, context, mask, rows, past), x)
 
 
 class BertIntermediate(nn.Module):
@@ -275,10 +289,10 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(cfg)
         self.output = BertOutput(cfg, cfg.intermediate_size)
 
-    def forward(self, x, mask, video=None, rows=None):
-        x = self.attention(x, x, mask)
+    def forward(self, x, mask, video=None, rows=None, there=None, past=(None, None)):
+        x = self.attention(x, x, mask, None, past[0])
         if video is not None:
-            x = self.crossattention(x, video, None, rows)
+            x = self.crossattention(x, video, there, rows, past[1])
         return self.output(nnf.gelu(self.intermediate.dense(x)), x)
 
 
@@ -291,11 +305,13 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        L = ids.shape[1]
-        if L > self.position_embeddings.num_embeddings:
-            raise ValueError(f"this BERT takes {self.position_embeddings.num_embeddings} word pieces, got {L}")
-        x = self.word_embeddings(ids) + self.position_embeddings.weight[:L] + self.token_type_embeddings.weight[0]
+    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
+        """Of word pieces (M, L) that begin at place `start`."""
+        end = start + ids.shape[1]
+        if end > self.position_embeddings.num_embeddings:
+            raise ValueError(f"this BERT takes {self.position_embeddings.num_embeddings} word pieces, got {end}")
+        position = self.position_embeddings.weight[start:end]
+        x = self.word_embeddings(ids) + position + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(x))
 
 
@@ -350,15 +366,17 @@ class Bert(nn.Module):
             x = layer(x, mask)
         return x
 
-    def fuse(self, states: Tensor, ids: Tensor, video: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def fuse(self, states: Tensor, ids: Tensor, video: Tensor | None = None, rows: Tensor | None = None,
+             there: Tensor | None = None) -> Tensor:
         """
         The last layers: states (M, L, D), ids (M, L), video (B, S, C) -> (M, L, D).
 
-        Text m attends to clip rows[m]; without rows to clip m; without a video the layers are plain BERT's.
+        Text m attends to clip rows[m]; without rows to clip m; without a video the layers are plain BERT's. In place of
+        the video can stand another text's states, then `there` (M, 1, 1, S) is True where that has a word.
         """
         mask = self.mask(ids)
         for layer in self.bert.encoder.layer[self.first:]:
-            states = layer(states, mask, video, rows)
+            states = layer(states, mask, video, rows, there)
         return states
 
     def words(self, states: Tensor) -> Tensor:
@@ -368,8 +386,9 @@ class Bert(nn.Module):
         return nnf.linear(x, self.bert.embeddings.word_embeddings.weight, p.bias)
 
     def mask(self, ids: Tensor) -> Tensor:
-        """ids (M, L) -> (M, 1, 1, L), True where there is a word."""
-        return (ids != self.PAD)[:, None, None, :]
+        """ids (M, L) -> (M, 1, 1, L), True where there is a word; of a decoder (M, 1, L, L), True where it is seen."""
+        there = (ids != self.PAD)[:, None, None, :]
+        return there & there.new_ones(2 * ids.shape[1:]).tril() if self.cfg.is_decoder else there
 
     def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Training on text alone: corrupted ids and labels (M, L), as `corrupt` makes them -> the MLM loss by name."""
@@ -545,6 +564,7 @@ class ClusterSTM(nn.Module):
         if not (cfg.vocab and cfg.mask_id and cfg.target):
             raise ValueError(f"a model wants vocab, mask_id and target, got {cfg.vocab}, {cfg.mask_id}, {cfg.target}")
         self.cfg = cfg
+        self.mlm = True         # whether words are masked and predicted; fine-tuning does without
         self.vit = ViT(cfg.patch, cfg.width, cfg.depth, cfg.heads, cfg.drop_path, cfg.positions)
         self.bert = text or Bert(bert_config(cfg))
         if self.bert.cfg != bert_config(cfg):
@@ -592,8 +612,8 @@ class ClusterSTM(nn.Module):
     def encode(self, batch, guide: Guide | None):
         """What forward begins with, and what `whole` needs beforehand for VTC."""
         tokens, video = self.encode_video(batch.video, guide and guide.keep)
-        corrupted, labels = self.corrupt(batch)
-        states = self.bert.text(torch.cat([batch.ids, corrupted]))                  # (2B, L, D)
+        corrupted, labels = self.corrupt(batch) if self.mlm else (batch.ids[:0], None)
+        states = self.bert.text(torch.cat([batch.ids, corrupted]))                  # (2B, L, D), without MLM (B, L, D)
         return tokens, video, states, self.text_feature(states[:len(batch.ids)]), labels
 
     def corrupt(self, batch) -> tuple[Tensor, Tensor]:
@@ -626,7 +646,8 @@ class ClusterSTM(nn.Module):
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         parts = world * len(batches)
-        words = total(sum((self.corrupt(b)[1] != -100).sum() for b in batches).float()).clamp_min(1) / parts
+        masked = [(self.corrupt(b)[1] != -100).sum() for b in batches if self.mlm]
+        words = total(sum(masked, torch.zeros((), device=batches[0].ids.device)).float()).clamp_min(1) / parts
         gram = variance = others = None
         if guides[0] is not None:
             with torch.autocast(words.device.type, enabled=False):
@@ -682,17 +703,18 @@ class ClusterSTM(nn.Module):
         own = torch.arange(B, device=tokens.device)
         clean, corrupted = states[:B], states[B:]
         fused = self.bert.fuse(torch.cat([clean, clean, clean[other], corrupted]),
-                               torch.cat([batch.ids, batch.ids, batch.ids[other], batch.ids]),
-                               tokens, torch.cat([own, clip, own, own]))                    # (4B, L, D)
+                               torch.cat([batch.ids, batch.ids, batch.ids[other], batch.ids[:len(corrupted)]]),
+                               tokens, torch.cat([own, clip, own, own[:len(corrupted)]]))   # (4B, L, D)
         matched = self.itm_head(fused[:3 * B, 0]).float()
         label = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
         valid = torch.cat([torch.ones_like(clip_ok), clip_ok, text_ok])
         each = nnf.cross_entropy(matched, label, reduction="none")
         losses["vtm"] = each.where(valid, 0).sum() / valid.sum()
 
-        masked = labels != -100
-        logits = self.bert.words(fused[3 * B:][masked]).float()
-        losses["mlm"] = nnf.cross_entropy(logits, labels[masked], reduction="sum") / whole.words
+        if self.mlm:
+            masked = labels != -100
+            logits = self.bert.words(fused[3 * B:][masked]).float()
+            losses["mlm"] = nnf.cross_entropy(logits, labels[masked], reduction="sum") / whole.words
         return losses
 
     def start_from(self, folder: str):
@@ -714,12 +736,134 @@ class ClusterSTM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str) -> "ClusterSTM":
         """A folder that train.py wrote: config.json, model.safetensors. In eval mode."""
-        config, saved = read_folder(folder, "a trained model")
-        if "model" not in config:
-            raise ValueError(f"{folder}/config.json has no 'model' part: no run of train.py wrote it")
-        model = cls(known(ModelConfig, config["model"]))
-        load_weights(model, saved, folder)
-        return model.eval()
+        return load_model(folder, cls)
+
+
+# Answers
+
+class VideoToText(nn.Module):
+    """
+    The student and a decoder that says something of a clip: the answer to a question, or a caption.
+
+    The decoder is UMT's (multi_modality/models/umt_qa.py): a causal BERT of as many layers as fuse, each with
+    cross-attention, to the states of the question that was fused with the video; of a caption to the video's tokens.
+    """
+
+    def __init__(self, cfg: ModelConfig, asks: bool):
+        """asks: whether there is a question."""
+        super().__init__()
+        self.cfg = cfg
+        self.vit = ViT(cfg.patch, cfg.width, cfg.depth, cfg.heads, cfg.drop_path, cfg.positions)
+        self.bert = Bert(bert_config(cfg)) if asks else None
+        self.text_decoder = Bert(replace(bert_config(cfg), num_hidden_layers=cfg.fusion, is_decoder=True,
+                                         encoder_width=cfg.text_width if asks else cfg.width))
+
+    @classmethod
+    def from_student(cls, student: ClusterSTM, asks: bool) -> "VideoToText":
+        """It begins with the student's ViT and BERT; the decoder with BERT's words, last layers and head."""
+        model, bert = cls(student.cfg, asks), student.bert
+        model.vit.load_state_dict(student.vit.state_dict())
+        if asks:
+            model.bert.load_state_dict(bert.state_dict())
+        state = model.text_decoder.state_dict()
+        for key, value in bert.state_dict().items():
+            layer = re.match(r"bert\.encoder\.layer\.(\d+)\.", key)
+            if layer and int(layer[1]) < bert.first:
+                continue
+            key = key.replace(layer[0], f"bert.encoder.layer.{int(layer[1]) - bert.first}.") if layer else key
+            # Keys and values were made of video tokens: where a question's states are wider or narrower, they are new.
+            if state[key].shape == value.shape:
+                state[key] = value
+        model.text_decoder.load_state_dict(state)
+        return model
+
+    def encode_video(self, video: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
+        """video (B, T, 3, H, W) uint8 -> tokens (B, S, C); no feature, as it compares nothing."""
+        return self.vit(video, keep), None
+
+    def ask(self, tokens: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """
+        What the decoder attends to, and where there is something: tokens (B, S, C), questions ids (Q, L) about clips
+        rows (Q,) -> (Q, L, D), (Q, L); for captions the tokens themselves, None.
+        """
+        if self.bert is None:
+            return tokens, None
+        return self.bert.fuse(self.bert.text(ids), ids, tokens, rows), ids != Bert.PAD
+
+    def log_likelihood(self, answers: Tensor, asked: Tensor, memory: Tensor, there: Tensor | None) -> Tensor:
+        """answers (A, L'), answer a being to memory asked[a] -> (A, L' - 1) log p of each piece; 0 past its end."""
+        decoder = self.text_decoder
+        heard = None if there is None else there[asked][:, None, None, :]
+        states = decoder.fuse(decoder.text(answers), answers, memory, asked, heard)[:, :-1]
+        said = answers[:, 1:] != Bert.PAD
+        logits = decoder.words(states[said]).float()                                # (pieces, vocab)
+        each = nnf.cross_entropy(logits, answers[:, 1:][said], reduction="none")
+        return torch.zeros(said.shape, device=each.device).masked_scatter(said, -each)
+
+    def forward(self, batch) -> dict[str, Tensor]:
+        """The cost of the answers by name, in nats: summed over pieces, weighted over answers, mean over questions."""
+        memory, there = self.ask(self.vit(batch.video), batch.ids, batch.rows)
+        cost = -self.log_likelihood(batch.answers, batch.asked, memory, there).sum(1)           # (A,)
+        return {"lm": (cost * batch.weight).sum() / len(batch.ids)}
+
+    @torch.no_grad()
+    def generate(self, memory: Tensor, there: Tensor | None, length: int, beams: int, cls: int, sep: int) -> Tensor:
+        """
+        What the decoder says of memory (Q, S, C): ids (Q, length), [CLS] to [SEP], padded with [PAD].
+
+        Beam search; sentences are compared by the mean log p of their pieces, finished or not. beams = 1 is greedy.
+        """
+        decoder, Q, W = self.text_decoder, len(memory), beams
+        rows = torch.arange(Q, device=memory.device).repeat_interleave(W)           # (QW,)
+        heard = None if there is None else there[rows][:, None, None, :]
+        past = [([], []) for _ in decoder.bert.encoder.layer]
+        said = torch.full((Q, W, 1), cls, device=memory.device)
+        total = torch.zeros(Q, W, device=memory.device)
+        total[:, 1:] = -torch.inf                                                   # all begin alike: one will do
+        count = torch.zeros(Q, W, device=memory.device)
+        done = torch.zeros(Q, W, dtype=torch.bool, device=memory.device)
+        for t in range(length - 1):
+            x = decoder.bert.embeddings(said[..., -1:].flatten(0, 1), t)            # (QW, 1, D)
+            for layer, kept in zip(decoder.bert.encoder.layer, past, strict=True):
+                x = layer(x, None, memory, rows, heard, kept)
+            p = decoder.words(x[:, 0]).float().log_softmax(-1).view(Q, W, -1)       # (Q, W, V)
+            p[..., Bert.PAD] = -torch.inf
+            p = torch.where(done[..., None], -torch.inf, p)
+            p[..., Bert.PAD] = torch.where(done, 0.0, p[..., Bert.PAD])             # what is finished stays as it is
+            sums, counts = total[..., None] + p, count + ~done                      # (Q, W, V), (Q, W)
+            best = (sums / counts[..., None]).flatten(1).topk(W).indices            # (Q, W)
+            beam, piece = best // p.shape[-1], best % p.shape[-1]
+            total, count = sums.flatten(1).gather(1, best), counts.gather(1, beam)
+            done = done.gather(1, beam) | (piece == sep)
+            said = torch.cat([said.gather(1, beam[..., None].expand(-1, -1, t + 1)), piece[..., None]], -1)
+            if done.all():
+                break
+            if W > 1:
+                origin = (beam + W * torch.arange(Q, device=beam.device)[:, None]).flatten()
+                for own, _ in past:
+                    own[:] = own[0][origin], own[1][origin]
+        first = (total / count.clamp_min(1)).argmax(1)
+        said = said[torch.arange(Q, device=said.device), first]
+        return nnf.pad(said, (0, length - said.shape[1]), value=Bert.PAD)
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> "VideoToText":
+        """A folder that train.py --stage finetune wrote for question answering or captioning. In eval mode."""
+        return load_model(folder, cls)
+
+
+def load_model(folder: str, kind: type | None = None) -> ClusterSTM | VideoToText:
+    """The model of a folder that train.py wrote, in eval mode; ValueError if it is not of the kind that is wanted."""
+    config, saved = read_folder(folder, "a trained model")
+    where = f"{folder}/config.json"
+    if "model" not in config:
+        raise ValueError(f"{where} has no 'model' part: no run of train.py wrote it")
+    cfg, speaks = known(ModelConfig, config["model"]), any(key.startswith("text_decoder.") for key in saved)
+    if kind and kind is not (VideoToText if speaks else ClusterSTM):
+        raise ValueError(f"{folder} holds a model that {'speaks' if speaks else 'compares'}, wanted a {kind.__name__}")
+    model = VideoToText(cfg, any(key.startswith("bert.") for key in saved)) if speaks else ClusterSTM(cfg)
+    load_weights(model, saved, folder)
+    return model.eval()
 
 
 def bert_config(cfg: ModelConfig) -> BertConfig:

@@ -4,21 +4,28 @@ Train ClusterSTM.
     python train.py                                                  # the embedded run: needs no data, no weights
     python train.py --data.train captions.json --data.root FOLDER    # the same on videos of your own
     torchrun --nproc_per_node=8 train.py base --teacher FOLDER --text FOLDER --data.train ... --data.root ...
+    python train.py --stage finetune --task sprites-qa --student out/sprites         # a row of tasks.TASKS
     python train.py base --help
 
 A run passes through the stages of STAGES, each the same loop: a small SigLIP as teacher and the words of the text
 encoder, where no weights are given for them; masked pretraining; then a short stage on all tokens. It writes out/NAME:
 config.json, log.jsonl, model.safetensors and tokenizer.json, from which eval.py needs only the path; masked/, the model
 before the unmasked stage; state.pt, from which --resume goes on.
+
+Fine-tuning takes its settings from the task's row and the student's folder; flags change them. It is scored on the
+validation split after each epoch, where there is one, the best epoch is kept, and that is scored on the test split.
 """
 
+import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -34,9 +41,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import eval as scoring
 from data import Batch, Clips, DataConfig
 from masking import MaskConfig, keep_count
-from model import Bert, ClusterSTM, ModelConfig, bert_config, corrupt, save_weights, stream
+from model import Bert, ClusterSTM, ModelConfig, VideoToText, bert_config, corrupt, save_weights, stream
+from sprites import write_sprites
+from tasks import data_root, find_file, find_task, read_answers, read_rows, split_files
 from teacher import (
     Guide,
     SigLIP,
@@ -45,11 +55,12 @@ from teacher import (
     VisionConfig,
     find_folder,
     guide,
+    known,
     load_weights,
     read_folder,
 )
 
-STAGES = ("teacher", "text", "pretrain", "unmasked")
+STAGES = ("teacher", "text", "pretrain", "unmasked", "finetune")
 
 
 @dataclass
@@ -72,11 +83,15 @@ class SmallConfig:
 class Config:
     """Train ClusterSTM. Everything that a run writes is under out/NAME."""
     name: str = ""                # the run; its folder is out/NAME; empty: as the annotation file, without _train
-    stage: Literal["all", "teacher", "text"] = "all"    # all: whatever is missing, then pretrain; or one of the first
+    stage: Literal["all", "teacher", "text", "finetune"] = "all"    # all: what is missing, then pretrain; or one alone
+    task: str = ""                # finetune: a row of tasks.TASKS
+    data_root: str = ""           # finetune: folder of the task's files
+    select: Literal["", "val", "test", "last"] = ""     # finetune: what picks the epoch; empty: val if there is one
+    epochs: float = 0             # finetune: passes over the training split, in place of steps
     resume: bool = False          # go on where out/NAME stopped
     teacher: str = ""             # folder or hub id of a SigLIP; empty: a small one is trained on the data first
     text: str = ""                # folder or hub id of a BERT; empty: trained by MLM on the captions first
-    student: str = ""             # folder to start the student from (tools/convert.py: UMT's ViT); empty: drawn anew
+    student: str = ""             # folder to start from (of train.py, or tools/convert.py); empty: drawn anew
     tokenizer: str = ""           # tokenizer.json or vocab.txt; empty: the text encoder's, or trained on the captions
     device: str = "auto"          # cpu, cuda, or auto: cuda where there is one
     seed: int = 0                 # of everything drawn
@@ -89,7 +104,7 @@ class Config:
     unmasked_lr: float = 0.2      # the unmasked stage's peak, as a multiple of lr
     warmup: float = 0.1           # share of a stage's steps
     weight_decay: float = 0.02    # of matrices; embeddings, norms, biases and the temperature have none
-    clip_grad: float = 3.0        # largest norm of the gradient
+    clip_grad: float = 3.0        # largest norm of the gradient; 0: any
     mrm: float = 1.0              # weight of masked relevance modelling
     vtc: float = 1.0              # weight of the video-text contrast
     vtm: float = 1.0              # weight of video-text matching
@@ -105,6 +120,9 @@ class Config:
     def __post_init__(self):
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device wants to be auto, cpu or cuda, is {self.device!r}")
+        if self.stage != "finetune" and (self.task or self.data_root or self.select or self.epochs):
+            raise ValueError(f"task {self.task!r}, data_root {self.data_root!r}, select {self.select!r} and epochs "
+                             f"{self.epochs:g} are of --stage finetune, the stage is {self.stage!r}")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
         if min(self.batch, self.steps, self.log_every, self.save_every) < 1 or self.unmasked_steps < 0:
@@ -183,7 +201,9 @@ def micro_sizes(cfg: Config, world: int) -> dict[str, int]:
         batches["teacher"] = cfg.small.batch
     if not cfg.text:
         batches["text"] = cfg.small.text_batch
-    micro = {stage: cfg.micro_batch if stage in ("pretrain", "unmasked") else 0 for stage in batches}
+    if cfg.stage == "finetune":
+        batches = {"finetune": cfg.batch}
+    micro = {stage: cfg.micro_batch if stage in ("pretrain", "unmasked", "finetune") else 0 for stage in batches}
     for stage, batch in batches.items():
         micro[stage] = micro[stage] or max(1, batch // world)
         if batch % (world * micro[stage]):
@@ -201,7 +221,7 @@ def micro_batches(run: Run, clips: Clips, tokenizer, stage: str, batch: int, mic
     loader = iter(DataLoader(
         clips, batch_sampler=order, num_workers=cfg.data.workers, pin_memory=run.device.type == "cuda",
         collate_fn=partial(data.collate, tokenizer=tokenizer, length=cfg.model.text_length, seed=0,
-                           sep=cfg.model.sep),
+                           sep=cfg.model.sep, answer_length=find_task(cfg.task).answer_length if cfg.task else 0),
     ))
     for s in range(step, steps):
         group = []
@@ -213,9 +233,10 @@ def micro_batches(run: Run, clips: Clips, tokenizer, stage: str, batch: int, mic
 
 
 def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: int, micro: int, steps: int, lr: float,
-        calls) -> nn.Module:
+        calls, after: dict | None = None) -> nn.Module:
     """
-    One stage: `steps` steps of `model`. `calls` turns a step's micro-batches into the arguments of the model's calls.
+    One stage: `steps` steps of `model`. `calls` turns a step's micro-batches into the arguments of the model's calls;
+    `after`, step -> function, what is done after some of them.
 
     state.pt in the run's folder is where --resume goes on; log.jsonl gets the losses, averaged over micro-batches and
     ranks.
@@ -225,9 +246,10 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
     # Parameters that a stage has no use for get no gradient, and DDP must not wait for one.
     N = (cfg.data.size // cfg.model.patch) ** 2
     nothing_hidden = stage == "unmasked" or stage == "pretrain" and keep_count(N, cfg.mask.ratio) == N
-    idle = "crossattention" if stage == "text" else "decoder" if nothing_hidden else None
+    idle = {"text": ["crossattention"], "finetune": [r"^decoder\.", r"^bert\.cls\."]}.get(stage, [])
+    idle += [r"^decoder\."] * nothing_hidden
     for name, p in model.named_parameters():
-        p.requires_grad_(idle is None or idle not in name)
+        p.requires_grad_(not any(re.search(pattern, name) for pattern in idle))
     used = [p for p in model.parameters() if p.requires_grad]
     betas = (0.9, 0.95 if stage == "teacher" else 0.999)        # SigLIP's and UMT's
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr, betas)
@@ -242,6 +264,8 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
     autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda")
     loader = micro_batches(run, clips, tokenizer, stage, batch, micro, step, steps)
     bar = tqdm(total=steps, initial=step, desc=f"{cfg.name} {stage}", disable=run.rank > 0, mininterval=1)
+    after = after or {}
+    after.get(step, lambda: None)()         # the run may have been stopped in the middle of it
     waited, clock, since = 0.0, time.perf_counter(), step
     while step < steps:
         t = time.perf_counter()
@@ -265,7 +289,7 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
                 mean[name] = mean.get(name, 0) + value.detach() / len(batches)
 
         # Update. A step that is not finite stops the run before it reaches the weights.
-        norm = torch.nn.utils.clip_grad_norm_(used, cfg.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(used, cfg.clip_grad or math.inf)
         if not norm.isfinite():
             losses = ", ".join(f"{name} {value.item():g}" for name, value in mean.items())
             clip_ids = [b.clip.tolist() for b in batches]
@@ -289,10 +313,12 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
                     f.write(json.dumps(row) + "\n")
             bar.set_postfix({k: f"{row[k]:.3g}" for k in (*mean, "clips/s", "wait")}, refresh=False)
             waited, clock, since = 0.0, time.perf_counter(), step
-        if run.rank == 0 and (step % cfg.save_every == 0 or step == steps):
-            t = time.perf_counter()
+        t = time.perf_counter()
+        if run.rank == 0 and (step % cfg.save_every == 0 or step == steps or step in after):
             save_state(run, stage, step, model, optimizer)
-            clock += time.perf_counter() - t        # the rate is that of training
+        if step in after:
+            after[step]()
+        clock += time.perf_counter() - t            # the rate is that of training
     bar.close()
     run.wait()
     return model.requires_grad_(True).eval()
@@ -482,31 +508,40 @@ def find_tokenizer(run: Run, rows: list, text: str):
     return data.load_tokenizer(path)
 
 
-def main(cfg: Config) -> nn.Module:
-    """Train what `cfg` says; returns the model of the last stage."""
-    cfg = replace(cfg, name=cfg.name or os.path.splitext(os.path.basename(cfg.data.train))[0].removesuffix("_train"),
-                  model=replace(cfg.model))         # its widths are filled in below
-    # Processes, device, folder.
+def start(cfg: Config) -> Run:
+    """Processes, device, folder."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, and this machine or this build of torch has no CUDA GPU")
     cuda = cfg.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    micro = micro_sizes(cfg, world)
+    micro_sizes(cfg, world)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))      # rank 0 decodes alone
     if cuda:
         torch.cuda.set_device(device)
     out = os.path.join("out", cfg.name)
-    run = Run(cfg, out, device, rank, world)
     folders = [f"{out}/teacher", f"{out}/text", out] if cfg.stage == "all" else [f"{out}/{cfg.stage}"]
+    folders = [out] if cfg.stage == "finetune" else folders
     held = [f for folder in folders for f in (f"{folder}/state.pt", f"{folder}/model.safetensors") if os.path.isfile(f)]
     if held and not cfg.resume:
         raise ValueError(f"{held[0]} is of an earlier run: --resume goes on with it, another --name starts anew")
+    return Run(cfg, out, device, rank, world)
+
+
+def main(cfg: Config) -> nn.Module:
+    """Train what `cfg` says; returns the model of the last stage."""
+    if cfg.stage == "finetune":
+        return finetune(cfg)
+    cfg = replace(cfg, name=cfg.name or os.path.splitext(os.path.basename(cfg.data.train))[0].removesuffix("_train"),
+                  model=replace(cfg.model))         # its widths are filled in below
+    run = start(cfg)
+    out, device, rank, world = run.folder, run.device, run.rank, run.world
+    cuda, micro = device.type == "cuda", micro_sizes(cfg, world)
 
     # Data. Rank 0 writes what is missing and decodes; the others then open what it wrote.
     if rank == 0 and cfg.data.train == DataConfig.train and not os.path.exists(cfg.data.train):
-        data.write_sprites(os.path.dirname(cfg.data.train))
+        write_sprites(os.path.dirname(cfg.data.train))
     run.wait()
     rows = data.read_annotations(cfg.data.train, cfg.data.root)
     text = find_folder(cfg.text, "a BERT") if cfg.text else ""
@@ -582,22 +617,161 @@ def main(cfg: Config) -> nn.Module:
     return model
 
 
+# Fine-tuning
+
+def tuning(name: str, student: str) -> Config:
+    """The settings of the task of that name, for the student in a folder that train.py or tools/convert.py wrote."""
+    task, folder = find_task(name), find_folder(student, "a student")
+    trained = read_folder(folder, "a student")[0]
+    if "text_width" not in trained.get("model", {}):
+        raise ValueError(f"{folder}/config.json has no 'model' part with a text encoder: wanted a pretrained student")
+    model = known(ModelConfig, trained["model"])
+    recipe = task.large if model.width >= 1024 else task.base
+    usual = PRESETS["sprites" if task.root else "base"].data
+    size = trained.get("data", {}).get("size", usual.size)
+    return Config(
+        name=f"{os.path.basename(os.path.normpath(student))}-{name}", stage="finetune", task=name, student=student,
+        teacher=trained.get("teacher", ""), batch=task.batch, epochs=recipe.epochs, lr=recipe.lr,
+        warmup=recipe.warmup / recipe.epochs, clip_grad=0, mrm=0, mlm=0,
+        data=replace(usual, frames=task.frames, size=size, seconds=task.seconds, flip=task.flip and usual.flip),
+        mask=known(MaskConfig, trained.get("mask", {})),
+        model=replace(model, text_length=task.length, drop_path=recipe.drop_path),
+    )
+
+
+def finetune(cfg: Config) -> nn.Module:
+    """Fine-tune for a task, choose an epoch, score it on the test split."""
+    task = find_task(cfg.task)
+    if not cfg.student:
+        raise ValueError("--stage finetune wants --student, the folder of a pretrained model")
+    cfg = replace(cfg, data=replace(cfg.data), select=cfg.select or ("val" if task.val else "last"))
+    run = start(cfg)
+    if run.rank == 0 and task.root and not cfg.data_root and not os.path.exists(task.root):
+        write_sprites(task.root)
+    run.wait()
+    cfg.data.train, cfg.data.root = split_files(task, "train", cfg.data_root)
+    rows = read_rows(task, cfg.data.train, cfg.data.root, train=True)
+    if run.rank > 0:
+        run.wait()
+    clips = Clips(rows, cfg.data, cfg.seed)
+    if run.rank == 0:
+        run.wait()
+    if cfg.epochs:
+        cfg.steps = max(1, round(cfg.epochs * len(clips) / cfg.batch))
+    ends = {max(1, round(epoch * len(clips) / cfg.batch)): epoch for epoch in range(1, math.ceil(cfg.epochs) + 1)}
+    ends = {step: epoch for step, epoch in ends.items() if step < cfg.steps} | {cfg.steps: math.ceil(cfg.epochs) or 1}
+    run = replace(run, cfg=cfg)
+
+    folder = find_folder(cfg.student, "a student")
+    tokenizer = data.load_tokenizer(folder)
+    torch.manual_seed(cfg.seed)
+    model = ClusterSTM(cfg.model)
+    model.start_from(folder)
+    model.mlm = False
+    if task.kind in ("qa", "caption"):
+        model = VideoToText.from_student(model, asks=task.kind == "qa")
+    model = model.to(run.device)
+
+    choice = Choice(run, tokenizer, ends)
+    fit(run, "finetune", model, clips, tokenizer, cfg.batch, micro_sizes(cfg, run.world)["finetune"], cfg.steps, cfg.lr,
+        lambda batches: [(b,) for b in batches] if isinstance(model, VideoToText)
+        else with_whole(model, batches, [None] * len(batches)),
+        after={step: partial(choice, model, step) for step in ends})
+    if run.rank == 0:
+        print(f"{run.folder}: fine-tuned. {choice.words()}", flush=True)
+    run.wait()
+    try:
+        split_files(task, "test", cfg.data_root)
+    except FileNotFoundError as error:
+        if run.rank == 0:
+            print(f"not scored on the test split: {error}", flush=True)
+    else:
+        scoring.main(scoring.Config(task=cfg.task, checkpoint=run.folder, data_root=cfg.data_root, device=cfg.device,
+                                    workers=cfg.data.workers))
+    if run.world > 1:
+        dist.destroy_process_group()
+    return model
+
+
+class Choice:
+    """After each epoch: score the model on the split that was asked for; the best so far is out/NAME's."""
+
+    def __init__(self, run: Run, tokenizer, ends: dict[int, int]):
+        self.run, self.tokenizer, self.ends = run, tokenizer, ends
+        self.path = os.path.join(run.folder, "epochs.json")
+        self.scored = []                            # {"step", "epoch", "score", "by"} of each epoch so far
+        if run.cfg.resume and os.path.isfile(self.path):
+            with open(self.path) as f:
+                self.scored = json.load(f)
+
+    def best(self) -> dict:
+        return max(self.scored, key=lambda row: row["score"])
+
+    def words(self) -> str:
+        if self.run.cfg.select == "last":
+            return "the last epoch, none was chosen"
+        row, split = self.best(), self.run.cfg.select
+        which = "CHOSEN ON THE TEST SPLIT" if split == "test" else "chosen on the val split"
+        return f"epoch {row['epoch']} of {len(self.ends)}, {which}: {row['by']} {row['score']:.1f}"
+
+    def __call__(self, model: nn.Module, step: int):
+        run, cfg = self.run, self.run.cfg
+        self.scored = [row for row in self.scored if row["step"] < step]        # those after it are taken again
+        if cfg.select == "last":
+            if step == cfg.steps:
+                save_model(run, model, self.tokenizer, run.folder, chosen=self.words())
+            return
+        task = find_task(cfg.task)
+        rows = read_rows(task, *split_files(task, cfg.select, cfg.data_root), train=False)
+        how = scoring.Protocol(length=task.length, answer_length=task.answer_length, rerank=task.rerank,
+                               workers=cfg.data.workers, quick=True)
+        if task.kind == "qa":
+            how.answers = read_answers(find_file(task.answers, data_root(task, cfg.data_root)))
+        found = scoring.score(model.eval(), task, rows, cfg.data, self.tokenizer, how)
+        model.train()
+        by, score = scoring.headline(task.kind, found["scores"])
+        self.scored.append({"step": step, "epoch": self.ends[step], "score": score, "by": by})
+        if run.rank == 0:
+            tqdm.write(f"epoch {self.ends[step]}, {cfg.select}: {by} {score:.1f}")
+        if self.best()["step"] == step:
+            save_model(run, model, self.tokenizer, run.folder, chosen=self.words())
+        if run.rank == 0:
+            data.write_atomically(self.path, json.dumps(self.scored))           # last: it says that all else is done
+
+
 def with_whole(model: ClusterSTM, batches: list[Batch], guides: list[Guide | None]) -> list[tuple]:
     """The arguments of the model's calls: a micro-batch, what the teacher says of it, what it must know of the rest."""
     return list(zip(batches, guides, model.whole(batches, guides), strict=True))
 
 
-def save_model(run: Run, model: ClusterSTM, tokenizer, folder: str):
-    """A folder for ClusterSTM.from_pretrained and eval.py; its weights come last, as the sign that it is whole."""
+def save_model(run: Run, model: nn.Module, tokenizer, folder: str, **more):
+    """A folder for load_model and eval.py; its weights come last, as the sign that it is whole."""
     if run.rank == 0:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump(asdict(run.cfg), f, indent=1)
+        data.write_atomically(os.path.join(folder, "config.json"), json.dumps(asdict(run.cfg) | more, indent=1))
         tokenizer.save(os.path.join(folder, "tokenizer.json"))
         save_weights(model, folder)
     run.wait()
 
 
+def default(args: list[str]) -> tuple[Config, list[str]]:
+    """The settings that a command line begins with, and what is left of it: a preset's, or fine-tuning's."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, usual in (("--stage", ""), ("--task", "sprites"), ("--student", "out/sprites")):
+        first.add_argument(flag, default=usual, nargs="?")
+    given = first.parse_known_args(args)[0]
+    preset = args[0] if args and args[0] in PRESETS else ""
+    if given.stage != "finetune":
+        return deepcopy(PRESETS[preset or "sprites"]), args[1:] if preset else args
+    if preset:
+        raise ValueError(f"{preset}: fine-tuning takes its settings from task and student, not from a preset")
+    return tuning(given.task or "", given.student or ""), args
+
+
+def run_command():
+    settings, args = default(sys.argv[1:])
+    main(tyro.cli(Config, args=args, default=settings))
+
+
 if __name__ == "__main__":
-    preset = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in PRESETS else "sprites"
-    data.command("train.py", lambda: main(tyro.cli(Config, default=PRESETS[preset])))
+    data.command("train.py", run_command)

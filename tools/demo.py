@@ -105,7 +105,7 @@ def main(cfg: Config):
         took[title] = time.perf_counter() - t
 
     paths = f"--seed {cfg.seed} --data.train {clips}/sprites_train.json --data.root {clips}/videos --resume"
-    step("draw the clips and write them as videos", [f"data.py sprites --out {clips} --seed {cfg.seed}"])
+    step("draw the clips and write them as videos", [f"sprites.py --out {clips} --seed {cfg.seed}"])
     step("train a small SigLIP on single frames", [f"train.py --stage teacher --name demo/seed{cfg.seed} {paths}"],
          {"OMP_NUM_THREADS": str(threads)})
     step("teach the text encoder its words", [f"train.py --stage text --name demo/seed{cfg.seed} {paths}"],
