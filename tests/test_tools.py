@@ -17,8 +17,10 @@ from test_train import ROOT, assert_one_line, command, first_run, small_sprites 
 
 import data
 import eval as score
+import search
 import train
 from masking import MASKS, MaskConfig, keep_count
+from sprites import write_sprites
 from teacher import SigLIP
 from tools import bench, convert, demo, show
 from tools import compile as chips
@@ -181,12 +183,15 @@ def parsed(line):
     script, *args = shlex.split(line)
     if script == "train.py":
         preset = args.pop(0) if args and args[0] in train.PRESETS else "sprites"
-        return tyro.cli(train.Config, args=args, default=deepcopy(train.PRESETS[preset]))
+        tuned = {"stage": "finetune"} if "finetune" in args else {}         # its settings are of a folder not made here
+        return tyro.cli(train.Config, args=args, default=train.replace(deepcopy(train.PRESETS[preset]), **tuned))
     if script == "eval.py":
         return tyro.cli(score.Config, args=args)
-    if script == "data.py":
-        assert args.pop(0) == "sprites"
-        return tyro.cli(functools.wraps(data.write_sprites)(lambda **asked: asked), args=args)
+    if script in ("sprites.py", "data.py"):
+        assert script == "sprites.py" or args.pop(0) == "sprites"
+        return tyro.cli(functools.wraps(write_sprites)(lambda **asked: asked), args=args)
+    if script == "search.py":
+        return tyro.cli(search.Config, args=args)
     if script == "tools/bench.py":
         return bench.parse(args)
     assert script in ("tools/show.py", "tools/demo.py", "tools/compile.py", "tools/convert.py"), line
@@ -208,7 +213,7 @@ def test_the_commands_of_the_demo_parse_and_fit_together(tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, "write_report", lambda *args: "# report")
     demo.main(demo.Config(seed=seed))
     asked = [(line.split()[0], parsed(line)) for line in said]
-    drawn, = (a for script, a in asked if script == "data.py")
+    drawn, = (a for script, a in asked if script == "sprites.py")
     runs = [a for script, a in asked if script == "train.py"]
     assert drawn["seed"] == seed and all(run.seed == seed and run.resume for run in runs)
     assert {run.data.train for run in runs} == {f"{drawn['out']}/sprites_train.json"}
@@ -291,8 +296,9 @@ def test_the_readme_names_every_file():
     assert len(top) > 5 and not [name for name in (*top, *tools, "kernels/") if f"`{name}`" not in said]
 
 
-@pytest.mark.parametrize("name", ["README.md", "train.py", "eval.py", "data.py", "tools/show.py", "tools/demo.py",
-                                  "tools/bench.py", "tools/compile.py", "tools/convert.py", "docs/bench.md"])
+@pytest.mark.parametrize("name", ["README.md", "train.py", "eval.py", "sprites.py", "search.py", "tools/show.py",
+                                  "tools/demo.py", "tools/bench.py", "tools/compile.py", "tools/convert.py",
+                                  "docs/bench.md"])
 def test_commands_that_the_pages_give_parse(name):
     said = page(name)
     said = said if name.endswith(".md") else said.split('"""')[1]           # the docstring
