@@ -50,7 +50,7 @@ from tasks import (
     read_rows,
     split_files,
 )
-from teacher import SigLIP, choose
+from teacher import SigLIP, kept
 
 
 @dataclass
@@ -542,13 +542,13 @@ def main(cfg: Config) -> dict:
     if cfg.mask:
         ratio = trained["mask"]["ratio"] if cfg.mask_ratio is None else cfg.mask_ratio
         mask = MaskConfig(**{**trained["mask"], "name": cfg.mask, "ratio": ratio})
+        if not (cfg.teacher or trained["teacher"]):
+            raise ValueError(f"--mask {cfg.mask} wants --teacher, a SigLIP: {cfg.checkpoint} had none")
         teacher = SigLIP.from_pretrained(cfg.teacher or trained["teacher"]).to(device)
         N = (view.size // model.cfg.patch) ** 2
         tokens = f"{cfg.mask}, {keep_count(N, ratio)} of {N} a frame"
         def keep(b):
-            grid = model.vit.grid(b.video)[1:]                  # the student's
-            x, _ = teacher.encode_image(teacher.pixels(b.video.flatten(0, 1), grid))
-            return choose(teacher, x.unflatten(0, b.video.shape[:2]), mask, mask.ratio, cfg.seed + b.seed, grid)
+            return kept(teacher, b.video, mask, mask.ratio, cfg.seed + b.seed, model.vit.grid(b.video)[1:])
 
     how = Protocol(
         length=trained["model"]["text_length"] if cfg.data else task.length, answer_length=task.answer_length,

@@ -247,8 +247,9 @@ class BertSelf(nn.Module):
             past[:] = k, v
         if rows is not None:        # keys and values once a clip, though several texts attend to it
             k, v = k[rows], v[rows]
-        y = attend(self.split(self.query(x)), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).flatten(2)
+        q = self.query(x).view(len(k), -1, x.shape[-1])     # of a word of each of W beams: W places that ask one clip
+        y = attend(self.split(q), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return y.transpose(1, 2).reshape(x.shape)
 
 
 class BertOutput(nn.Module):
@@ -649,7 +650,7 @@ class ClusterSTM(nn.Module):
         masked = [(self.corrupt(b)[1] != -100).sum() for b in batches if self.mlm]
         words = total(sum(masked, torch.zeros((), device=batches[0].ids.device)).float()).clamp_min(1) / parts
         gram = variance = others = None
-        if guides[0] is not None:
+        if guides[0] is not None and guides[0].aligned is not None:
             with torch.autocast(words.device.type, enabled=False):
                 texts = [g.text.float() for g in guides]
                 gram = total(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
@@ -670,7 +671,7 @@ class ClusterSTM(nn.Module):
         batch: video (B, T, 3, H, W) uint8, ids (B, L), media (B,), seed -> the losses by name.
 
         The mean of a loss over the micro-batches of a batch, and over the ranks, is that loss of the batch, and so is
-        its gradient. Without a guide, the unmasked stage: all tokens, and no MRM.
+        its gradient. Without a guide, the unmasked stage: all tokens, and no MRM; nor where it has no targets.
         """
         if whole is None:
             whole, = self.whole([batch], [guide])
@@ -680,7 +681,8 @@ class ClusterSTM(nn.Module):
         tokens, video, states, text, labels = self.encode(batch, guide)
         losses = {}
 
-        if guide is not None and guide.keep.shape[1] < guide.aligned.shape[1:3].numel():
+        targets = guide is not None and guide.aligned is not None
+        if targets and guide.keep.shape[1] < guide.aligned.shape[1:3].numel():
             wanted = self.wanted(batch, guide)
             p = take(guide.aligned, wanted)
             q = self.decoder(tokens, guide.keep, wanted, self.vit.grid(batch.video))
@@ -771,8 +773,9 @@ class VideoToText(nn.Module):
             if layer and int(layer[1]) < bert.first:
                 continue
             key = key.replace(layer[0], f"bert.encoder.layer.{int(layer[1]) - bert.first}.") if layer else key
-            # Keys and values were made of video tokens: where a question's states are wider or narrower, they are new.
-            if state[key].shape == value.shape:
+            # Made of video tokens so far: where a question's states are wider or narrower, they are new.
+            made_of = "crossattention.self.key." in key or "crossattention.self.value." in key
+            if not (asks and made_of and model.cfg.width != model.cfg.text_width):
                 state[key] = value
         model.text_decoder.load_state_dict(state)
         return model
@@ -792,18 +795,22 @@ class VideoToText(nn.Module):
 
     def log_likelihood(self, answers: Tensor, asked: Tensor, memory: Tensor, there: Tensor | None) -> Tensor:
         """answers (A, L'), answer a being to memory asked[a] -> (A, L' - 1) log p of each piece; 0 past its end."""
-        decoder = self.text_decoder
-        heard = None if there is None else there[asked][:, None, None, :]
-        states = decoder.fuse(decoder.text(answers), answers, memory, asked, heard)[:, :-1]
-        said = answers[:, 1:] != Bert.PAD
+        decoder, heard = self.text_decoder, None if there is None else there[asked][:, None, None, :]
+        before, after = answers[:, :-1], answers[:, 1:]
+        said = after != Bert.PAD
+        states = decoder.fuse(decoder.text(before), before, memory, asked, heard)
         logits = decoder.words(states[said]).float()                                # (pieces, vocab)
-        each = nnf.cross_entropy(logits, answers[:, 1:][said], reduction="none")
+        each = nnf.cross_entropy(logits, after[said], reduction="none")
         return torch.zeros(said.shape, device=each.device).masked_scatter(said, -each)
 
-    def forward(self, batch) -> dict[str, Tensor]:
-        """The cost of the answers by name, in nats: summed over pieces, weighted over answers, mean over questions."""
-        memory, there = self.ask(self.vit(batch.video), batch.ids, batch.rows)
-        cost = -self.log_likelihood(batch.answers, batch.asked, memory, there).sum(1)           # (A,)
+    def forward(self, batch, guide: Guide | None = None) -> dict[str, Tensor]:
+        """
+        The cost of the answers by name, in nats: summed over pieces, weighted over answers, mean over questions. With a
+        guide the ViT sees the tokens that it keeps.
+        """
+        memory, there = self.ask(self.vit(batch.video, guide and guide.keep), batch.ids, batch.rows)
+        told = batch.asked if self.bert else batch.rows[batch.asked]                # a question's states, or a clip
+        cost = -self.log_likelihood(batch.answers, told, memory, there).sum(1)      # (A,)
         return {"lm": (cost * batch.weight).sum() / len(batch.ids)}
 
     @torch.no_grad()
@@ -814,8 +821,7 @@ class VideoToText(nn.Module):
         Beam search; sentences are compared by the mean log p of their pieces, finished or not. beams = 1 is greedy.
         """
         decoder, Q, W = self.text_decoder, len(memory), beams
-        rows = torch.arange(Q, device=memory.device).repeat_interleave(W)           # (QW,)
-        heard = None if there is None else there[rows][:, None, None, :]
+        heard = None if there is None else there[:, None, None, :]
         past = [([], []) for _ in decoder.bert.encoder.layer]
         said = torch.full((Q, W, 1), cls, device=memory.device)
         total = torch.zeros(Q, W, device=memory.device)
@@ -825,7 +831,7 @@ class VideoToText(nn.Module):
         for t in range(length - 1):
             x = decoder.bert.embeddings(said[..., -1:].flatten(0, 1), t)            # (QW, 1, D)
             for layer, kept in zip(decoder.bert.encoder.layer, past, strict=True):
-                x = layer(x, None, memory, rows, heard, kept)
+                x = layer(x, None, memory, None, heard, kept)
             p = decoder.words(x[:, 0]).float().log_softmax(-1).view(Q, W, -1)       # (Q, W, V)
             p[..., Bert.PAD] = -torch.inf
             p = torch.where(done[..., None], -torch.inf, p)

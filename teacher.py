@@ -576,10 +576,10 @@ def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias:
 
 @dataclass
 class Guide:
-    """What the student is told about a batch."""
-    keep: Tensor        # (B, TK) int64, flat ids of the kept tokens, ascending
-    aligned: Tensor     # (B, T, N, E), every token pooled over its neighbourhood in the joint space, unit length
-    text: Tensor        # (B, E), the captions in the joint space, unit length
+    """What the student is told about a batch; in fine-tuning the ids alone."""
+    keep: Tensor                    # (B, TK) int64, flat ids of the kept tokens, ascending
+    aligned: Tensor | None = None   # (B, T, N, E), every token pooled over its neighbourhood, unit length
+    text: Tensor | None = None      # (B, E), the captions in the same joint space, unit length
 
 
 @torch.no_grad()
@@ -609,3 +609,10 @@ def choose(teacher: SigLIP, tokens: Tensor, mask, ratio: float, seed: int, grid:
     attention = teacher.attend(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
     return mask(tokens, keep_count(tokens.shape[2], ratio), attention=attention, grid=grid or teacher.grid,
                 generator=torch.Generator().manual_seed(seed), **aux)
+
+
+@torch.no_grad()
+def kept(teacher: SigLIP, video: Tensor, mask, ratio: float, seed: int, grid: tuple[int, int]) -> Tensor:
+    """video (B, T, 3, H, W) uint8, in patches of the student's grid (h, w) -> the ids that `mask` keeps, (B, TK)."""
+    tokens, _ = teacher.encode_image(teacher.pixels(video.flatten(0, 1), grid))
+    return choose(teacher, tokens.unflatten(0, video.shape[:2]), mask, ratio, seed, grid)

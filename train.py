@@ -55,6 +55,7 @@ from teacher import (
     VisionConfig,
     find_folder,
     guide,
+    kept,
     known,
     load_weights,
     read_folder,
@@ -88,6 +89,7 @@ class Config:
     data_root: str = ""           # finetune: folder of the task's files
     select: Literal["", "val", "test", "last"] = ""     # finetune: what picks the epoch; empty: val if there is one
     epochs: float = 0             # finetune: passes over the training split, in place of steps
+    masked: bool = False          # finetune: see, and be scored with, the tokens that the mask keeps; else all
     resume: bool = False          # go on where out/NAME stopped
     teacher: str = ""             # folder or hub id of a SigLIP; empty: a small one is trained on the data first
     text: str = ""                # folder or hub id of a BERT; empty: trained by MLM on the captions first
@@ -120,9 +122,10 @@ class Config:
     def __post_init__(self):
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device wants to be auto, cpu or cuda, is {self.device!r}")
-        if self.stage != "finetune" and (self.task or self.data_root or self.select or self.epochs):
-            raise ValueError(f"task {self.task!r}, data_root {self.data_root!r}, select {self.select!r} and epochs "
-                             f"{self.epochs:g} are of --stage finetune, the stage is {self.stage!r}")
+        tuning = {name: getattr(self, name) for name in ("task", "data_root", "select", "epochs", "masked")}
+        if self.stage != "finetune" and any(tuning.values()):
+            raise ValueError(f"{', '.join(f'{k} {v!r}' for k, v in tuning.items() if v)} is of --stage finetune, the "
+                             f"stage is {self.stage!r}")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
         if min(self.batch, self.steps, self.log_every, self.save_every) < 1 or self.unmasked_steps < 0:
@@ -629,10 +632,12 @@ def tuning(name: str, student: str) -> Config:
     recipe = task.large if model.width >= 1024 else task.base
     usual = PRESETS["sprites" if task.root else "base"].data
     size = trained.get("data", {}).get("size", usual.size)
+    teacher, beside = trained.get("teacher", ""), os.path.join(folder, "teacher")
+    teacher = beside if os.path.isdir(beside) and not os.path.isdir(teacher) else teacher       # it was moved
     return Config(
         name=f"{os.path.basename(os.path.normpath(student))}-{name}", stage="finetune", task=name, student=student,
-        teacher=trained.get("teacher", ""), batch=task.batch, epochs=recipe.epochs, lr=recipe.lr,
-        warmup=recipe.warmup / recipe.epochs, clip_grad=0, mrm=0, mlm=0,
+        teacher=teacher, batch=task.batch, epochs=recipe.epochs, lr=recipe.lr,
+        warmup=recipe.warmup / recipe.epochs, clip_grad=0, mrm=0, mlm=0, masked=task.masked,
         data=replace(usual, frames=task.frames, size=size, seconds=task.seconds, flip=task.flip and usual.flip),
         mask=known(MaskConfig, trained.get("mask", {})),
         model=replace(model, text_length=task.length, drop_path=recipe.drop_path),
@@ -672,11 +677,16 @@ def finetune(cfg: Config) -> nn.Module:
         model = VideoToText.from_student(model, asks=task.kind == "qa")
     model = model.to(run.device)
 
-    choice = Choice(run, tokenizer, ends)
+    see = Kept(run, model) if cfg.masked else lambda batch: None
+
+    def calls(batches: list[Batch]) -> list[tuple]:
+        guides = [see(b) for b in batches]
+        together = isinstance(model, ClusterSTM)
+        return with_whole(model, batches, guides) if together else list(zip(batches, guides, strict=True))
+
+    choice = Choice(run, tokenizer, ends, see)
     fit(run, "finetune", model, clips, tokenizer, cfg.batch, micro_sizes(cfg, run.world)["finetune"], cfg.steps, cfg.lr,
-        lambda batches: [(b,) for b in batches] if isinstance(model, VideoToText)
-        else with_whole(model, batches, [None] * len(batches)),
-        after={step: partial(choice, model, step) for step in ends})
+        calls, after={step: partial(choice, model, step) for step in ends})
     if run.rank == 0:
         print(f"{run.folder}: fine-tuned. {choice.words()}", flush=True)
     run.wait()
@@ -687,17 +697,42 @@ def finetune(cfg: Config) -> nn.Module:
             print(f"not scored on the test split: {error}", flush=True)
     else:
         scoring.main(scoring.Config(task=cfg.task, checkpoint=run.folder, data_root=cfg.data_root, device=cfg.device,
-                                    workers=cfg.data.workers))
+                                    mask=cfg.mask.name if cfg.masked else "", workers=cfg.data.workers))
     if run.world > 1:
         dist.destroy_process_group()
     return model
 
 
+class Kept:
+    """The tokens that the mask keeps of a batch's clips; of a view that comes round again they are remembered."""
+
+    def __init__(self, run: Run, model: nn.Module):
+        cfg = run.cfg
+        if not cfg.teacher:
+            raise ValueError("--masked wants --teacher: the student's folder names none")
+        self.teacher = SigLIP.from_pretrained(cfg.teacher, torch.bfloat16 if run.device.type == "cuda"
+                                              else torch.float32).to(run.device)
+        self.mask, self.grid = cfg.mask, model.vit.grid
+        self.again = cfg.data.views and not cfg.mask.drawn
+        self.seen = {}                              # (clip, view) -> ids (TK,)
+
+    def __call__(self, batch: Batch) -> Guide:
+        views = list(zip(batch.clip.tolist(), batch.view.tolist(), strict=True))
+        new = {view: i for i, view in enumerate(views) if view not in self.seen}
+        if new:
+            video = batch.video[[*new.values()]]
+            ids = kept(self.teacher, video, self.mask, self.mask.ratio, batch.seed, self.grid(video)[1:])
+            self.seen.update(zip(new, ids, strict=True))
+        guide = Guide(torch.stack([self.seen[view] for view in views]))
+        self.seen = self.seen if self.again else {}
+        return guide
+
+
 class Choice:
     """After each epoch: score the model on the split that was asked for; the best so far is out/NAME's."""
 
-    def __init__(self, run: Run, tokenizer, ends: dict[int, int]):
-        self.run, self.tokenizer, self.ends = run, tokenizer, ends
+    def __init__(self, run: Run, tokenizer, ends: dict[int, int], see):
+        self.run, self.tokenizer, self.ends, self.see = run, tokenizer, ends, see
         self.path = os.path.join(run.folder, "epochs.json")
         self.scored = []                            # {"step", "epoch", "score", "by"} of each epoch so far
         if run.cfg.resume and os.path.isfile(self.path):
@@ -725,6 +760,8 @@ class Choice:
         rows = read_rows(task, *split_files(task, cfg.select, cfg.data_root), train=False)
         how = scoring.Protocol(length=task.length, answer_length=task.answer_length, rerank=task.rerank,
                                workers=cfg.data.workers, quick=True)
+        if cfg.masked:
+            how.keep = lambda batch: self.see(replace(batch, clip=-1 - batch.clip)).keep        # another split's rows
         if task.kind == "qa":
             how.answers = read_answers(find_file(task.answers, data_root(task, cfg.data_root)))
         found = scoring.score(model.eval(), task, rows, cfg.data, self.tokenizer, how)

@@ -1,4 +1,4 @@
-"""Conversion: UMT's encoder as an independent statement of it computes, every key told, and what is refused."""
+"""Conversion: UMT's encoder and its answers as an independent statement computes, every key told, what is refused."""
 
 import collections
 import glob
@@ -10,14 +10,17 @@ import sys
 import types
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
 from test_train import assert_one_line, command
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
-from model import ClusterSTM, ModelConfig, ViT, bert_config
+import eval as scoring
+from model import ClusterSTM, ModelConfig, VideoToText, ViT, bert_config, load_model
+from tasks import TASKS
 from teacher import known, load_weights, read_folder
 from tools import convert
 
@@ -113,11 +116,11 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(kind="stage 2", nested=False, out="out", **changes):
+def run(kind="stage 2", nested=False, out="out", task="", **changes):
     """Converts such a file -> its tensors, the report's lines."""
     saved = weights(kind, **changes)
     torch.save({"model": saved, "epoch": 9} if nested else saved, "umt.pth")
-    convert.main(convert.Config("umt.pth", out))
+    convert.main(convert.Config("umt.pth", out, task))
     with open(f"{out}/report.txt") as f:
         return saved, f.read().splitlines()
 
@@ -164,7 +167,7 @@ def test_the_vit_computes_what_umts_does(kind, C, T):
         vit = ViT(**config["model"])
         load_weights(vit, {key.removeprefix("vit."): x for key, x in ours.items()}, "out")
     else:
-        model = ClusterSTM.from_pretrained("out")
+        model = load_model("out")
         vit = model.vit
     vit = vit.double().eval()
     g = torch.Generator().manual_seed(T)
@@ -183,18 +186,114 @@ def test_the_vit_computes_what_umts_does(kind, C, T):
             torch.testing.assert_close(feature, frames.mean(1).float(), rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
+def umt_bert_layers(w, x, heads, layers, mask, context=None, context_mask=None):
+    """
+    Layers of UMT's BERT, in fp64, from tensors under encoder.layer: x (M, L, D), mask (M, 1, 1 or L, L) of ones and
+    zeros; those that have cross-attention look at context (M, S, C), where context_mask (M, S) is 1.
+    """
+    M, D = len(x), x.shape[-1]
+    layer = lambda x, name: nnf.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    ln = lambda x, name: nnf.layer_norm(x, (D,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
+
+    def attention(name, x, context, mask):
+        q, k, v = (layer(y, f"{name}.self.{part}").view(M, -1, heads, D // heads).transpose(1, 2)
+                   for y, part in ((x, "query"), (context, "key"), (context, "value")))
+        score = q @ k.transpose(2, 3) / math.sqrt(D // heads) + (1 - mask) * -10000.0       # as UMT masks
+        mixed = (score.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return ln(layer(mixed, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
+
+    for n in layers:
+        name = f"encoder.layer.{n}"
+        x = attention(f"{name}.attention", x, x, mask)
+        if f"{name}.crossattention.self.query.weight" in w:
+            x = attention(f"{name}.crossattention", x, context, context_mask[:, None, None].double())
+        y = layer(x, f"{name}.intermediate.dense")
+        x = ln(layer(y * (1 + torch.erf(y / math.sqrt(2))) / 2, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
+    return x
+
+
+def umt_words(w, ids):
+    """UMT's embeddings of ids (M, L), in fp64 -> (M, L, D)."""
+    e = "embeddings."
+    x = w[e + "word_embeddings.weight"][ids] + w[e + "position_embeddings.weight"][:ids.shape[1]] \
+        + w[e + "token_type_embeddings.weight"][0]
+    return nnf.layer_norm(x, x.shape[-1:], w[e + "LayerNorm.weight"], w[e + "LayerNorm.bias"], 1e-12)
+
+
+def umt_answers(saved, video, question, answers, heads, layers, fusion):
+    """
+    UMT's question answering, in fp64, from a QA file's tensors: video (T, 3, H, W), question (1, L), answers (A, L'),
+    padded with 0 -> log p (A, L' - 1) of each piece of each answer.
+    """
+    part = lambda prefix: {key.removeprefix(prefix): x.double() for key, x in saved.items() if key.startswith(prefix)}
+    tokens, text = umt_encoder(part("vision_encoder.encoder."), video[None]), part("text_encoder.")
+    mask = (question != 0).double()                                                         # (1, L)
+    states = umt_bert_layers(text, umt_words(text, question), heads, range(layers), mask[:, None, None], tokens,
+                             torch.ones(tokens.shape[:2]))
+    decoder, head = part("text_decoder.bert."), part("text_decoder.cls.predictions.")
+    A, L = answers.shape
+    causal = (answers != 0).double()[:, None, None] * torch.ones(L, L).tril()               # (A, 1, L', L')
+    x = umt_bert_layers(decoder, umt_words(decoder, answers), heads, range(fusion), causal, states.expand(A, -1, -1),
+                        mask.expand(A, -1))
+    y = nnf.linear(x, head["transform.dense.weight"], head["transform.dense.bias"])
+    y = nnf.layer_norm(y * (1 + torch.erf(y / math.sqrt(2))) / 2, y.shape[-1:], head["transform.LayerNorm.weight"],
+                       head["transform.LayerNorm.bias"], 1e-12)
+    logits = nnf.linear(y, head["decoder.weight"], head["decoder.bias"])[:, :-1]
+    p = logits.softmax(-1).log().gather(2, answers[:, 1:, None])[..., 0]
+    return p.masked_fill(answers[:, 1:] == 0, 0)
+
+
+def test_answers_are_scored_as_umt_scores_them():
+    saved = weights("QA", seed=15, C=192, D=128, layers=4, fusion=2)
+    saved |= {key: 8 * x for key, x in saved.items()                                        # it hears well
+              if re.match(r"text_decoder.*crossattention\.(output\.dense|self\.query)\.weight", key)}
+    torch.save(saved, "umt.pth")
+    convert.main(convert.Config("umt.pth", "out"))
+    model = load_model("out").double()
+    assert type(model) is VideoToText and model.bert is not None and not model.training
+    g = torch.Generator().manual_seed(0)
+    video = torch.randint(0, 256, (2, 3, 3, 32, 48), generator=g, dtype=torch.uint8)
+    questions = torch.randint(3, 100, (6, 9), generator=g)                                  # [CLS] and no [SEP], padded
+    answers = torch.randint(3, 100, (90, 5), generator=g)
+    questions[:, 0] = answers[:, 0] = 101
+    answers[:, 1] = 3 + torch.randperm(97, generator=g)[:90]
+    answers[4, 1] = answers[8, 1]                                                           # of the same first piece
+    for a, row in enumerate(answers):                       # two pieces, three, four, or what of five was not cut
+        row[3 + a % 4:] = 0
+        if a % 4 < 3:
+            row[2 + a % 4] = 102                                                            # [SEP]
+    for q, row in enumerate(questions):
+        row[2 + q:] = 0
+    rows, chosen = torch.tensor([1, 0, 1, 1, 0, 0]), {}
+    with torch.no_grad():
+        memory, there = model.ask(model.encode_video(video)[0], questions, rows)
+        for q, clip in enumerate(rows.tolist()):
+            wanted = umt_answers(saved, video[clip], questions[q:q + 1], answers, heads=2, layers=4, fusion=2)
+            found = model.log_likelihood(answers, torch.full((90,), q), memory, there)
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+            for how in ((90, True), (90, False), (5, True), (1, True)):
+                k, twice = how
+                top = wanted[:, 0].argsort(descending=True)[:k]                             # by the first piece
+                best = top[(wanted[top].sum(1) + twice * wanted[top, 0]).argmax()].item()
+                found = scoring.rank_answers(model, answers, memory[q:q + 1], there[q:q + 1], k, twice).item()
+                chosen.setdefault(how, []).append(found)
+                assert found == best
+    assert chosen[90, True] not in (chosen[90, False], chosen[1, True])                     # both matter
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is taken, and told
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "under model"])
 @pytest.mark.parametrize("kind", ["stage 2", "retrieval", "QA"])
-def test_a_converted_folder_is_a_student_of_ours_with_their_weights(kind, nested):
+def test_a_converted_folder_is_a_model_of_ours_with_their_weights(kind, nested):
     saved, report = run(kind, nested)
-    model = ClusterSTM.from_pretrained("out")
+    model = load_model("out", VideoToText if kind == "QA" else ClusterSTM)
     ours, cfg = model.state_dict(), model.cfg
     assert (cfg.width, cfg.depth, cfg.heads, cfg.patch, cfg.positions) == (128, 3, 2, 16, "1d")
     assert (cfg.text_width, cfg.text_depth, cfg.text_heads, cfg.fusion, cfg.vocab) == (64, 3, 1, 2, 110)
     assert cfg.mask_id == 103 and cfg.embed == (512 if kind == "QA" else 24) and model.bert.cfg == bert_config(cfg)
+    assert cfg.text_length == (25 if kind == "QA" else 32) and not cfg.sep
     body = "text_encoder.bert." if kind == "stage 2" else "text_encoder."
     same = {f"bert.bert.{key.removeprefix(body)}": x for key, x in saved.items()
             if key.startswith(body) and not key.endswith("position_ids")}
@@ -203,7 +302,11 @@ def test_a_converted_folder_is_a_student_of_ours_with_their_weights(kind, nested
         head = {key for key in saved if key.startswith("text_encoder.cls.") and ".decoder." not in key}
         same |= {key.replace("text_encoder.", "bert."): saved[key] for key in head}
         assert len(head) == 5
-    if kind != "QA":
+    if kind == "QA":
+        same |= {key: x for key, x in saved.items() if key.startswith("text_decoder.")
+                 and not key.endswith("position_ids") and ".predictions.decoder." not in key}
+        assert len(same) == 5 + 3 * 16 + 2 * 10 + 5 + 2 * 26 + 5
+    else:
         same |= {key.removeprefix("vision_encoder."): x for key, x in saved.items()
                  if re.match(r"vision_encoder\.pool_norm|vision_proj|text_proj|itm_head|temp", key)}
     for name, x in same.items():
@@ -214,6 +317,8 @@ def test_a_converted_folder_is_a_student_of_ours_with_their_weights(kind, nested
     assert fresh == {name for name in ours if name.startswith(tuple(config["new"]))}
     assert fresh == {line.split()[1] for line in report if line.startswith("new")}
     assert config["data"] == {"frames": KINDS[kind], "size": 224} and data.DataConfig(**config["data"], cache=False)
+    assert all(name.startswith(("decoder.", "bert.cls.")) for name in fresh)
+    assert config["task"] == "" and (kind == "stage 2" or report[-2].startswith("task is not told"))
     assert ("beside   epoch: not of the model" in report) == nested and "tokenizer.json is missing" in report[-1]
 
 
@@ -231,7 +336,7 @@ def test_the_report_tells_of_every_key_and_of_every_weight(kind):
         else:
             assert re.match(rf"(taken|renamed|tied|skipped) +{re.escape(key)} \(", told[key]), key
     skipped = {key for key in saved if told.get(key, "").startswith("skipped")}
-    assert skipped == {key for key in saved if key.startswith(("clip_", "vision_encoder.clip_", "text_decoder."))
+    assert skipped == {key for key in saved if key.startswith(("clip_", "vision_encoder.clip_"))
                        or key.endswith("position_ids")}
     words = collections.Counter(line.split()[0] for line in report)
     last, = [line for line in report if line.startswith("umt.pth, ")]
@@ -239,7 +344,7 @@ def test_the_report_tells_of_every_key_and_of_every_weight(kind):
     for how in ("taken", "renamed", "joined", "tied", "skipped", "new"):
         assert (f" {words[how]} {how}" in last) == bool(words[how])
     assert len(saved) == 2 * words["joined"] + sum(words[how] for how in ("taken", "renamed", "tied", "skipped"))
-    assert words["joined"] == TINY["depth"] and words["tied"] == 2 * (kind == "stage 2")
+    assert words["joined"] == TINY["depth"] and words["tied"] == 2 * (kind in ("stage 2", "QA"))
     if kind != "QA":                                        # our name for what is neither in their vision nor text part
         assert kind == "stage 1" or told["temp"] == "taken    temp () float32 -> temp"
 
@@ -255,7 +360,8 @@ def test_the_rules_cover_b16_and_l16(kind, size):
     wanted = ModelConfig(**({} if size is BASE else dict(width=1024, depth=24, heads=16, drop_path=0.2, text_width=1024,
                                                          text_depth=24, text_heads=16, fusion=5, embed=768)))
     if kind != "stage 1":
-        wanted = known(ModelConfig, {**vars(wanted), "vocab": 30522, "mask_id": 103, "target": size["C"]})
+        wanted = known(ModelConfig, {**vars(wanted), "vocab": 30522, "mask_id": 103, "target": size["C"],
+                                     "text_length": 25 if kind == "QA" else 32})
     assert cfg == wanted
     bare = sum(x.numel() for key, x in saved.items() if re.match(r"(vision_encoder\.)?encoder\.", key))
     assert bare == sum(p.numel() for p in (model["vit"] if kind == "stage 1" else model.vit).parameters()) \
@@ -284,7 +390,7 @@ def test_what_is_new_is_the_same_every_time_and_draws_from_no_one_elses_numbers(
     assert open("a/model.safetensors", "rb").read() == open("b/model.safetensors", "rb").read()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["stage 1", "stage 2", "retrieval"])
 def test_a_student_can_begin_with_it(kind):
     saved, _ = run(kind)
     config, ours = read_folder("out", "a test")
@@ -302,18 +408,71 @@ def test_a_student_can_begin_with_it(kind):
         ClusterSTM(known(ModelConfig, {**vars(cfg), "positions": "3d"})).start_from("out")
 
 
+@pytest.mark.parametrize("kind, task", [("QA", "activitynet-qa"), ("retrieval", "didemo"), ("retrieval", "msrvtt-mc")])
+def test_a_task_that_is_told_is_what_eval_finds(kind, task):
+    _, report = run(kind, task=task)
+    with open("out/config.json") as f:
+        config = json.load(f)
+    assert config["task"] == task and config["data"]["frames"] == TASKS[task].frames == 12
+    assert config["model"]["text_length"] == TASKS[task].length
+    assert not any(line.startswith("task is not told") for line in report)
+
+
+@pytest.mark.parametrize("kind, task, line", [
+    ("QA", "msrvtt", "umt.pth: a file of UMT QA is not fine-tuned for msrvtt, retrieval$"),
+    ("retrieval", "msvd-qa", "umt.pth: a file of UMT retrieval is not fine-tuned for msvd-qa, question answering$"),
+    ("stage 2", "msrvtt-qa", "umt.pth: a file of UMT stage 2 is not fine-tuned for msrvtt-qa, question answering$"),
+    ("stage 1", "msrvtt-caption", "umt.pth: a file of UMT stage 1 is not fine-tuned for msrvtt-caption, captioning$"),
+    ("QA", "msrvt-qa", "there is no task 'msrvt-qa'; did you mean 'msrvtt-qa'[^\n]*$"),
+])
+def test_a_task_that_it_cannot_be_of_is_refused(kind, task, line):
+    with pytest.raises(ValueError, match=line):
+        run(kind, task=task)
+    assert glob.glob("*") == ["umt.pth"]
+
+
+def test_one_that_answers_is_no_student():
+    run("QA")
+    with pytest.raises(ValueError, match="out holds a model that speaks, wanted a ClusterSTM"):
+        ClusterSTM.from_pretrained("out")
+
+
 def test_a_folder_of_a_vit_alone_is_no_trained_model():
     run("stage 1")
     with pytest.raises(ValueError, match="a model wants vocab, mask_id and target"):
         ClusterSTM.from_pretrained("out")
 
 
-def test_a_tokenizer_goes_into_the_folder_if_it_has_their_words():
+def words():
+    """A tokenizer of 110 pieces, [MASK] where BERT has it."""
     special = [piece for piece in data.SPECIALS if piece != "[MASK]"]
-    pieces = special + [f"[unused{i}]" for i in range(103 - len(special))] + ["[MASK]", *"abcdef"]         # 110
+    pieces = special + [f"[unused{i}]" for i in range(103 - len(special))] + ["[MASK]", *"abcdef"]
     made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(list(data.SPECIALS))
     made.save("words.json")
+    return made
+
+
+@pytest.mark.parametrize("task", ["msrvtt-qa", ""])
+def test_eval_scores_a_folder_that_answers(task):
+    words()
+    torch.save(weights("QA"), "umt.pth")
+    convert.main(convert.Config("umt.pth", "out", task, "words.json"))
+    os.makedirs("data/videos_images/msrvtt")
+    data.write_video("data/videos_images/msrvtt/v.mp4", np.zeros((14, 32, 32, 3), np.uint8))
+    for name, content in (("qa_test", [{"video": "v.mp4", "question": q, "answer": a} for q, a in ("ab", "cd", "ef")]),
+                          ("qa_answer_list", ["a", "b", "d f"])):
+        with open(f"data/msrvtt_{name}.json", "w") as f:
+            json.dump(content, f)
+    found = scoring.main(scoring.Config("msrvtt-qa", "out", "data", device="cpu", workers=0))
+    assert found["frames"] == (12 if task else 4) and found["size"] == 224 and found["tokens"] == "all"
+    assert found["questions"] == 3 and found["protocol"][0] == "texts of 25 pieces"
+    assert {answer["ranked"] for answer in found["said"]} <= {"a", "b", "d f"}
+
+
+def test_a_tokenizer_goes_into_the_folder_if_it_has_their_words():
+    made = words()
     torch.save(weights("stage 2"), "umt.pth")
     convert.main(convert.Config("umt.pth", "out", tokenizer="words.json"))
     assert data.load_tokenizer("out/tokenizer.json").get_vocab() == made.get_vocab()
@@ -386,6 +545,41 @@ WRONG = {                   # what is wrong with a file -> what is said of it
 def test_a_file_that_is_not_as_it_should_be_is_refused_in_one_line(what, capsys):
     change, message = WRONG[what]
     torch.save(change(weights("stage 2")), "umt.pth")
+    code, _, err = command("tools/convert.py", ["umt.pth", "out"], capsys)
+    assert_one_line("tools.convert", code, err, "umt.pth.*" + message)
+    assert glob.glob("*") == ["umt.pth"]
+
+
+WRONG_ANSWERS = {
+    "missing": (lambda w: without(w, "text_decoder.bert.encoder.layer.1.crossattention.output.dense.bias"),
+                r"text_decoder.bert.encoder.layer.1.crossattention.output.dense.bias is not there, wanted \(64,\)"),
+    "missing, layer": (lambda w: {k: x for k, x in w.items() if not k.startswith("text_decoder.bert.encoder.layer.1.")},
+                       r"text_decoder.bert.encoder.layer.1.attention.self.query.weight is not there"),
+    "missing, head": (lambda w: without(w, "text_decoder.cls.predictions.bias"),
+                      r"text_decoder.cls.predictions.bias is not there, wanted \(110,\)"),
+    "no decoder's words": (lambda w: without(w, "text_decoder.bert.embeddings.word_embeddings.weight"),
+                           r"text_decoder.bert.embeddings.word_embeddings.weight is not there, wanted \(110, 64\)"),
+    "a layer more": (lambda w: w | {"text_decoder.bert.encoder.layer.2.output.dense.bias": torch.ones(64)},
+                     r"text_decoder.bert.encoder.layer.2.output.dense.bias is \(64,\), wanted no such key"),
+    "pooler": (lambda w: w | {"text_decoder.bert.pooler.dense.bias": torch.ones(64)},
+               r"text_decoder.bert.pooler.dense.bias is \(64,\), wanted no such key"),
+    "unexpected": (lambda w: w | {"text_decoder.prior": torch.ones(3)}, "text_decoder.prior is .*, wanted no such key"),
+    "a head of the encoder": (lambda w: w | {"text_encoder.cls.predictions.bias": torch.ones(110)},
+                              r"text_encoder.cls.predictions.bias is \(110,\), wanted no such key"),
+    "a head of matching": (lambda w: w | {"itm_head.bias": torch.ones(2)}, r"itm_head.bias is \(2,\), wanted no such"),
+    "looks at the video": (lambda w: w | {"text_decoder.bert.encoder.layer.0.crossattention.self.key.weight":
+                                          torch.ones(64, 128)}, r"self.key.weight is \(64, 128\), wanted \(64, 64\)"),
+    "not tied": (lambda w: w | {"text_decoder.cls.predictions.decoder.weight": torch.ones(110, 64)},
+                 "text_decoder.cls.predictions.decoder.weight is another than text_decoder.bert.embeddings.word_emb"),
+    "tied to the encoder": (lambda w: w | {"text_decoder.cls.predictions.decoder.weight":
+                                           w["text_encoder.embeddings.word_embeddings.weight"]}, "is another than"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_ANSWERS)
+def test_a_file_of_answers_that_is_not_as_it_should_be_is_refused_in_one_line(what, capsys):
+    change, message = WRONG_ANSWERS[what]
+    torch.save(change(weights("QA")), "umt.pth")
     code, _, err = command("tools/convert.py", ["umt.pth", "out"], capsys)
     assert_one_line("tools.convert", code, err, "umt.pth.*" + message)
     assert glob.glob("*") == ["umt.pth"]
@@ -471,4 +665,4 @@ def test_a_folder_appears_whole_or_not_at_all_and_replaces_none(capsys, monkeypa
 
 def test_help_names_the_settings(capsys):
     code, out, _ = command("tools/convert.py", ["--help"], capsys)
-    assert code == 0 and all(word in out for word in ("--tokenizer", "--trust", "stage 1", "folder to write"))
+    assert code == 0 and all(word in out for word in ("--task", "--tokenizer", "--trust", "stage 1", "folder to write"))

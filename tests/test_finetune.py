@@ -25,8 +25,8 @@ from test_train import (  # noqa: F401  (the last two are fixtures)
 import data
 import eval as scoring
 import train
-from model import ClusterSTM, VideoToText, load_model
-from tasks import TASKS, find_task
+from model import ClusterSTM, VideoToText, ViT, load_model
+from tasks import TASKS, find_task, read_rows, split_files
 
 KINDS = ("sprites", "sprites-mc", "sprites-qa", "sprites-caption")
 QUICK = "--batch 8 --epochs 2 --data.frames 4 --data.cache-frames 8 --log-every 1"
@@ -67,13 +67,14 @@ def test_a_task_is_trained_chosen_and_scored(tune, sprites, task, capsys):
     best = max(epochs, key=lambda row: row["score"])
     words = f"epoch {best['epoch']} of 2, chosen on the val split: {best['by']} {best['score']:.1f}"
     assert config["chosen"] == words and said.count(words) == 2             # when it ends, and in the block
-    result = read(f"out/tuned/eval-{task}-all.json")
+    result = read(f"out/tuned/eval-{task}-cluster_stm.json")
     assert result["chosen"] == words and result["split"] == "test split" and not result["notes"] and not result["lost"]
     kind = VideoToText if TASKS[task].kind in ("qa", "caption") else ClusterSTM
     assert type(load_model("out/tuned")) is kind
-    code, out, err = command("eval.py", ["--task", task, "--checkpoint", "out/tuned", "--data-root", sprites], capsys)
+    code, out, err = command("eval.py", ["--task", task, "--checkpoint", "out/tuned", "--data-root", sprites,
+                                       "--mask", "cluster_stm"], capsys)
     assert code == 0, err
-    assert read(f"out/tuned/eval-{task}-all.json")["scores"] == result["scores"]
+    assert read(f"out/tuned/eval-{task}-cluster_stm.json")["scores"] == result["scores"]
 
 
 def test_the_block_says_that_the_test_split_chose(tune, capsys):
@@ -130,6 +131,29 @@ def test_the_loss_falls(tune, task, monkeypatch):
     assert sum(row[name] for row in rows[-3:]) < 0.8 * sum(row[name] for row in rows[:3])
 
 
+@pytest.mark.parametrize("task", ["sprites", "sprites-qa"])
+def test_masked_tuning_sees_the_kept_tokens_and_asks_the_teacher_once(tune, sprites, task, monkeypatch, capsys):
+    asked, seen = [], []
+    plain, look = train.kept, ViT.forward
+    def kept(teacher, video, *more):
+        asked.append(len(video))
+        return plain(teacher, video, *more)
+    def forward(self, video, keep=None):
+        x = look(self, video, keep)
+        seen.append(x.shape[1] / (video.shape[1] * 16))                     # of 16 patches a frame
+        return x
+    monkeypatch.setattr(train, "kept", kept)
+    monkeypatch.setattr(ViT, "forward", forward)
+    train.main(tune(task, "--name tuned --epochs 4"))
+    clips = len(read_rows(TASKS[task], *split_files(TASKS[task], "train", sprites), train=True))
+    assert sum(asked) == clips + 6 and set(seen) == {0.25}                  # 6 of the validation split; r = 0.75
+    result = read(f"out/tuned/eval-{task}-cluster_stm.json")
+    assert result["tokens"] == "cluster_stm, 4 of 16 a frame" and "cluster_stm, 4 of 16" in capsys.readouterr().out
+    asked.clear(), seen.clear()
+    train.main(tune(task, "--name open --epochs 1 --no-masked"))
+    assert not asked and set(seen) == {1.0} and os.path.isfile(f"out/open/eval-{task}-all.json")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills and ranks
 
@@ -179,7 +203,7 @@ def test_two_processes_tune_and_score_as_one(tune, task):
     one, other = trained("out/one"), trained("out/two")
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
-    a, b = (read(f"out/{name}/eval-{task}-all.json") for name in ("one", "two"))
+    a, b = (read(f"out/{name}/eval-{task}-cluster_stm.json") for name in ("one", "two"))
     assert a["scores"].keys() == b["scores"].keys() and a["videos"] == b["videos"]
 
 

@@ -3,10 +3,11 @@ Checkpoints of others -> folders of ours.
 
     python -m tools.convert b16_25m.pth out/umt-b16 --tokenizer bert-base-uncased/tokenizer.json
     python -m tools.convert b16_ptk710_f8_res224.pth out/umt-b16-stage1
+    python -m tools.convert qa_msrvtt_b16_25m.pth out/umt-qa --task msrvtt-qa --tokenizer vocab.txt
 
-The files are UMT's (OpenGVLab/unmasked_teacher, multi_modality/MODEL_ZOO.md). A folder is one for
-ClusterSTM.from_pretrained, or of a stage-1 file a ViT alone, for a student to begin with. report.txt in it says what
-became of every key. A key that is missing, left over or of another shape ends it all.
+The files are UMT's (OpenGVLab/unmasked_teacher, multi_modality/MODEL_ZOO.md). A folder is one for load_model: a
+ClusterSTM, or of a QA file a VideoToText; or of a stage-1 file a ViT alone, for a student to begin with. report.txt in
+it says what became of every key. A key that is missing, left over or of another shape ends it all.
 """
 
 import json
@@ -23,7 +24,8 @@ import tyro
 from torch import Tensor, nn
 
 import data
-from model import ClusterSTM, ModelConfig, ViT, save_weights
+from model import ClusterSTM, ModelConfig, VideoToText, ViT, save_weights
+from tasks import KINDS, find_task
 from train import PRESETS
 
 MASK_ID, SEED = 103, 0      # of [MASK] in bert-base-uncased and bert-large-uncased; of the weights that are new
@@ -35,6 +37,7 @@ class Config:
     """A checkpoint of UMT -> a folder of ours."""
     file: tyro.conf.Positional[str]     # .pth file: stage 1, stage 2, or fine-tuned for retrieval or QA
     out: tyro.conf.Positional[str]      # folder to write; must not be there yet, or be empty
+    task: str = ""                      # row of tasks.TASKS it is fine-tuned for; eval.py then takes as many frames
     tokenizer: str = ""                 # tokenizer of bert-base-uncased, to go into the folder; eval.py wants one
     trust: bool = False                 # open a pickle of more than tensors, an inert stand-in for each of its classes
 
@@ -47,8 +50,11 @@ class Family:
     marks: tuple[str, ...]
     rules: dict[str, str]       # their key: our name; or "= " and the name it repeats; or "- " and why it is skipped
     new: tuple[str, ...]        # what those names of ours begin with that no key becomes
-    alone: bool = False         # a ViT, not a whole ClusterSTM
+    alone: bool = False         # a ViT, not a whole model
+    asks: bool = False          # a VideoToText, not a ClusterSTM
     frames: int = 4             # a clip, in its training
+    length: int = 32            # word pieces of a text, in its training
+    tuned: tuple[str, ...] = ()     # the kinds of tasks that it can be fine-tuned for
 
 
 def vit(prefix: str) -> dict[str, str]:
@@ -59,29 +65,36 @@ def vit(prefix: str) -> dict[str, str]:
     }.items()}
 
 
-VISION, TEXT, MLM = "vision_encoder.encoder.", "text_encoder.", "text_encoder.cls.predictions."
-WORDS = "bert.bert.embeddings.word_embeddings.weight"
+VISION, TEXT, DECODER = "vision_encoder.encoder.", "text_encoder.", "text_decoder."
+WORDS = "bert.embeddings.word_embeddings.weight"
 HEADS = {"vision_encoder.pool_norm.*": "pool_norm.*", "vision_proj.*": "vision_proj.*", "text_proj.*": "text_proj.*",
          "itm_head.*": "itm_head.*", "temp": "temp"}
+ALIGNMENT, BUFFER = "- alignment with CLIP, where we have MRM", "- a buffer: 0, 1, 2, ..."
 HEAD_NAMES = tuple(name.rstrip("*") for name in HEADS.values())
-TUNED = vit(VISION) | {TEXT + "embeddings.position_ids": "- a buffer: 0, 1, 2, ...", TEXT + "*": "bert.bert.*"}
-ALIGNMENT = "- alignment with CLIP, where we have MRM"
+
+
+def bert(theirs: str, ours: str) -> dict[str, str]:
+    """A BERT and its head, whose decoder is the word embedding."""
+    return {theirs + "bert.embeddings.position_ids": BUFFER, theirs + "bert.*": ours + "bert.*",
+            theirs + "cls.predictions.decoder.weight": f"= {ours}{WORDS}",
+            theirs + "cls.predictions.decoder.bias": f"= {ours}cls.predictions.bias",
+            theirs + "cls.predictions.*": ours + "cls.predictions.*"}
+
+
+TUNED = vit(VISION) | {TEXT + "embeddings.position_ids": BUFFER, TEXT + "*": "bert.bert.*"}
 
 FAMILIES = {
     "UMT stage 1": Family(("encoder.blocks.*",), vit("encoder.") | {"clip_decoder.*": ALIGNMENT},
                           new=("bert.", "decoder.", *HEAD_NAMES), alone=True, frames=8),
     "UMT stage 2": Family(
-        (VISION + "blocks.*", TEXT + "bert.*"), vit(VISION) | HEADS | {
-            TEXT + "bert.embeddings.position_ids": "- a buffer: 0, 1, 2, ...", TEXT + "bert.*": "bert.bert.*",
-            MLM + "decoder.weight": f"= {WORDS}", MLM + "decoder.bias": "= bert.cls.predictions.bias",
-            MLM + "*": "bert.cls.predictions.*",
+        (VISION + "blocks.*", TEXT + "bert.*"), vit(VISION) | HEADS | bert(TEXT, "bert.") | {
             "clip_teacher.*": "- UMT's teacher, no part of the student", "vision_encoder.clip_decoder.*": ALIGNMENT},
         new=("decoder.",)),
-    "UMT QA": Family((VISION + "blocks.*", TEXT + "encoder.*", "text_decoder.*"),
-                     TUNED | {"text_decoder.*": "- answer decoder: not built yet"},
-                     new=("bert.cls.", "decoder.", *HEAD_NAMES), frames=12),
+    # Its encoder has no head of words; its decoder, which looks at the states of the question, has one of its own.
+    "UMT QA": Family((VISION + "blocks.*", TEXT + "encoder.*", DECODER + "*"), bert(DECODER, DECODER) | TUNED,
+                     new=("bert.cls.",), asks=True, frames=12, length=25, tuned=("qa",)),
     "UMT retrieval": Family((VISION + "blocks.*", TEXT + "encoder.*"), TUNED | HEADS,
-                            new=("bert.cls.", "decoder."), frames=12),
+                            new=("bert.cls.", "decoder."), frames=12, tuned=("retrieval", "choice")),
 }
 
 
@@ -168,9 +181,10 @@ def sizes(family: Family, shapes: dict[str, tuple], file: str, back: dict[str, s
     usual = PRESETS["large" if C >= 1024 else "base"].model
     cfg = replace(usual, patch=p, width=C, heads=C // 64, depth=1 + max(layers(r"vit\.blocks\.(\d+)\."), default=-1))
     if not family.alone:
-        words, D = shape(WORDS, 2, 1)
-        embed = cfg.embed if "vision_proj." in family.new else shape("vision_proj.weight", 2)[0]
+        words, D = shape("bert." + WORDS, 2, 1)
+        embed = cfg.embed if family.asks else shape("vision_proj.weight", 2)[0]
         cfg = replace(cfg, vocab=words, mask_id=MASK_ID, embed=embed, target=C, text_width=D, text_heads=D // 64,
+                      text_length=family.length,
                       text_depth=1 + max(layers(r"bert\.bert\.encoder\.layer\.(\d+)\."), default=-1),
                       fusion=len({*layers(r"bert\.bert\.encoder\.layer\.(\d+)\.crossattention\.")}) or 1)
     have, wanted = ((c.depth, c.text_depth, c.fusion) for c in (cfg, usual))
@@ -205,7 +219,10 @@ def convert(family: Family, saved: dict[str, Tensor], file: str, told: list) -> 
     cfg = sizes(family, {name: tuple(saved[key].shape) for name, key in origin.items()}, file, back)
     with torch.random.fork_rng([]):
         torch.manual_seed(SEED)
-        model = nn.ModuleDict({"vit": ViT(*(getattr(cfg, name) for name in VIT))}) if family.alone else ClusterSTM(cfg)
+        if family.alone:
+            model = nn.ModuleDict({"vit": ViT(*(getattr(cfg, name) for name in VIT))})
+        else:
+            model = VideoToText(cfg, asks=True) if family.asks else ClusterSTM(cfg)
     state, weights = model.state_dict(), {}
     wanted = {name: tuple(x.shape) for name, x in state.items() if not name.startswith(family.new)}
     wanted["vit.embed.weight"] = cfg.width, 3, 1, cfg.patch, cfg.patch      # a Conv3d over one frame
@@ -213,7 +230,7 @@ def convert(family: Family, saved: dict[str, Tensor], file: str, told: list) -> 
         key = origin.get(name) or look_up(back, name)
         have = tuple(saved[key].shape) if key in saved else "not there"
         if have != wanted.get(name):
-            raise misfit(file, key, have, wanted.get(name, f"no such key: a student of these sizes has no {name}"))
+            raise misfit(file, key, have, wanted.get(name, f"no such key: a model of these sizes has no {name}"))
         weights[name] = saved[key].float().reshape(state[name].shape)
     for name, key in tied.items():
         if not torch.equal(saved[key].float(), weights[name]):
@@ -231,17 +248,25 @@ def main(cfg: Config):
         raise ValueError(f"{cfg.out} is there already, and is no empty folder")
     tokenizer, told = data.load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None, []
     saved, title, family = read(cfg.file, cfg.trust, told)
+    task = find_task(cfg.task) if cfg.task else None
+    if task and task.kind not in family.tuned:
+        raise ValueError(f"{cfg.file}: a file of {title} is not fine-tuned for {cfg.task}, {KINDS[task.kind]}")
     model, student = convert(family, saved, cfg.file, told)
+    if task:
+        student = replace(student, text_length=task.length)
     config = {"model_type": "clusterstm" + "-vit" * family.alone, "source": f"{title}: {os.path.basename(cfg.file)}",
               "model": {name: x for name, x in asdict(student).items() if name in VIT or not family.alone},
               "new": family.new, "data": {"frames": family.frames, "size": 224}, "mask": {"name": "umt", "ratio": 0.8},
-              "teacher": ""}
+              "teacher": "", "task": cfg.task}
     if tokenizer:
         have = tokenizer.get_vocab_size(), tokenizer.token_to_id("[MASK]")
         if have != (wanted := "none: a ViT reads no text" if family.alone else (student.vocab, MASK_ID)):
             raise misfit(cfg.tokenizer, "a tokenizer whose size and id of [MASK]", have, wanted)
     told.append(f"{cfg.file}, {title}, {len(saved)} keys: "
                 + ", ".join(f"{n} {how}" for how, n in Counter(line.split()[0] for line in told).items()))
+    if family.tuned and not task:
+        told.append("task is not told, so eval.py takes as many frames as of a pretrained model: --task names it, or "
+                    f"eval.py --frames {family.frames}")
     if not (tokenizer or family.alone):
         told.append("tokenizer.json is missing, which eval.py wants: --tokenizer adds bert-base-uncased's")
     os.makedirs(os.path.dirname(out), exist_ok=True)
