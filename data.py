@@ -179,7 +179,7 @@ def decode_answers(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
     said = []
     for row in ids.tolist():
         words = []
-        for piece in map(tokenizer.id_to_token, row):
+        for piece in (tokenizer.id_to_token(i) or "[UNK]" for i in row):    # a model may have more than its tokenizer
             if piece == "[SEP]":
                 break
             if piece.startswith("##") and words:

@@ -65,7 +65,7 @@ class Config:
     mask: str = ""                    # a row of masking.MASKS: score with the tokens it keeps; empty: with all
     mask_ratio: float | None = None   # share of tokens hidden; empty: as the model was trained
     teacher: str = ""                 # SigLIP folder for the mask; empty: the one the model was trained with
-    rerank: int = -1                  # top k that are looked at again, 0 for none; -1: as the task says
+    rerank: int = -1                  # top k that are looked at again, 0 for none (QA: all); -1: as the task says
     first_twice: bool = True          # QA: the first piece of an answer counts twice, as in UMT's published numbers
     beams: int = 3                    # captioning: beams of the beam search; 1: greedy alone
     frames: int = 0                   # frames a clip; 0: as fine-tuned, or for a pretrained model as the task says
@@ -285,7 +285,11 @@ def retrieval(model: ClusterSTM, clips: Clips, tokenizer, how: Protocol) -> dict
     ids, states, text = encode_texts(model, tokenizer, [caption for caption, _ in said], how.length)
     similarity = text @ video.T                                                 # (M, V)
     M, V = similarity.shape
-    both = lambda t2v, v2t: {"T2V": recalls(ranks(t2v, right)), "V2T": recalls(ranks(v2t, right.T))}
+    # The same words in another row are as true of a video: they tie with its own caption, and are no wrong answer.
+    words = {caption: i for i, caption in enumerate(dict.fromkeys(caption for caption, _ in said))}
+    group = torch.tensor([words[caption] for caption, _ in said], device=device)            # (M,)
+    true = torch.zeros(len(words), V, device=device).index_add_(0, group, right.float())[group] > 0
+    both = lambda t2v, v2t: {"T2V": recalls(ranks(t2v, right)), "V2T": recalls(ranks(v2t, true.T))}
     result = {"similarity": both(similarity, similarity.T)}
     temp = model.temp.item()
     result["similarity, dual softmax"] = both(dual_softmax(similarity, temp), dual_softmax(similarity.T, temp))
@@ -453,7 +457,7 @@ def score(model, task: Task, rows: list[Row], view: DataConfig, tokenizer, how: 
     """A model of the task's kind on rows -> counts and scores."""
     how.failed.clear()
     # Frames are chosen from the whole video, as published; the training's cache holds only some of them.
-    clips = Clips(rows, replace(view, cache=False, seconds=task.seconds), train=False)
+    clips = Clips(rows, replace(view, cache=False), train=False)
     found = SCORES[task.kind](model, clips, tokenizer, how)
     how.failed[:] = sorted(together(how.failed))
     return found
@@ -485,11 +489,11 @@ def report(result: dict) -> str:
     return "\n".join([*lines, *table(result["kind"], result["scores"])])
 
 
-def protocol(task: Task, how: Protocol) -> list[str]:
+def protocol(task: Task, how: Protocol, seconds: float) -> list[str]:
     """The switches that move a number, in words."""
     words = [f"texts of {how.length} pieces"] if task.kind != "caption" else []
     words += ["the captions of a row joined to a paragraph"] * task.paragraph
-    words += [f"the first {task.seconds:g} seconds"] * bool(task.seconds)
+    words += [f"the first {seconds:g} seconds"] * bool(seconds)
     if task.kind == "retrieval":
         words.append(f"top {how.rerank} re-ranked" if how.rerank else "not re-ranked")
     if task.kind == "qa":
@@ -535,7 +539,8 @@ def main(cfg: Config) -> dict:
     tuned = TASKS.get(trained.get("task", ""))
     frames = cfg.frames or (trained["data"]["frames"] if tuned or cfg.data else task.zero_shot)
     known = {name: value for name, value in trained["data"].items() if name in DataConfig.__dataclass_fields__}
-    view = DataConfig(**{**known, "frames": frames, "cache": False})
+    seconds = known.get("seconds", 0) if tuned or cfg.data else task.seconds
+    view = DataConfig(**{**known, "frames": frames, "seconds": seconds, "cache": False})
 
     keep = None
     tokens = "all"
@@ -550,16 +555,21 @@ def main(cfg: Config) -> dict:
         def keep(b):
             return kept(teacher, b.video, mask, mask.ratio, cfg.seed + b.seed, model.vit.grid(b.video)[1:])
 
+    usual = 128 if cfg.data else task.rerank
     how = Protocol(
         length=trained["model"]["text_length"] if cfg.data else task.length, answer_length=task.answer_length,
-        rerank=task.rerank if cfg.rerank < 0 else cfg.rerank, first_twice=cfg.first_twice, beams=cfg.beams,
+        rerank=usual if cfg.rerank < 0 else cfg.rerank, first_twice=cfg.first_twice, beams=cfg.beams,
         batch=cfg.batch, workers=view.workers if cfg.workers < 0 else cfg.workers, skip=cfg.missing == "skip",
         keep=keep)
     if task.kind == "qa":
+        if cfg.data and not cfg.answers:
+            raise ValueError(f"--data {cfg.data} wants --answers, the JSON list of answers that are ranked")
         how.answers = read_answers(cfg.answers or find_file(task.answers, data_root(task, cfg.data_root)))
     found = score(model, task, rows, view, tokenizer, how)
 
     notes = []
+    if trained.get("masked") and not cfg.mask:
+        notes.append(f"fine-tuned on masked tokens alone: --mask {trained['mask']['name']} scores it with those")
     lost = {row.video: f"{row.where}: no file {row.video}" for row in reversed(absent or [])} | dict(how.failed[::-1])
     if lost:
         every = len({row.video for row in (*rows, *(absent or []))})
@@ -591,7 +601,7 @@ def main(cfg: Config) -> dict:
     result = {
         "task": name, "kind": task.kind, "split": "own annotations" if cfg.data else f"{split} split",
         "annotations": annotations, "checkpoint": cfg.checkpoint, "chosen": chosen or "", "frames": view.frames,
-        "size": view.size, "tokens": tokens, "protocol": protocol(task, how), "notes": notes,
+        "size": view.size, "tokens": tokens, "protocol": protocol(task, how, seconds), "notes": notes,
         "lost": [*lost.values()], "config": asdict(cfg), **found,
     }
     if place()[0] == 0:

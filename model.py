@@ -354,9 +354,11 @@ class Bert(nn.Module):
         self.first = cfg.num_hidden_layers - cfg.fusion_layers
         self.bert = BertBody(cfg)
         self.cls = BertHead(cfg)
+        # BERT's 0.02 is of 768 channels: narrower layers would pass on next to nothing of what attention found.
+        std = 0.02 * max(1, 768 / cfg.hidden_size) ** 0.5
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=0.02)
+                nn.init.normal_(m.weight, std=std)
             if isinstance(m, nn.Linear):
                 nn.init.zeros_(m.bias)
 

@@ -1,21 +1,41 @@
-"""Metrics against brute force, retrieval against a loop over pairs, and what eval.py says, writes and refuses."""
+"""Metrics against brute force, each kind of task against a slow loop, and what eval.py says, writes and refuses."""
 
 import json
+import math
+import multiprocessing
 import os
 import random
 import shutil
+import socket
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from test_tasks import (  # noqa: F401  (the last five are fixtures)
+    ANSWERS,
+    NAMES,
+    as_list,
+    captions_like,
+    no_java,
+    own_root,
+    questions_like,
+    read,
+    root_with_holes,
+    settings,
+    tiny_models,
+    whole_root,
+    write,
+)
 from test_teacher import shaken
 from test_train import assert_one_line, command, first_run, small_sprites  # noqa: F401  (the last two are fixtures)
 
 import data
 import eval as score
-from data import Clips, DataConfig, collate
-from masking import MASKS, keep_count
-from model import ClusterSTM
-from tasks import TASKS, files, find_task
+from data import Clips, DataConfig, clean, collate
+from masking import MASKS, MaskConfig, keep_count
+from model import ClusterSTM, load_model
+from tasks import TASKS, split_files
 from teacher import SigLIP, guide
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,8 +66,8 @@ def test_a_model_that_says_the_same_of_everything_is_last():
 
 def test_recalls_are_shares_of_the_ranks():
     rank = torch.tensor([1, 1, 2, 5, 6, 10, 11, 400])
-    assert score.recalls(rank) == {"R@1": 25.0, "R@5": 50.0, "R@10": 75.0, "median": 5.5}
-    assert score.recalls(torch.tensor([3])) == {"R@1": 0.0, "R@5": 100.0, "R@10": 100.0, "median": 3.0}
+    assert score.recalls(rank) == {"R@1": 25.0, "R@5": 50.0, "R@10": 75.0, "median": 5.5, "mean": 54.5}
+    assert score.recalls(torch.tensor([3])) == {"R@1": 0.0, "R@5": 100.0, "R@10": 100.0, "median": 3.0, "mean": 3.0}
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 8, 20])
@@ -72,6 +92,97 @@ def test_ties_stay_ties_when_reranked():
     assert after[0] == after[1] == after[2] > after[3] == after[4] > after[5]
     right = torch.tensor([[True, False, False, False, False, False]])
     assert score.ranks(after[None], right).item() == 3                      # the head says the same of all three
+
+
+@pytest.mark.parametrize("Q, M, temp", [(5, 3, 0.07), (3, 8, 0.01), (1, 4, 1.0), (4, 1, 0.5)])
+def test_dual_softmax_is_its_formula(Q, M, temp):
+    g = torch.Generator().manual_seed(Q)
+    near = torch.rand(Q, M, generator=g, dtype=torch.float64) * 2 - 1
+    found = score.dual_softmax(near, temp)
+    assert found.shape == (Q, M)
+    for q in range(Q):
+        for m in range(M):
+            prior = math.exp(near[q, m] / temp) / sum(math.exp(near[other, m] / temp) for other in range(Q))
+            assert found[q, m].item() == pytest.approx(near[q, m].item() / temp * prior, rel=1e-9)
+
+
+def test_an_item_that_all_queries_like_gives_way():
+    near = torch.tensor([[0.6, 0.5], [0.9, 0.1]])                           # both like the first; it is the second's
+    right = torch.eye(2, dtype=torch.bool).flip(0)
+    assert score.ranks(near, right).tolist() == [2, 1]
+    assert score.ranks(score.dual_softmax(near, 0.1), right).tolist() == [1, 1]
+
+
+def test_the_number_that_a_model_is_chosen_by():
+    both = lambda *x: dict(zip(("T2V", "V2T"), [dict(zip(("R@1", "R@5", "R@10", "median"), some, strict=True))
+                                                for some in (x[:4], x[4:])], strict=True))
+    found = {"similarity": both(1, 2, 3, 90, 4, 5, 6, 90), "match, top 5": both(10, 20, 30, 90, 40, 50, 60, 90),
+             "chance": both(0, 0, 0, 0, 0, 0, 0, 0)}
+    assert score.headline("retrieval", found) == ("mean R@1/5/10 by match, top 5", 35)
+    found.pop("match, top 5")
+    assert score.headline("retrieval", found) == ("mean R@1/5/10 by similarity", 3.5)
+    found = {"0.7 match + 0.3 similarity": {"accuracy": 3}, "match": {"accuracy": 4}}
+    assert score.headline("choice", found) == ("accuracy by 0.7 match + 0.3 similarity", 3)
+    found = {"ranking, top 8": {"all": 3, "colour": 4}, "generation": {"all": 5}}
+    assert score.headline("qa", found) == ("all by ranking, top 8", 3)
+    found = {"greedy": {"CIDEr": 3, "METEOR": 4}, "beam 3": {"CIDEr": 5, "METEOR": 6}}
+    assert score.headline("caption", found) == ("CIDEr by beam 3", 5)
+
+
+# What is said of five clips, by several people; what a machine says of them; and both as words, split by hand.
+REFERENCES = {"a": ["A man is riding a horse.", "The man's horse runs!", "a rider on a horse"],
+              "b": ["Two dogs play in the snow", "dogs -- playing in snow"], "c": ["a woman cooks pasta (and sings)"],
+              "d": ["Someone is cooking now", "cooking", "cooking"], "e": ["A red car drives down the road."]}
+SAID = {"a": "a man rides a horse", "b": "Two dogs play in the snow.", "c": "a dog", "d": "a woman is cooking", "e": ""}
+WORDS = {"a": ["a man is riding a horse", "the man s horse runs", "a rider on a horse"],
+         "b": ["two dogs play in the snow", "dogs playing in snow"], "c": ["a woman cooks pasta and sings"],
+         "d": ["someone is cooking now", "cooking", "cooking"], "e": ["a red car drives down the road"]}
+SPOKEN = {"a": ["a man rides a horse"], "b": ["two dogs play in the snow"], "c": ["a dog"],
+          "d": ["a woman is cooking"], "e": [""]}
+
+
+def pycocoevalcap(references, said, meteor=None):
+    """Each score through its own interface; words are split already."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    found = {"CIDEr": Cider().compute_score(references, said)[0], "ROUGE-L": Rouge().compute_score(references, said)[0],
+             "BLEU-4": Bleu(4).compute_score(references, said, verbose=0)[0][3]}
+    found |= {"METEOR": meteor.compute_score(references, said)[0]} if meteor else {}
+    return {name: 100 * value for name, value in found.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def meteor():
+    """One METEOR for all tests, started before the first: it reads for ten seconds before it answers."""
+    if not shutil.which("java"):
+        yield None
+        return
+    from pycocoevalcap.meteor.meteor import Meteor
+    yield Meteor()
+
+
+def test_captions_are_scored_by_pycocoevalcap_without_java(simple, capfd):
+    found = score.caption_scores(REFERENCES, SAID)
+    assert capfd.readouterr() == ("", "")
+    wanted = pycocoevalcap(WORDS, SPOKEN)
+    assert found == pytest.approx({f"{name} (simple tokenizer)": value for name, value in wanted.items()})
+    assert all(5 < value < 200 for value in found.values())
+
+
+def test_the_best_captions_are_those_of_people_and_the_worst_have_no_word_of_them(simple):
+    only = {i: texts[:1] for i, texts in REFERENCES.items()}
+    best = score.caption_scores(only, {i: texts[0] for i, texts in only.items()})
+    assert best == pytest.approx({f"{name} (simple tokenizer)": value for name, value in (
+        ("CIDEr", 1000), ("BLEU-4", 100), ("ROUGE-L", 100))})
+    worst = score.caption_scores(REFERENCES, dict.fromkeys(REFERENCES, "zebras yawn loudly behind barns"))
+    assert all(0 <= value < 1e-3 for value in worst.values())
+
+
+def test_a_caption_that_two_people_gave_weighs_twice(simple):
+    twice, once = ({**REFERENCES, "d": texts} for texts in (REFERENCES["d"], REFERENCES["d"][:2]))
+    name = "CIDEr (simple tokenizer)"
+    assert score.caption_scores(twice, SAID)[name] != pytest.approx(score.caption_scores(once, SAID)[name], rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,24 +211,29 @@ def rows(sprites):
 
 
 def own_annotations(sprites):
-    """Five videos, the second and the fourth in two rows, 1 to 280 captions a row."""
+    """Six videos, the second and the fourth in two rows, 1 to 280 captions a row; and captions of several videos."""
     names, texts = [row["video"] for row in rows(sprites)], captions(sprites)
     listed = [(names[0], texts[:1]), (names[1], texts[1:3]), (names[2], texts[3]), (names[1], texts[4:6]),
-              (names[3], texts[6:9]), (names[4], texts[9:290]), (names[3], texts[290:292])]
+              (names[3], texts[6:9]), (names[4], texts[9:290]), (names[3], texts[290:292]),
+              ([names[5], names[0], names[3]], texts[292]), ([names[2], names[5]], texts[293:296])]
     with open("own.json", "w") as f:
         json.dump([{"video": video, "caption": text} for video, text in listed], f)
-    return [(v, [t] if isinstance(t, str) else t) for v, t in listed]
+    return [(v, as_list(t)) for v, t in listed]
 
 
-def by_hand(model, listed, sprites, tokenizer, length, k, frames=4, size=16, keep=None):
-    """Scores of a loop over videos and captions, one at a time."""
-    videos = list(dict.fromkeys(v for v, _ in listed))
-    texts = [(t, v) for v, some in listed for t in some]
+def shown(path, frames, seconds=0):
+    """(1, T, 3, 16, 16): the frames that a model looks at."""
+    return data.test_view(data.read_frames(path, frames, seconds=seconds), 16)[None]
+
+
+def by_hand(model, listed, sprites, tokenizer, length, k, frames=8, keep=None, seconds=0):
+    """Scores of a loop over videos and captions, one at a time. listed: (a video or several, captions) of each row."""
+    videos = list(dict.fromkeys(v for some, _ in listed for v in as_list(some)))
+    texts = [(t, as_list(some)) for some, captions in listed for t in captions]
     tokens, video, states, text, words = [], [], [], [], []
     with torch.no_grad():
-        for i, name in enumerate(videos):
-            shown = data.read_frames(f"{sprites}/videos/{name}", frames)
-            x, v = model.encode_video(data.test_view(shown, size)[None], None if keep is None else keep[i:i + 1])
+        for name in videos:
+            x, v = model.encode_video(shown(f"{sprites}/videos/{name}", frames, seconds), keep and keep(name))
             tokens.append(x)
             video.append(v[0])
         for caption, _ in texts:
@@ -128,23 +244,27 @@ def by_hand(model, listed, sprites, tokenizer, length, k, frames=4, size=16, kee
         near = torch.stack([torch.stack([t @ v for v in video]) for t in text])              # (M, V)
         match = torch.stack([model.match(torch.cat(states), torch.cat(words), x.expand(len(texts), -1, -1))[:, 1]
                              for x in tokens], 1)                                            # (M, V)
-    right = [[v == name for name in videos] for _, v in texts]
+        dual = near / model.temp.item()         # s, times its softmax over the queries: over captions, over videos
+        t2v = torch.tensor([[s[v] * s[v].exp() / dual[:, v].exp().sum() for v in range(len(videos))] for s in dual])
+        v2t = torch.tensor([[s[v] * s[v].exp() / s.exp().sum() for v in range(len(videos))] for s in dual])
+    right = torch.tensor([[name in some for name in videos] for _, some in texts])
 
-    def both(order):
+    def both(t2v, v2t, order):
         found = {}
-        for way, turn in (("T2V", lambda x: x), ("V2T", lambda x: list(zip(*x, strict=True)))):
-            ranks = [order(near, match, right) for near, match, right in zip(
-                turn(near.tolist()), turn(match.tolist()), turn(right), strict=True)]
+        for way, near, again, true in (("T2V", t2v, match, right), ("V2T", v2t.T, match.T, right.T)):
+            ranks = sorted(order(*row) for row in zip(near.tolist(), again.tolist(), true.tolist(), strict=True))
             found[way] = {f"R@{n}": 100 * sum(r <= n for r in ranks) / len(ranks) for n in (1, 5, 10)}
-            ranks.sort()
             found[way]["median"] = (ranks[len(ranks) // 2] + ranks[(len(ranks) - 1) // 2]) / 2
+            found[way]["mean"] = sum(ranks) / len(ranks)
         return found
 
     def again(near, match, right):
         top = sorted(range(len(near)), key=lambda i: -near[i])[:k]
         return rank_by_hand([(1, match[i]) if i in top else (0, near[i]) for i in range(len(near))], right)
 
-    return {"similarity": both(lambda near, match, right: rank_by_hand(near, right)), f"match, top {k}": both(again)}
+    plain = lambda near, match, right: rank_by_hand(near, right)
+    return {"similarity": both(near, near, plain), "similarity, dual softmax": both(t2v, v2t, plain),
+            f"match, top {k}": both(near, near, again)}
 
 
 def approx(scores):
@@ -157,26 +277,27 @@ def test_retrieval_is_what_a_loop_over_pairs_finds(trained, sprites, k):
     model, tokenizer = ClusterSTM.from_pretrained(trained), data.load_tokenizer(f"{trained}/tokenizer.json")
     clips = Clips(data.read_annotations("own.json", f"{sprites}/videos"), DataConfig(frames=4, size=16, cache=False),
                   train=False)
-    found = score.retrieval(model, clips, tokenizer, 24, k, batch=2)
-    wanted = by_hand(model, listed, sprites, tokenizer, 24, k)
+    found = score.retrieval(model, clips, tokenizer, score.Protocol(length=24, rerank=k, batch=2))
+    wanted = by_hand(model, listed, sprites, tokenizer, 24, k, frames=4)
     M = sum(len(texts) for _, texts in listed)
-    assert M > 256 and found["videos"] == 5 and found["captions"] == M
+    assert M > 256 and found["videos"] == 6 and found["captions"] == M
     chance = found["scores"].pop("chance")
     assert found["scores"] == approx(wanted)
-    assert len({str(both) for both in wanted.values()}) == 2                # the two ways of scoring differ
-    assert chance == {"T2V": {"R@1": 20.0, "R@5": 100.0, "R@10": 100.0, "median": 3.0},
-                      "V2T": {"R@1": 100 / M, "R@5": 500 / M, "R@10": 1000 / M, "median": (M + 1) / 2}}
+    assert len({str(both) for both in wanted.values()}) > 1                 # the ways of scoring differ
+    assert chance == {
+        "T2V": {"R@1": pytest.approx(100 / 6), "R@5": pytest.approx(500 / 6), "R@10": 100, "median": 3.5, "mean": 3.5},
+        "V2T": {"R@1": 100 / M, "R@5": 500 / M, "R@10": 1000 / M, "median": (M + 1) / 2, "mean": (M + 1) / 2}}
 
 
 def test_a_task_is_scored_as_the_loop_scores_it_and_written_as_it_is_returned(trained, sprites, capsys):
     found = score.main(score.Config(checkpoint=trained, data_root=sprites, rerank=5, batch=5))
     model, tokenizer = ClusterSTM.from_pretrained(trained), data.load_tokenizer(f"{trained}/tokenizer.json")
     listed = [(row["video"], [row["caption"]]) for row in rows(sprites)]
-    wanted = by_hand(model, listed, sprites, tokenizer, 24, 5)
+    wanted = by_hand(model, listed, sprites, tokenizer, 36, 5)
     with open(f"{trained}/eval-sprites-all.json") as f:
         assert json.load(f) == found
     assert {k: found["scores"][k] for k in wanted} == approx(wanted)
-    assert found["videos"] == found["captions"] == 12 and found["tokens"] == "all" and found["frames"] == 4
+    assert found["videos"] == found["captions"] == 12 and found["tokens"] == "all" and found["frames"] == 8
     out = capsys.readouterr().out
     for both in (*wanted.values(), found["scores"]["chance"]):
         assert " ".join(f"{both[way][c]:.1f}" for way in ("T2V", "V2T") for c in both[way]) in " ".join(out.split())
@@ -189,12 +310,23 @@ def test_own_annotations_are_scored_and_the_options_are_heard(trained, sprites):
                                     frames=2, out="here.json"))
     model, tokenizer = ClusterSTM.from_pretrained(trained), data.load_tokenizer(f"{trained}/tokenizer.json")
     wanted = by_hand(model, listed, sprites, tokenizer, 24, 1, frames=2)
-    assert set(found["scores"]) == {"similarity", "chance"} and found["frames"] == 2 and found["task"] == "own"
+    assert set(found["scores"]) == {"similarity", "similarity, dual softmax", "chance"}
+    assert found["frames"] == 2 and found["task"] == "own" and "not re-ranked" in found["protocol"]
     assert found["scores"]["similarity"] == approx(wanted)["similarity"]
     with open("here.json") as f:
         assert json.load(f) == found
-    score.main(score.Config(checkpoint=trained, data="own.json", data_root=f"{sprites}/videos", rerank=0))
-    assert os.path.exists(f"{trained}/eval-own-all.json")
+    found = score.main(score.Config(checkpoint=trained, data="own.json", data_root=f"{sprites}/videos", rerank=0))
+    assert os.path.exists(f"{trained}/eval-own-all.json") and found["frames"] == 4      # as it was trained
+
+
+def kept(config, tokenizer, folder, frames, ratio):
+    """name -> the ids (1, TK) that the teacher keeps of this video, shown to it alone."""
+    teacher, mask = SigLIP.from_pretrained(config["teacher"]), MaskConfig(**{**config["mask"], "ratio": ratio})
+    def ids(name):
+        batch = collate([data.Sample(shown(f"{folder}/{name}", frames)[0], "a", "a", 0, 0, 0)], tokenizer, 24, seed=0)
+        grid = (16 // config["model"]["patch"],) * 2
+        return guide(teacher, batch, mask, mask.ratio, grid=grid).keep
+    return ids
 
 
 @pytest.mark.parametrize("ratio", [None, 0.5])
@@ -203,17 +335,13 @@ def test_masked_scores_are_those_of_the_model_given_these_tokens(trained, sprite
                                     mask_ratio=ratio))
     with open(f"{trained}/config.json") as f:
         config = json.load(f)
-    mask = score.MaskConfig(**{**config["mask"], "ratio": ratio or 0.75})
     model, tokenizer = ClusterSTM.from_pretrained(trained), data.load_tokenizer(f"{trained}/tokenizer.json")
-    clips = Clips(data.read_annotations(f"{sprites}/sprites_test.json", f"{sprites}/videos"),
-                  DataConfig(frames=4, size=16, cache=False), train=False)
-    batch = collate([clips[i] for i in range(12)], tokenizer, 24, seed=0)
-    keep = guide(SigLIP.from_pretrained(config["teacher"]), batch, mask, mask.ratio).keep
-    assert keep.shape == (12, 4 * keep_count(16, mask.ratio))
+    keep = kept(config, tokenizer, f"{sprites}/videos", 8, ratio or 0.75)
+    assert keep(rows(sprites)[0]["video"]).shape == (1, 8 * keep_count(16, ratio or 0.75))
     listed = [(row["video"], [row["caption"]]) for row in rows(sprites)]
-    wanted = by_hand(model, listed, sprites, tokenizer, 24, 5, keep=keep)
+    wanted = by_hand(model, listed, sprites, tokenizer, 36, 5, keep=keep)
     assert {k: found["scores"][k] for k in wanted} == approx(wanted)
-    assert found["tokens"] == f"cluster_stm, {100 * mask.ratio:g} % hidden"
+    assert found["tokens"] == f"cluster_stm, {keep_count(16, ratio or 0.75)} of 16 a frame"
     with open(f"{trained}/eval-sprites-cluster_stm.json") as f:
         assert json.load(f) == found
 
@@ -227,9 +355,249 @@ def test_every_mask_scores_alike_under_one_seed(trained, sprites, monkeypatch, m
                                                seed=seed, out="x.json"))
     assert run(0) == run(0) and len(seen) == 4
     run(1)
-    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and seen[0].shape == (6, 4 * 4)
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and seen[0].shape == (6, 8 * 4)
     assert torch.equal(seen[4], seen[0]) == (mask == "cluster_stm")         # the others are drawn
     assert not torch.equal(seen[0], seen[1])                                # and for each batch anew
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every kind of task, against a loop over its videos and texts, one at a time
+
+def scored(models, root, task, **more):
+    """What eval.py finds, and all that a loop wants: model, tokenizer, rows of the test file, folder of its videos."""
+    cfg = settings(models, root, task, **more)
+    found = score.main(cfg)
+    path, media = split_files(TASKS[task], "test", root)
+    model, tokenizer = load_model(cfg.checkpoint), data.load_tokenizer(f"{cfg.checkpoint}/tokenizer.json")
+    keep = None
+    if cfg.mask:
+        keep = kept(read(f"{cfg.checkpoint}/config.json"), tokenizer, media, found["frames"], 0.5)
+        assert keep(NAMES[0]).shape == (1, 2 * found["frames"]) and found["tokens"] == "cluster_stm, 2 of 4 a frame"
+    return found, model, tokenizer, read(path), media, keep
+
+
+MASKED = pytest.mark.parametrize("mask", ["", "cluster_stm"])
+
+
+@MASKED
+@pytest.mark.parametrize("task, length, seconds", [
+    ("msvd", 64, 0), ("ssv2-label", 25, 0), ("ssv2-template", 25, 0), ("didemo", 64, 30), ("activitynet", 150, 0)])
+def test_retrieval_of_files_as_published(models, whole, simple, tmp_path, monkeypatch, task, length, seconds, mask):
+    monkeypatch.chdir(tmp_path)
+    found, model, tokenizer, listed, media, keep = scored(models, whole, task, mask=mask, rerank=2)
+    join = task in ("didemo", "activitynet")
+    pairs = [(row["video"], [" ".join(row["caption"])] if join else as_list(row["caption"])) for row in listed]
+    os.symlink(media, "videos")
+    wanted = by_hand(model, pairs, ".", tokenizer, length, 2, frames=4, keep=keep, seconds=seconds)
+    assert {how: found["scores"][how] for how in wanted} == approx(wanted)
+
+
+CHOICES = [2, 3, 5, 7]
+
+
+@MASKED
+def test_a_choice_is_what_a_loop_finds(models, root, mask):
+    write(f"{root}/anno_downstream/msrvtt_mc_test.json", [
+        {"video": NAMES[i % 6], "caption": captions_like(n), "answer": i % n}
+        for i, n in enumerate(CHOICES * 10)])
+    found, model, tokenizer, listed, media, keep = scored(models, root, "msrvtt-mc", mask=mask, batch=7)
+    right = {"0.7 match + 0.3 similarity": 0, "match": 0, "similarity": 0}
+    chosen = []
+    with torch.no_grad():
+        for row in listed:
+            tokens, video = model.encode_video(shown(f"{media}/{row['video']}", 4), keep and keep(row["video"]))
+            match, near = [], []
+            for caption in row["caption"]:
+                ids = data.encode(tokenizer, [clean(caption)], 32)
+                states, text = model.encode_text(ids)
+                no, yes = model.match(states, ids, tokens)[0].tolist()
+                match.append(math.exp(yes) / (math.exp(yes) + math.exp(no)))
+                near.append(math.exp((text[0] @ video[0]).item() / model.temp.item()))
+            near = [x / sum(near) for x in near]
+            both = [0.7 * m + 0.3 * s for m, s in zip(match, near, strict=True)]
+            chosen.append([max(range(len(x)), key=x.__getitem__) for x in (both, match, near)])
+            for how, choice in zip(right, chosen[-1], strict=True):
+                right[how] += choice == row["answer"]
+    assert len({tuple(x) for x in zip(*chosen, strict=True)}) == 3          # the three do not choose alike
+    for how, n in right.items():
+        assert found["scores"][how] == {"accuracy": pytest.approx(100 * n / 40)}
+    chance = sum(1 / n for n in CHOICES) / 4
+    assert found["scores"]["chance"] == {"accuracy": pytest.approx(100 * chance)} and found["questions"] == 40
+
+
+def pieces(tokenizer, answer, length):
+    """[CLS], the pieces, [SEP], cut."""
+    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    return [cls, *tokenizer.encode(answer, add_special_tokens=False).ids, sep][:length]
+
+
+def after(model, memory, ids):
+    """log p (vocab,) of the piece that follows these, memory (1, S, C)."""
+    decoder, ids = model.text_decoder, torch.tensor([ids])
+    return decoder.words(decoder.fuse(decoder.text(ids), ids, memory)[0, -1]).log_softmax(-1)
+
+
+def greedily(model, tokenizer, memory, length):
+    ids = pieces(tokenizer, "", 1)
+    while len(ids) < length:
+        p = after(model, memory, ids)
+        p[0] = -math.inf                                                    # [PAD] is nothing to say
+        ids.append(p.argmax().item())
+        if ids[-1] == tokenizer.token_to_id("[SEP]"):
+            break
+    return words(tokenizer, ids)
+
+
+def words(tokenizer, ids):
+    said = [tokenizer.id_to_token(i) for i in ids]
+    return " ".join(x for x in said if x not in ("[CLS]", "[SEP]")).replace(" ##", "")
+
+
+@pytest.mark.parametrize("k, twice, mask", [
+    (8, True, ""), (3, True, "cluster_stm"), (3, False, ""), (1, True, ""), (0, False, "cluster_stm")])
+def test_answers_are_those_that_a_loop_finds(models, root, k, twice, mask):
+    listed = [q | {"answer": ANSWERS[i % 8] if i % 5 else [ANSWERS[i % 8], "Dog"]} for i, q in enumerate(
+        questions_like(NAMES * 4, 0, type=lambda i: f"kind {i % 3}"))]
+    write(f"{root}/anno_downstream/msvd_qa_test.json", listed)
+    found, model, tokenizer, listed, media, keep = scored(models, root, "msvd-qa", mask=mask, rerank=k, batch=4,
+                                                          first_twice=twice)
+    n = k or 8
+    assert f"the likeliest {n} of 8 answers scored whole" in found["protocol"]
+    assert f"their first piece counted {'twice' if twice else 'once'}" in found["protocol"]
+    right, differ, said = Counter(), Counter(), {}
+    spoken = {answer: words(tokenizer, pieces(tokenizer, answer, 5)) for answer in [*ANSWERS, "Dog"]}
+    with torch.no_grad():
+        for row in listed:
+            tokens, _ = model.encode_video(shown(f"{media}/{row['video']}", 6), keep and keep(row["video"]))
+            ids = torch.tensor([pieces(tokenizer, clean(row["question"]), 25)[:-1]])        # [CLS] and the words
+            memory = model.bert.fuse(model.bert.text(ids), ids, tokens)
+            first, full, start = {}, {}, after(model, memory, pieces(tokenizer, "", 1))
+            for answer in ANSWERS:
+                ids = pieces(tokenizer, answer, 5)
+                rest = [after(model, memory, ids[:t])[ids[t]].item() for t in range(2, len(ids))]
+                first[answer] = start[ids[1]].item()
+                full[answer] = first[answer] * (1 + twice) + sum(rest)
+            top = sorted(ANSWERS, key=lambda a: -first[a])[:n]
+            assert n == 8 or min(first[a] for a in top) > max(first[a] for a in ANSWERS if a not in top) + 1e-6
+            ranked, free = max(top, key=full.get), greedily(model, tokenizer, memory, 5)
+            other = {answer: full[answer] + first[answer] * (1 - 2 * twice) for answer in top}
+            differ["count"] += ranked != max(top, key=other.get)
+            differ["cut"] += ranked != max(ANSWERS, key=full.get)
+            said[row["question_id"]] = (ranked, free)
+            right["ranking"] += ranked in as_list(row["answer"])
+            right["generation"] += free in {spoken[a] for a in as_list(row["answer"])}
+            right[row["type"]] += ranked in as_list(row["answer"])
+    assert {s["question_id"]: (s["ranked"], s["said"]) for s in found["said"]} == said
+    assert (differ["count"] or n == 1) and (differ["cut"] or n == 8 or mask)    # each switch moves a ranking
+    assert len({a for a, _ in said.values()}) > (n > 1) and len({b for _, b in said.values()}) > 5
+    ranking, free = found["scores"][f"ranking, top {n}"], found["scores"]["generation"]
+    assert ranking["all"] == pytest.approx(100 * right["ranking"] / 24)
+    assert free["all"] == pytest.approx(100 * right["generation"] / 24)
+    for kind in ("kind 0", "kind 1", "kind 2"):
+        assert ranking[kind] == pytest.approx(100 * right[kind] / 8)
+
+
+def test_an_answer_in_free_words_is_right_if_it_is_what_can_be_said_of_it(models, root, monkeypatch):
+    """Case and what is past the last piece that is generated do not count; another word does."""
+    monkeypatch.setattr(score.VideoToText, "generate",
+                        lambda self, memory, *_: torch.tensor([next(said) for _ in memory]))
+    tokenizer = models["tokenizer"]
+    asked = [("Zebra Crossing", "zebra sounds", True), ("dog", "dog", True), ("DOG", "dog", True),
+             ("dog", "yes", False), ("a red ball", "a red ball", True), (["snow", "dog"], "dog", True)]
+    said = iter([(pieces(tokenizer, text, 9) + [0] * 9)[:5] for _, text, _ in asked])
+    write(f"{root}/anno_downstream/msvd_qa_test.json", [
+        {"video": NAMES[0], "question": "what", "question_id": i, "answer": a} for i, (a, _, _) in enumerate(asked)])
+    found = score.main(settings(models, root, "msvd-qa"))
+    assert [row["right"][1] for row in found["said"]] == [right for *_, right in asked]
+
+
+@MASKED
+def test_captions_are_those_that_a_loop_finds(models, root, simple, mask):
+    said = score.main(settings(models, root, "msvd-caption", mask=mask))["said"]
+    path = f"{root}/anno_downstream/msvd_cap_test.json"                     # two people say what the model says
+    write(path, [row | {"caption": [mine["greedy"]] * 2 + row["caption"]} if len(mine["greedy"]) > 9 else row
+                 for row, mine in zip(read(path), said, strict=True)])
+    found, model, tokenizer, listed, media, keep = scored(models, root, "msvd-caption", mask=mask, batch=4)
+    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    said = {"greedy": {}, "beam 3": {}}
+    with torch.no_grad():
+        for row in listed:
+            tokens, _ = model.encode_video(shown(f"{media}/{row['video']}", 6), keep and keep(row["video"]))
+            said["greedy"][row["video"]] = greedily(model, tokenizer, tokens, 32)
+            said["beam 3"][row["video"]] = words(tokenizer, model.generate(tokens, None, 32, 3, cls, sep)[0].tolist()
+                                                 ).replace(" [PAD]", "")
+    for way, some in said.items():
+        assert [(s["video"], s[way]) for s in found["said"]] == [(os.path.basename(v), t) for v, t in some.items()]
+        wanted = score.caption_scores({row["video"]: row["caption"] for row in listed}, some)
+        assert found["scores"][way] == pytest.approx(wanted)
+    assert len(set(said["greedy"].values())) > 2 and said["greedy"] != said["beam 3"]
+
+
+@pytest.mark.parametrize("task, wanted", [("didemo", [3, 10, 18, 25]), ("activitynet", [5, 16, 27, 38])])
+def test_of_a_long_video_only_the_first_seconds_are_looked_at(models, root, monkeypatch, task, wanted):
+    """45 seconds of 45 frames, each of a grey of its own: the middles of four quarters, of 30 seconds or of all."""
+    grey = np.arange(10, 235, 5, dtype=np.uint8)
+    os.makedirs("long")
+    data.write_video("long/v.mp4", np.broadcast_to(grey[:, None, None, None], (45, 16, 16, 3)), fps=1, crf="0")
+    write("own.json", [{"video": "v.mp4", "caption": ["a dog", "a cat"]}])
+    for name in TASKS[task].test.split("|"):
+        write(f"root/anno_downstream/{name}.json", read("own.json"))
+    monkeypatch.setattr(score, "split_files", lambda *_: ("own.json", "long"))
+    seen, real = [], ClusterSTM.encode_video
+    monkeypatch.setattr(ClusterSTM, "encode_video", lambda self, video, keep: (
+        seen.append(video), real(self, video, keep))[1])
+    score.main(settings(models, root, task))
+    frames = seen[0].double().mean((2, 3, 4))                               # (1, 4)
+    assert (frames / 5 - 2).round().long().tolist() == [wanted]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+def on_ranks(world, configs):
+    """eval.main of each of configs, in `world` processes forked from this one."""
+    def main(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        for cfg in configs:
+            score.main(cfg)
+        os._exit(0)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in range(world)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(60)
+        p.kill()
+    assert [p.exitcode for p in processes] == [0] * world
+
+
+def test_two_processes_find_what_one_finds(models, holes, whole, simple):
+    """Also where videos are lost, and where there is a video for only one of them."""
+    write("lone.json", [{"video": NAMES[0], "question": "what", "answer": "dog", "caption": ["a dog"]}])
+    write("lone-choice.json", [{"video": NAMES[0], "caption": ["a dog", "a cat"], "answer": 1}])
+    tasks = ("msvd", "ssv2-label", "msrvtt-mc", "sprites-qa", "msvd-caption")
+    configs = [settings(models, folder, task, batch=2, rerank=3, beams=2, missing="skip", out=f"{i}-{task}.json")
+               for i, folder in enumerate((whole, holes)) for task in tasks]
+    lone = "lone-choice.json", "lone.json"
+    configs += [settings(models, f"{whole}/videos", task, data=lone[task != "msrvtt-mc"], out=f"2-{task}.json",
+                         answers=f"{whole}/anno_downstream/msvd_qa_answer_list.json") for task in tasks]
+    configs.append(settings(models, whole, "msvd", mask="cluster_stm", batch=3, out="3-msvd.json"))
+    alone = {cfg.out: score.main(cfg) for cfg in configs}
+    for cfg in configs:
+        os.remove(cfg.out)
+    on_ranks(2, configs)
+    for cfg in configs:
+        one, two = alone[cfg.out], read(cfg.out)
+        assert one["scores"].keys() == two["scores"].keys(), cfg.out
+        for how, scores in one["scores"].items():
+            for name, value in scores.items():
+                assert two["scores"][how][name] == pytest.approx(value, rel=1e-6), (cfg.out, how, name)
+        assert {k: v for k, v in one.items() if k != "scores"} == {k: v for k, v in two.items() if k != "scores"}
+        assert len(one["lost"]) == (2 if cfg.out[0] == "1" else 0), cfg.out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,19 +611,24 @@ def test_the_command_scores_and_says_where_it_wrote(trained, sprites, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--task sprite", "there is no task 'sprite'; did you mean 'sprites'[?] There are: sprites"),
-    ("--task zzz", "there is no task 'zzz' There are: sprites|there is no task 'zzz'[;.] "),
+    ("--task sprite", "there is no task 'sprite'; did you mean 'sprites'[?] There are: msrvtt, "),
+    ("--task zzz", "there is no task 'zzz'[.] There are: msrvtt, "),
     ("--data own.json", "--data own.json wants --data-root"),
     ("--data nowhere.json --data-root .", "nowhere.json: no such annotation file"),
     ("--data bad.json --data-root .", "bad.json: not JSON"),
-    ("--data-root nowhere", "nowhere/sprites_test.json is not there: nowhere wants sprites_test.json and videos/"),
+    ("--data-root nowhere", "nowhere: no such folder, wanted as --data-root"),
+    ("--data-root .", "[.] has no anno_downstream/sprites_test.json, nor sprites_test.json beside it"),
     ("--data-root SPRITES --checkpoint nowhere", "nowhere.* it has no config.json"),
     ("--data-root SPRITES --checkpoint untokenized", "untokenized/tokenizer.json: no such tokenizer.json"),
     ("--data-root SPRITES --checkpoint out/first/teacher", "config.json has no 'model' part: no run of train.py"),
     ("--data-root SPRITES --mask clusters", "there is no mask 'clusters'; there are cluster_stm"),
     ("--data-root SPRITES --mask cluster_stm --mask-ratio 1", r"mask ratio is in \[0, 1\), got 1"),
     ("--data-root SPRITES --mask cluster_stm --teacher nowhere", "nowhere is no folder of a SigLIP: none is at "),
-    ("--data-root SPRITES --frames 9", "9"),
+    ("--data-root SPRITES --frames -1", "data.frames -1: wants at least 1"),
+    ("--data-root SPRITES --batch 0", "beams 3, batch 0 want to be positive"),
+    ("--data-root SPRITES --beams 0", "beams 0, batch 32 want to be positive"),
+    ("--data-root SPRITES --workers -2", "workers -2 at least -1"),
+    ("--data-root SPRITES --split train", "'test'|'val'|invalid choice|test,val"),
     ("--data short.json --data-root SPRITES/videos", "row 1: no file .*absent.mp4"),
 ])
 def test_what_cannot_be_scored_says_so_in_one_line(trained, sprites, capsys, flags, message):
@@ -288,21 +661,22 @@ def test_a_checkpoint_is_scored_on_a_machine_without_its_training_data(trained, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks
+# Java, last: by now METEOR has started
 
-def test_a_task_is_found_by_name_and_the_nearest_is_offered():
-    for name, task in TASKS.items():
-        assert find_task(name) is task and task.kind == "retrieval" and task.rerank >= 0
-    with pytest.raises(ValueError, match="no task 'sprits'; did you mean 'sprites'"):
-        find_task("sprits")
-
-
-def test_files_of_a_task_are_those_under_the_root_and_must_be_there(sprites, tmp_path, monkeypatch):
-    task = TASKS["sprites"]
-    assert files(task, sprites) == (f"{sprites}/sprites_test.json", f"{sprites}/videos")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="^data/sprites/sprites_test.json is not there"):
-        files(task, "")
-    os.makedirs("data")
-    os.symlink(sprites, "data/sprites")
-    assert files(task, "") == ("data/sprites/sprites_test.json", "data/sprites/videos")
+def test_captions_are_scored_by_pycocoevalcap_with_java(meteor, monkeypatch):
+    if meteor is None:
+        pytest.skip("there is no Java")
+    from pycocoevalcap.meteor import meteor as module
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    monkeypatch.setattr(module, "Meteor", lambda: meteor)
+    split = lambda texts: PTBTokenizer().tokenize({i: [{"caption": t} for t in some] for i, some in texts.items()})
+    references, said = split(REFERENCES), split({i: [text] for i, text in SAID.items()})
+    wanted = pycocoevalcap(references, said, meteor)
+    found = score.caption_scores(REFERENCES, SAID)
+    assert found == pytest.approx(wanted) and set(found) == {"CIDEr", "BLEU-4", "ROUGE-L", "METEOR"}
+    assert 5 < found["METEOR"] < 100
+    only = {i: texts[:1] for i, texts in REFERENCES.items()}
+    best = score.caption_scores(only, {i: texts[0] for i, texts in only.items()})
+    assert best == pytest.approx({"CIDEr": 1000, "BLEU-4": 100, "ROUGE-L": 100, "METEOR": 100})
+    worst = score.caption_scores(REFERENCES, dict.fromkeys(REFERENCES, "zebras yawn loudly behind barns"))
+    assert all(0 <= value < 1e-3 for value in worst.values())
