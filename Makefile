@@ -8,7 +8,7 @@ demo: .venv/installed
 	@$(BIN)/python -m tools.demo
 
 test: .venv/installed-dev
-	@echo "== test: pytest, then ruff (about three minutes on two CPU cores)"
+	@echo "== test: pytest, then ruff (about six minutes on two CPU cores)"
 	@$(BIN)/python -m pytest -q
 	@$(BIN)/ruff check .
 

@@ -59,7 +59,7 @@ class Task:
 def sprites(kind: str, train: str, test: str, length: int, epochs: int, lr: float, **more) -> Task:
     recipe = Recipe(lr, epochs, 1, 0.0)
     return Task(kind, "videos", train, test.replace("test", "val"), test, length, recipe, recipe, flip=False, frames=8,
-                zero_shot=8, batch=64, masked=True, root="data/sprites", **{"rerank": 16, **more})
+                zero_shot=8, masked=True, root="data/sprites", **{"rerank": 16, "batch": 32, **more})
 
 
 MSRVTT, MSVD = "videos_images/msrvtt|videos_images/msrvtt_2fps_224", "videos_images/msvd|videos_images/msvd_2fps_224"
@@ -119,11 +119,11 @@ TASKS = {
         "caption", MSVD, "msvd_cap_train", "msvd_cap_val", "msvd_cap_test", 2,
         Recipe(2e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), tested=670, **CAPTIONS),
     # The embedded set.
-    "sprites": sprites("retrieval", "sprites_train", "sprites_test", 36, 5, 3e-4),
-    "sprites-qa": sprites("qa", "sprites_qa_train", "sprites_qa_test", 16, 10, 1e-3, rerank=128,
-                          answers="sprites_qa_answer_list", answer_length=6, per_clip=6),
-    "sprites-mc": sprites("choice", "sprites_train", "sprites_mc_test", 36, 5, 3e-4),
-    "sprites-caption": sprites("caption", "sprites_cap_train", "sprites_cap_test", 2, 5, 1e-3, answer_length=40,
+    "sprites": sprites("retrieval", "sprites_train", "sprites_test", 36, 12, 1e-3, batch=256),
+    "sprites-qa": sprites("qa", "sprites_qa_train", "sprites_qa_test", 16, 40, 5e-4, answers="sprites_qa_answer_list",
+                          answer_length=6, per_clip=6),
+    "sprites-mc": sprites("choice", "sprites_train", "sprites_mc_test", 36, 12, 1e-3, batch=256),
+    "sprites-caption": sprites("caption", "sprites_cap_train", "sprites_cap_test", 2, 14, 5e-4, answer_length=40,
                                per_clip=4),
 }
 

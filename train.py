@@ -249,8 +249,8 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
     # Parameters that a stage has no use for get no gradient, and DDP must not wait for one.
     N = (cfg.data.size // cfg.model.patch) ** 2
     nothing_hidden = stage == "unmasked" or stage == "pretrain" and keep_count(N, cfg.mask.ratio) == N
-    idle = {"text": ["crossattention"], "finetune": [r"^decoder\.", r"^bert\.cls\."]}.get(stage, [])
-    idle += [r"^decoder\."] * nothing_hidden
+    idle = ["crossattention"] * (stage == "text") + [r"^decoder\."] * (stage == "finetune" or nothing_hidden)
+    idle += [r"^bert\.cls\."] * (stage == "finetune" and cfg.mlm == 0)
     for name, p in model.named_parameters():
         p.requires_grad_(not any(re.search(pattern, name) for pattern in idle))
     used = [p for p in model.parameters() if p.requires_grad]
@@ -672,8 +672,10 @@ def finetune(cfg: Config) -> nn.Module:
     torch.manual_seed(cfg.seed)
     model = ClusterSTM(cfg.model)
     model.start_from(folder)
-    model.mlm = False
+    model.mlm = cfg.mlm > 0
     if task.kind in ("qa", "caption"):
+        if cfg.mlm:
+            raise ValueError(f"--mlm {cfg.mlm:g}: {cfg.task} has no masked words, its loss is of the answers")
         model = VideoToText.from_student(model, asks=task.kind == "qa")
     model = model.to(run.device)
 
