@@ -30,7 +30,12 @@ def same_numbers_every_time():
 
 
 def speaker(asks=True, seed=0, **changes):
-    return shaken(VideoToText(replace(CFG, **changes), asks), seed)
+    model = VideoToText(replace(CFG, **changes), asks)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1 and not name.startswith("vit."):
+                p.mul_((12 / 768) ** 0.5)                                   # as small as a wide BERT's
+    return shaken(model, seed)
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +444,7 @@ def test_the_decoder_begins_as_the_students_last_layers_words_and_head(asks, wid
         home = re.sub(r"^text_decoder\.", "bert.", home)
         if asks and widths[0] != widths[1] and re.search(r"text_decoder.*crossattention\.self\.(key|value)\.", key):
             new.add(key)                                                    # they are made of something else
-            assert 0.01 < x.std() < 0.03 if key.endswith("weight") else not x.any()
+            assert 0.5 < x.std() / (0.02 * (768 / 12) ** 0.5) < 1.5 if key.endswith("weight") else not x.any()
         else:
             assert torch.equal(x, held[home].float()), key
     # What is of another width than the video: what a question's states are turned into.
@@ -478,8 +483,8 @@ def test_a_small_one_learns_to_answer(asks, tokenizer):
                          tokenizer, 6, 0, answer_length=6)
     cfg = replace(CFG, vocab=tokenizer.get_vocab_size())
     model = VideoToText.from_student(ClusterSTM(cfg), asks).train()
-    optimizer, history = torch.optim.AdamW(model.parameters(), 1e-2), []
-    for _ in range(120):
+    optimizer, history = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(200):
         history.append(model(batch)["lm"])
         optimizer.zero_grad()
         history[-1].backward()
