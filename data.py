@@ -200,6 +200,7 @@ class Question:
     answers: dict[str, float]                      # answer -> weight
     id: str | int = ""
     kind: str = ""                                 # of question, if the file says
+    where: str = ""                                # file and row
 
 
 @dataclass

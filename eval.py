@@ -378,7 +378,7 @@ def question_answering(model: VideoToText, clips: Clips, tokenizer, how: Protoco
                 best = rank_answers(model, listed, memory, there, k, how.first_twice).tolist()
                 said = model.generate(memory, there, how.answer_length, 1, cls, sep)
             for (b, q), a, words in zip(some, best, data.decode_answers(tokenizer, said), strict=True):
-                mine.append({"row": rows[b], "question_id": q.id, "question": q.text, "kind": q.kind,
+                mine.append({"row": rows[b], "where": q.where, "question_id": q.id, "question": q.text, "kind": q.kind,
                              "wanted": list(q.answers), "ranked": how.answers[a], "said": words,
                              "right": [how.answers[a] in q.answers, words in map(spoken, q.answers)]})
     found = sorted(together(mine), key=lambda f: f["row"])
@@ -389,8 +389,10 @@ def question_answering(model: VideoToText, clips: Clips, tokenizer, how: Protoco
         share = lambda some: 100 * float(np.mean([right(f) for f in some]))
         return {"all": share(found)} | {kind: share([f for f in found if f["kind"] == kind]) for kind in kinds}
     listed = set(how.answers)
-    return {"videos": len({f["row"] for f in found}), "questions": len(found),
-            "answers": len(how.answers), "answers not in the list": sum(not listed & set(f["wanted"]) for f in found),
+    where = [f.pop("where") for f in found]
+    return {"videos": len({f["row"] for f in found}), "questions": len(found), "answers": len(how.answers),
+            "answers not in the list": [f"{w}: {f['wanted'][0]!r}" for w, f in zip(where, found, strict=True)
+                                        if not listed & set(f["wanted"])],
             "kinds": dict(Counter(f["kind"] for f in found)) if kinds else {},
             "scores": {f"ranking, top {min(k, len(listed))}": accuracy(lambda f: f["right"][0]),
                        "generation": accuracy(lambda f: f["right"][1])}, "said": found}
@@ -581,8 +583,8 @@ def main(cfg: Config) -> dict:
     if split == "test" and task.tested and number != task.tested:
         notes.append(f"{annotations} has {number} {what}, the published split has {task.tested}: not comparable")
     if outside := found.get("answers not in the list"):
-        notes.append(f"{outside} of {found['questions']} questions have an answer that is not in the list: by ranking "
-                     "they count as wrong")
+        notes.append(f"{len(outside)} of {found['questions']} questions have an answer that is not in the list: by "
+                     f"ranking they count as wrong; the first: {outside[0]}")
     if task.kind in ("qa", "caption"):
         name = "most frequent answer to that kind" if task.kind == "qa" else "most frequent caption"
         try:

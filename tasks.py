@@ -258,7 +258,7 @@ def read_questions(path: str, root: str, per_clip: int) -> list[Row]:
             seen[name] = where
         kind = "" if kind is None else str(kind)            # ActivityNet-QA's are numbers
         weights = {answer: n / len(answers) for answer, n in Counter(answers).items()}
-        asked.append((where, one_file(entry, where), Question(clean(question), weights, name, kind)))
+        asked.append((where, one_file(entry, where), Question(clean(question), weights, name, kind, where)))
     return [row(where, root, name, [q.text for q in some], questions=some)
             for where, name, some in by_clip(asked, per_clip)]
 

@@ -718,28 +718,39 @@ class Kept:
         self.again = cfg.data.views and not cfg.mask.drawn
         self.seen = {}                              # (clip, view) -> ids (TK,)
 
+    def ask(self, video: torch.Tensor, seed: int) -> torch.Tensor:
+        return kept(self.teacher, video, self.mask, self.mask.ratio, seed, self.grid(video)[1:])
+
     def __call__(self, batch: Batch) -> Guide:
+        if not self.again:                          # and nothing waits for the device to tell its clips
+            return Guide(self.ask(batch.video, batch.seed))
         views = list(zip(batch.clip.tolist(), batch.view.tolist(), strict=True))
         new = {view: i for i, view in enumerate(views) if view not in self.seen}
         if new:
-            video = batch.video[[*new.values()]]
-            ids = kept(self.teacher, video, self.mask, self.mask.ratio, batch.seed, self.grid(video)[1:])
-            self.seen.update(zip(new, ids, strict=True))
-        guide = Guide(torch.stack([self.seen[view] for view in views]))
-        self.seen = self.seen if self.again else {}
-        return guide
+            self.seen.update(zip(new, self.ask(batch.video[[*new.values()]], batch.seed), strict=True))
+        return Guide(torch.stack([self.seen[view] for view in views]))
 
 
 class Choice:
     """After each epoch: score the model on the split that was asked for; the best so far is out/NAME's."""
 
     def __init__(self, run: Run, tokenizer, ends: dict[int, int], see):
-        self.run, self.tokenizer, self.ends, self.see = run, tokenizer, ends, see
+        cfg, task = run.cfg, find_task(run.cfg.task)
+        self.run, self.tokenizer, self.ends, self.task = run, tokenizer, ends, task
         self.path = os.path.join(run.folder, "epochs.json")
         self.scored = []                            # {"step", "epoch", "score", "by"} of each epoch so far
-        if run.cfg.resume and os.path.isfile(self.path):
+        if cfg.resume and os.path.isfile(self.path):
             with open(self.path) as f:
                 self.scored = json.load(f)
+        if cfg.select == "last":
+            return
+        self.rows = read_rows(task, *split_files(task, cfg.select, cfg.data_root), train=False)
+        self.how = scoring.Protocol(length=task.length, answer_length=task.answer_length, rerank=task.rerank,
+                                    workers=cfg.data.workers, quick=True)
+        if cfg.masked:
+            self.how.keep = lambda batch: see(replace(batch, clip=-1 - batch.clip)).keep        # another split's rows
+        if task.kind == "qa":
+            self.how.answers = read_answers(find_file(task.answers, data_root(task, cfg.data_root)))
 
     def best(self) -> dict:
         return max(self.scored, key=lambda row: row["score"])
@@ -753,22 +764,16 @@ class Choice:
 
     def __call__(self, model: nn.Module, step: int):
         run, cfg = self.run, self.run.cfg
-        self.scored = [row for row in self.scored if row["step"] < step]        # those after it are taken again
+        self.scored = [row for row in self.scored if row["step"] <= step]       # those after it are taken again
+        if self.scored and self.scored[-1]["step"] == step:                     # it was done before the run stopped
+            return
         if cfg.select == "last":
             if step == cfg.steps:
                 save_model(run, model, self.tokenizer, run.folder, chosen=self.words())
             return
-        task = find_task(cfg.task)
-        rows = read_rows(task, *split_files(task, cfg.select, cfg.data_root), train=False)
-        how = scoring.Protocol(length=task.length, answer_length=task.answer_length, rerank=task.rerank,
-                               workers=cfg.data.workers, quick=True)
-        if cfg.masked:
-            how.keep = lambda batch: self.see(replace(batch, clip=-1 - batch.clip)).keep        # another split's rows
-        if task.kind == "qa":
-            how.answers = read_answers(find_file(task.answers, data_root(task, cfg.data_root)))
-        found = scoring.score(model.eval(), task, rows, cfg.data, self.tokenizer, how)
+        found = scoring.score(model.eval(), self.task, self.rows, cfg.data, self.tokenizer, self.how)
         model.train()
-        by, score = scoring.headline(task.kind, found["scores"])
+        by, score = scoring.headline(self.task.kind, found["scores"])
         self.scored.append({"step": step, "epoch": self.ends[step], "score": score, "by": by})
         if run.rank == 0:
             tqdm.write(f"epoch {self.ends[step]}, {cfg.select}: {by} {score:.1f}")

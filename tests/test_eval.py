@@ -2,11 +2,9 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
-import socket
 from collections import Counter
 
 import numpy as np
@@ -28,7 +26,13 @@ from test_tasks import (  # noqa: F401  (the last five are fixtures)
     write,
 )
 from test_teacher import shaken
-from test_train import assert_one_line, command, first_run, small_sprites  # noqa: F401  (the last two are fixtures)
+from test_train import (  # noqa: F401  (two are fixtures)
+    assert_one_line,
+    command,
+    first_run,
+    in_processes,
+    small_sprites,
+)
 
 import data
 import eval as score
@@ -554,27 +558,6 @@ def test_of_a_long_video_only_the_first_seconds_are_looked_at(models, root, monk
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
-def on_ranks(world, configs):
-    """eval.main of each of configs, in `world` processes forked from this one."""
-    def main(rank):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
-        for cfg in configs:
-            score.main(cfg)
-        os._exit(0)
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in range(world)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(60)
-        p.kill()
-    assert [p.exitcode for p in processes] == [0] * world
-
-
 def test_two_processes_find_what_one_finds(models, holes, whole, simple):
     """Also where videos are lost, and where there is a video for only one of them."""
     write("lone.json", [{"video": NAMES[0], "question": "what", "answer": "dog", "caption": ["a dog"]}])
@@ -589,7 +572,7 @@ def test_two_processes_find_what_one_finds(models, holes, whole, simple):
     alone = {cfg.out: score.main(cfg) for cfg in configs}
     for cfg in configs:
         os.remove(cfg.out)
-    on_ranks(2, configs)
+    in_processes(2, lambda: [score.main(cfg) for cfg in configs])
     for cfg in configs:
         one, two = alone[cfg.out], read(cfg.out)
         assert one["scores"].keys() == two["scores"].keys(), cfg.out
@@ -680,3 +663,23 @@ def test_captions_are_scored_by_pycocoevalcap_with_java(meteor, monkeypatch):
     assert best == pytest.approx({"CIDEr": 1000, "BLEU-4": 100, "ROUGE-L": 100, "METEOR": 100})
     worst = score.caption_scores(REFERENCES, dict.fromkeys(REFERENCES, "zebras yawn loudly behind barns"))
     assert all(0 <= value < 1e-3 for value in worst.values())
+
+
+def test_the_same_words_in_another_row_are_no_wrong_answer(models, root):
+    """Two videos of one caption tie with each other's; T2V, where each looks for its own, is as published."""
+    captions = "a dog", "A dog!", "a cat"
+    write("twice.json", [{"video": v, "caption": c} for v, c in zip(NAMES[:3], captions, strict=True)])
+    found = score.main(settings(models, root, "msvd", data="twice.json", data_root=f"{root}/videos"))
+    clips = [found["scores"][how]["V2T"] for how in ("similarity", "match, top 128")]
+    with torch.no_grad():
+        model, tokenizer = load_model(models["retrieval"]), data.load_tokenizer(f"{models['retrieval']}/tokenizer.json")
+        ids = data.encode(tokenizer, ["a dog", "a dog", "a cat"], 24)
+        states, text = model.encode_text(ids)
+        first = [[], []]
+        for i, v in enumerate(NAMES[:3]):
+            tokens, video = model.encode_video(shown(f"{root}/videos/{v}", found["frames"]))
+            for some, s in zip(first, (text @ video[0], model.match(states, ids, tokens.expand(3, -1, -1))[:, 1]),
+                               strict=True):
+                some.append((s[0] > s[2]).item() == (i < 2))                # "a dog" before "a cat", where it is true
+    assert [c["R@1"] for c in clips] == [pytest.approx(100 * sum(some) / 3) for some in first]
+    assert any(c["R@1"] > 0 for c in clips)

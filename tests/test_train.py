@@ -189,11 +189,16 @@ def test_two_processes_can_also_hide_nothing(given):
 
 
 def on_ranks(world, cfg):
-    """train.main(cfg) in `world` processes, forked from this one."""
+    """train.main(cfg) in `world` processes."""
+    in_processes(world, lambda: train.main(cfg))
+
+
+def in_processes(world, run):
+    """run() in `world` processes, forked from this one."""
     def main(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-        train.main(cfg)
+        run()
         os._exit(0)
 
     with socket.socket() as free:
