@@ -2,7 +2,8 @@
 Data: video files -> frames, annotation rows -> samples -> batches.
 
 A sample is a function of (seed, n) alone, so a run can stop anywhere and any number of processes read the same clips.
-Nothing is replaced in silence: a video that does not decode is an error that names it.
+Nothing is replaced in silence: in training a video that cannot be read gives its place to another, caption and id with
+it, and the sample says so; everywhere else it is an error that names it.
 """
 
 import hashlib
@@ -12,10 +13,12 @@ import re
 import sqlite3
 import sys
 import tempfile
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from urllib.parse import quote
 
@@ -44,12 +47,26 @@ def in_parallel(function, items, label: str):
         yield from tqdm(pool.map(function, items, chunksize=4), label, total=len(items), disable=None)
 
 
+@contextmanager
+def appearing(path: str):
+    """A file to write bytes to, which appears at `path` whole or not at all, also where the machine loses its power."""
+    folder, name = os.path.split(path)
+    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp", delete=False) as f:
+        try:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)                # temporary files are private
+            os.replace(f.name, path)
+        except BaseException:
+            os.remove(f.name)
+            raise
+
+
 def write_atomically(path: str, text: str):
     """The file appears whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".", delete=False, encoding="utf-8") as f:
-        f.write(text)
-    os.chmod(f.name, 0o644)                        # temporary files are private
-    os.replace(f.name, path)
+    with appearing(path) as f:
+        f.write(text.encode())
 
 
 def write_video(path: str, frames: np.ndarray, codec: str = "libx264", fps: int = 8, **options: str):
@@ -76,7 +93,7 @@ def clean(caption: str) -> str:
     return " ".join(caption.split())
 
 
-def train_tokenizer(captions: list[str], path: str, vocab: int = 2000, more: list[str] = ()):
+def train_tokenizer(captions: Iterable[str], path: str, vocab: int = 2000, more: Iterable[str] = ()):
     """
     A BERT word-piece tokenizer of at most `vocab` entries: the most frequent words whole, any other word in letters.
     The same captions give the same file, which the library's own trainer does not promise. What only the texts of
@@ -209,49 +226,93 @@ class Row:
     video: str                                     # path
     captions: list[str]                            # cleaned
     still: str | None                              # what each frame shows, if the file says
-    media: int                                     # the same for the same file name in its corpus, everywhere
+    media: int                                     # media_id of the video
     questions: list[Question] = field(default_factory=list)
     right: int | None = None                       # multiple choice: the place of the caption that is true
     where: str = ""                                # file and row
 
 
-def read_list(path: str) -> list:
+class NoListError(ValueError):
+    """JSON, but no list."""
+
+
+def elements(f, size: int = 2 ** 20):
+    """The elements of the JSON list in a text file, one after the other: a list may be longer than memory."""
+    decoder, space = json.JSONDecoder(), re.compile("[ \t\r\n]*")
+    text, before, at, first = f.read(size), 0, 0, True                      # text[at] is character before + at
+    if text[space.match(text).end():][:1] != "[":
+        f.seek(0)
+        raise NoListError(short(json.load(f)))
+    at = text.index("[") + 1
+    while True:
+        try:
+            i = space.match(text, at).end()
+            if text[i:i + 1] == "]":
+                if text[i + 1:].strip() or f.read().strip():
+                    raise ValueError(f"Extra data: character {before + i + 1}")
+                return
+            if not first:
+                if text[i:i + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, i)
+                i = space.match(text, i + 1).end()
+            entry, i = decoder.raw_decode(text, i)
+            if i == len(text):                                              # of a number there may be more
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, i)
+        except json.JSONDecodeError as error:
+            more = f.read(size) if len(text) - error.pos < size else ""     # a fault long before the end is one
+            if not more:
+                raise ValueError(f"{error.msg}: character {before + error.pos}") from None
+            text, before, at = text[at:] + more, before + at, 0
+            continue
+        at, first = i, False
+        yield entry
+
+
+def list_entries(path: str):
     """
-    What an annotation file lists: a JSON list, a .jsonl of one object a line, or VindLU's SQLite, a table
-    annos(id, image or video, caption), in a .sqlite or .db.
+    What an annotation file lists, one after the other: a JSON list, a .jsonl of one object a line, or VindLU's SQLite,
+    a table annos(id, image or video, caption), in a .sqlite or .db.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such annotation file")
-    line, entries = "", []
+    line, count = "", 0
     try:
         if path.endswith((".sqlite", ".db")):
             with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as base:
                 base.row_factory = sqlite3.Row
-                entries = [dict(row) for row in base.execute("select * from annos order by id")]
+                for row in base.execute("select * from annos order by id"):
+                    count += 1
+                    yield dict(row)
         else:
             with open(path, encoding="utf-8") as f:
-                if path.endswith(".jsonl"):
+                if not path.endswith(".jsonl"):
+                    for entry in elements(f):
+                        count += 1
+                        yield entry
+                else:
                     for i, text in enumerate(f, 1):
                         line = f", line {i}"
-                        entries += [json.loads(text)] if text.strip() else []
-                else:
-                    entries = json.load(f)
+                        if text.strip():
+                            entry = json.loads(text)
+                            count += 1
+                            yield entry
     except sqlite3.Error as error:
         raise ValueError(f"{path}: not SQLite with a table annos ({error})") from None
+    except NoListError as error:
+        raise ValueError(f"{path}: wanted a list of rows, got {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}{line}: not JSON ({error})") from None
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: wanted a list of rows, got {short(entries)}")
-    return entries
+    if not count:
+        raise ValueError(f"{path}: wanted a list of rows, got []")
 
 
-def read_entries(path: str) -> list[tuple[str, dict]]:
+def read_entries(path: str):
     """The objects of an annotation file, each with its place."""
-    placed = [(f"{path}, row {i}", entry) for i, entry in enumerate(read_list(path))]
-    for where, entry in placed:
+    for i, entry in enumerate(list_entries(path)):
+        where = f"{path}, row {i}"
         if not isinstance(entry, dict):
             raise ValueError(f"{where}: wanted an object, got {short(entry)}")
-    return placed
+        yield where, entry
 
 
 def file_names(entry: dict, where: str) -> list[str]:
@@ -275,8 +336,9 @@ def texts(entry: dict, key: str, where: str) -> list[str]:
     return found
 
 
-def media_id(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+def media_id(video: str) -> int:
+    """63 bits that stand for one file: in two corpora a name may be that of two."""
+    return int.from_bytes(hashlib.blake2b(os.path.abspath(video).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def check_media(rows: list[Row], root: str):
@@ -291,22 +353,82 @@ def check_media(rows: list[Row], root: str):
                                 f" ({len(absent)} of {len(rows)} rows lack theirs)")
 
 
-def read_annotations(path: str, root: str, check: bool = True) -> list[Row]:
+def annotated(path: str, root: str):
     """
-    Rows of {"video" or "image": name under root, "caption": str or list of str}, as UMT's and VindLU's.
+    The rows of {"video" or "image": name under root, "caption": str or list of str}, as UMT's and VindLU's, in order.
 
     Where the name is a list, the captions being true of several videos, each is a row; such rows share their `where`.
-    check: whether the videos must be there.
     """
-    rows = []
     for where, entry in read_entries(path):
         captions = [clean(text) for text in texts(entry, "caption", where)]
         still = clean(entry["still"]) if isinstance(entry.get("still"), str) else None
-        rows += [Row(os.path.join(root, name), captions, still or None, media_id(name), where=where)
-                 for name in file_names(entry, where)]
+        for name in file_names(entry, where):
+            video = os.path.join(root, name)
+            yield Row(video, captions, still or None, media_id(video), where=where)
+
+
+def read_annotations(path: str, root: str, check: bool = True) -> list[Row]:
+    """The rows of an annotation file whose videos are under root. check: whether these must be there."""
+    rows = list(annotated(path, root))
     if check:
         check_media(rows, root)
     return rows
+
+
+class Rows(Sequence):
+    """
+    Rows in a file: rows[i] -> Row. However many they are, a process that holds this holds 8 bytes of page cache for
+    each, and shares them with all others.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.digest = read_json(path + ".json")["digest"]                   # of all rows
+        self.text = np.memmap(path + ".jsonl", np.uint8, mode="r")
+        self.at = np.memmap(path + ".at", np.int64, mode="r")               # (rows + 1,), where each begins
+
+    def __len__(self) -> int:
+        return len(self.at) - 1
+
+    def __getitem__(self, i: int) -> Row:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        i %= len(self)
+        return Row(**json.loads(self.text[self.at[i]:self.at[i + 1]].tobytes()))
+
+    def __reduce__(self):                          # another process maps the file; it is not sent the rows
+        return Rows, (self.path,)
+
+
+def write_rows(corpora: list[tuple[str, str]], folder: str) -> Rows:
+    """
+    The rows of all corpora, (annotation file, folder of its videos) each, from `folder` if they are there, else read
+    and written into it. A file that has changed since is read again. Of several processes one should call this first.
+    """
+    for path, root in corpora:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such annotation file")
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"{root}: no such folder, wanted as the root of the videos in {path}")
+    stats = [os.stat(path) for path, _ in corpora]
+    key = [(os.path.abspath(path), root, s.st_size, s.st_mtime_ns)
+           for (path, root), s in zip(corpora, stats, strict=True)]
+    path = os.path.join(folder, "rows_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
+    if os.path.exists(path + ".json"):
+        return Rows(path)
+    os.makedirs(folder, exist_ok=True)
+    at, digest = array("q", [0]), hashlib.blake2b(digest_size=16)
+    with appearing(path + ".jsonl") as f:
+        for annotations, root in corpora:
+            for row in annotated(annotations, root):
+                line = json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n"
+                digest.update(line)
+                f.write(line)
+                at.append(at[-1] + len(line))
+    with appearing(path + ".at") as f:
+        f.write(at)
+    write_atomically(path + ".json", json.dumps({"digest": digest.hexdigest()}))    # last: it says the others are whole
+    return Rows(path)
 
 
 def short(value) -> str:
@@ -433,7 +555,8 @@ def decoded_frames(path: str, times: list[int | None]):
 
 def to_tensor(frame: av.VideoFrame, size: int | None) -> Tensor:
     """-> (3, H, W) uint8, short side at most `size`."""
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+    image = image.rot90(round(frame.rotation / 90), (1, 2)).contiguous()    # as it is to be shown
     H, W = image.shape[1:]
     if size and min(H, W) > size:
         image = resize(image[None], (round(H * size / min(H, W)), round(W * size / min(H, W))))[0]
@@ -480,6 +603,8 @@ class DataConfig:
     """What is read, and how a clip is cut from it."""
     train: str = "data/sprites/sprites_train.json"    # annotation file: a JSON list of {"video", "caption"}
     root: str = "data/sprites/videos"                 # folder that its "video" names are relative to
+    more: tuple[str, ...] = ()                        # further corpora of videos, each FILE=FOLDER
+    images: tuple[str, ...] = ()                      # corpora of images, each FILE=FOLDER: clips of one frame
     frames: int = 8           # frames a clip (T)
     size: int = 64            # pixels a side
     seconds: float = 0.0      # of a video only its first so many seconds; 0: all of it
@@ -490,73 +615,93 @@ class DataConfig:
     cache_frames: int = 32    # frames a video kept in that cache, evenly spaced
     cache_size: int = 0       # their short side at most; 0: size
     workers: int = 0          # loader processes
+    max_bad: float = 0.1      # share of the videos asked for that may be unreadable; past it the run ends
 
     def __post_init__(self):
+        for corpus in (*self.more, *self.images):
+            if not all(corpus.partition("=")[::2]):
+                raise ValueError(f"a corpus wants to be FILE=FOLDER, is {corpus!r}")
         for name, least in (("frames", 1), ("size", 1), ("seconds", 0), ("views", 0), ("cache_size", 0),
                             ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} {getattr(self, name)}: wants at least {least}")
         if not 0 < self.scale <= 1:
             raise ValueError(f"data.scale {self.scale}: wants a share of the area, above 0 and up to 1")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"data.max_bad {self.max_bad}: wants a share, from 0 to 1")
         if self.cache and self.cache_frames < self.frames:
             raise ValueError(f"data.cache_frames {self.cache_frames}: wants at least data.frames, {self.frames}")
 
+    def corpora(self, images: bool = False) -> list[tuple[str, str]]:
+        """(annotation file, folder) of each corpus of videos, or of images."""
+        listed = [tuple(corpus.partition("=")[::2]) for corpus in (self.images if images else self.more)]
+        return listed if images else [(self.train, self.root), *listed]
+
 
 class Cache:
-    """Decoded videos in one memory-mapped file: cache[path] -> (n, 3, h, w) uint8 array, not a copy."""
+    """
+    Decoded videos in one memory-mapped file: cache[path] -> (n, 3, h, w) uint8 array, not a copy. ValueError for one
+    that could not be read.
+    """
 
     def __init__(self, path: str):
         self.path = path
         with open(path + ".json") as f:
-            index = json.load(f)
-        self.place = {video: (at, shape) for video, at, shape in index}
+            self.index = json.load(f)              # (video, at, shape), or (video, None, what is wrong with it)
+        self.place = {video: (at, shape) for video, at, shape in self.index}
         self.data = np.memmap(path + ".bin", np.uint8, mode="r")
 
     def __getitem__(self, video: str) -> np.ndarray:
         at, shape = self.place[video]
+        if at is None:
+            raise ValueError(shape)
         return self.data[at:at + np.prod(shape)].reshape(shape)
 
     def __reduce__(self):                          # another process opens the file; it is not sent the pixels
         return Cache, (self.path,)
 
 
-def decode_cache(rows: list[Row], cfg: DataConfig, folder: str) -> Cache:
+def decode_cache(rows: Sequence[Row], cfg: DataConfig, folder: str) -> Cache:
     """
     The decoded videos of rows, from `folder` if they are there, else decoded into it on all cores. A video that has
     changed since is another cache. Of several processes one should call this first.
-    """
-    videos = list(dict.fromkeys(row.video for row in rows))
-    size = cfg.cache_size or cfg.size
-    stats = [os.stat(video) for video in videos]
-    how = [cfg.cache_frames, size, *[cfg.seconds] * (cfg.seconds > 0)]
-    key = [*how, [(v, s.st_size, s.st_mtime_ns) for v, s in zip(videos, stats, strict=True)]]
-    path = os.path.join(folder, "decoded_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
-    if os.path.exists(path + ".json"):
-        return Cache(path)
 
-    index, failures, at = [], [], 0
+    ValueError where more than cfg.max_bad of them cannot be read: the first is named.
+    """
+    videos = {}                                    # path -> its first row
+    for row in rows:
+        videos.setdefault(row.video, row.where)
+    size = cfg.cache_size or cfg.size
+    stats = [os.stat(video) if os.path.isfile(video) else None for video in videos]
+    how = [cfg.cache_frames, size, *[cfg.seconds] * (cfg.seconds > 0)]
+    key = [*how, [(v, *((s.st_size, s.st_mtime_ns) if s else ())) for v, s in zip(videos, stats, strict=True)]]
+    path = os.path.join(folder, "decoded_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
+
+    def check(index):
+        bad = [(video, reason) for video, at, reason in index if at is None]
+        if len(bad) > cfg.max_bad * len(index):
+            raise ValueError(f"{videos[bad[0][0]]}: {bad[0][1]} ({len(bad)} of {len(index)} videos cannot be read, "
+                             f"more than data.max_bad, {cfg.max_bad:g})")
+
+    if os.path.exists(path + ".json"):
+        cache = Cache(path)
+        check(cache.index)
+        return cache
+    index, at = [], 0
     try:
-        file = tempfile.NamedTemporaryFile(dir=folder, prefix="decoding_", delete=False)
-    except OSError as error:
-        raise ValueError(f"{folder}: no decode cache can be written ({error.strerror}); pass --data.no-cache") from None
-    try:
-        with file:
+        with appearing(path + ".bin") as f:
             read = partial(_read_for_cache, cfg.cache_frames, size, cfg.seconds)
-            for video, frames in zip(videos, in_parallel(read, videos, "decoding"), strict=True):
+            for video, frames in zip(videos, in_parallel(read, list(videos), "decoding"), strict=True):
                 if isinstance(frames, str):
-                    failures.append(frames)
+                    index.append((video, None, frames))
                     continue
-                file.write(frames.data)
+                f.write(frames.data)
                 index.append((video, at, frames.shape))
                 at += frames.nbytes
-        if failures:
-            raise ValueError(f"{failures[0]} ({len(failures)} of {len(videos)} videos cannot be read)")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path + ".bin")
-        write_atomically(path + ".json", json.dumps(index))                 # last: it says that the other is whole
-    finally:
-        if os.path.exists(file.name):
-            os.remove(file.name)
+            check(index)
+    except OSError as error:
+        raise ValueError(f"{folder}: no decode cache can be written ({error.strerror}); pass --data.no-cache") from None
+    write_atomically(path + ".json", json.dumps(index))                     # last: it says that the other is whole
     return Cache(path)
 
 
@@ -581,22 +726,39 @@ class Sample:
     clip: int                                      # row
     view: int                                      # which frames, crop and flip of it
     questions: list[Question] = field(default_factory=list)
+    lost: list[dict] = field(default_factory=list)     # what was asked for before it and could not be read, and why
+
+
+class UnreadableError(ValueError):
+    """A video that cannot be read; `about`: {"where", "video", "reason"}."""
+
+    def __init__(self, row: Row, error: Exception):
+        super().__init__(f"{row.where}: {error}")
+        self.about = {"where": row.where, "video": row.video, "reason": str(error)}
 
 
 class Clips(torch.utils.data.Dataset):
     """
     clips[n], for any n >= 0, is sample n of a run: every epoch is a permutation of the rows. It is a function of
     (seed, n) alone, and its view of (seed, row, view). With train=False clips[n] is row n as it is scored.
+
+    In training a row whose video cannot be read hands its place to another, drawn by (seed, n) too, so that all other
+    samples are what they would be; it is listed in the sample's `lost`.
     """
 
-    def __init__(self, rows: list[Row], cfg: DataConfig, seed: int = 0, train: bool = True,
-                 cache_folder: str | None = None):
-        self.rows, self.cfg, self.seed, self.train = rows, cfg, seed, train
+    def __init__(self, rows: Sequence[Row], cfg: DataConfig, seed: int = 0, train: bool = True,
+                 cache_folder: str | None = None, first: int = 0):
+        """first: the number of the first row among those of the run, where there are other Clips beside these."""
+        self.rows, self.cfg, self.seed, self.train, self.first = rows, cfg, seed, train, first
         self.cache = decode_cache(rows, cfg, cache_folder or os.path.dirname(cfg.train) or ".") if cfg.cache else None
         self.epoch, self.order = -1, None
 
     def __len__(self):
         return len(self.rows)
+
+    def row(self, clip: int) -> Row:
+        """Of a clip's number, as samples have it."""
+        return self.rows[clip - self.first]
 
     def __getitem__(self, n: int) -> Sample:
         if not self.train:
@@ -606,15 +768,29 @@ class Clips(torch.utils.data.Dataset):
             raise IndexError(f"sample {n} of a run")
         epoch, i = divmod(n, len(self.rows))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-        return self.view(int(self.order[i]), epoch % self.cfg.views if self.cfg.views else epoch)
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+            self.epoch, self.order = epoch, order.astype(np.int32)          # as every loader process has one
+        clip, lost = int(self.order[i]), []
+        others = np.random.default_rng((self.seed, n, self.first, 2))
+        while True:
+            try:
+                sample = self.view(clip, epoch % self.cfg.views if self.cfg.views else epoch)
+                return replace(sample, lost=lost)
+            except UnreadableError as error:
+                lost.append(error.about)
+                if len(lost) == 10:
+                    raise ValueError(f"{error} (and none of 9 others drawn before it could be read)") from None
+            clip = int(others.integers(len(self.rows)))
 
     def view(self, clip: int, view: int) -> Sample:
-        """View `view` of row `clip`, as it is trained on."""
+        """View `view` of row `clip`, as it is trained on. UnreadableError where its video cannot be read."""
         row = self.rows[clip]
-        rng = np.random.default_rng((self.seed, clip, view, 1))
+        rng = np.random.default_rng((self.seed, self.first + clip, view, 1))
         caption = row.captions[rng.integers(len(row.captions))]
-        frames = self.read(row, "random", rng)
+        try:
+            frames = self.read(row, "random", rng)
+        except (ValueError, OSError) as error:
+            raise UnreadableError(row, error) from None
         return self.sample(clip, view, train_view(frames, self.cfg.size, self.cfg.scale, self.cfg.flip, rng), caption)
 
     def read(self, row: Row, sample: str, rng) -> Tensor:
@@ -626,7 +802,35 @@ class Clips(torch.utils.data.Dataset):
 
     def sample(self, clip: int, view: int, video: Tensor, caption: str) -> Sample:
         row = self.rows[clip]
-        return Sample(video, caption, row.still or caption, row.media, clip, view, row.questions)
+        return Sample(video, caption, row.still or caption, row.media, self.first + clip, view, row.questions)
+
+
+class Mix(torch.utils.data.Dataset):
+    """
+    Clips of videos and of images as one. A batch is of one kind; an epoch has as many of each as its clips can fill, in
+    an order that is a function of (seed, epoch), so that mix[n] is one of (seed, n).
+    """
+
+    def __init__(self, videos: Clips, images: Clips, batch: int):
+        self.kinds, self.batch, self.seed = (videos, images), batch, videos.seed
+        self.share = [max(1, len(clips) // batch) for clips in self.kinds]  # batches an epoch
+        self.epoch, self.order = -1, None
+
+    def __len__(self):
+        return sum(map(len, self.kinds))
+
+    def row(self, clip: int) -> Row:
+        return self.kinds[clip >= self.kinds[1].first].row(clip)
+
+    def __getitem__(self, n: int) -> Sample:
+        batch, i = divmod(n, self.batch)
+        epoch, at = divmod(batch, sum(self.share))
+        if epoch != self.epoch:
+            kinds = np.repeat((0, 1), self.share)
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch, 3)).permutation(kinds)
+        kind = int(self.order[at])
+        before = epoch * self.share[kind] + int((self.order[:at] == kind).sum())
+        return self.kinds[kind][before * self.batch + i]
 
 
 @dataclass
@@ -643,6 +847,7 @@ class Batch:
     answers: Tensor | None = None                  # (A, L') int64
     asked: Tensor | None = None                    # (A,) int64, the question that answer a belongs to
     weight: Tensor | None = None                   # (A,) fp32
+    lost: list[dict] = field(default_factory=list)     # of its samples
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -658,7 +863,7 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int,
         video=torch.stack([s.video for s in samples]),
         ids=torch.empty(0), captions=captions, stills=[s.still for s in samples],
         media=torch.tensor([s.media for s in samples]), clip=torch.tensor([s.clip for s in samples]),
-        view=torch.tensor([s.view for s in samples]), seed=seed,
+        view=torch.tensor([s.view for s in samples]), seed=seed, lost=[about for s in samples for about in s.lost],
     )
     if not answer_length:
         return replace(batch, ids=encode(tokenizer, captions, length, sep))

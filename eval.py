@@ -577,7 +577,7 @@ def main(cfg: Config) -> dict:
         every = len({row.video for row in (*rows, *(absent or []))})
         notes.append(f"SCORED WITHOUT {len(lost)} OF {every} VIDEOS, which could not be read, the first: "
                      f"{next(iter(lost.values()))}")
-    number, what = len(data.read_list(annotations)), "rows"
+    number, what = sum(1 for _ in data.list_entries(annotations)), "rows"
     if task.kind == "caption":
         number, what = len(rows) + len(absent or ()), "videos"
     if split == "test" and task.tested and number != task.tested:

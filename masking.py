@@ -34,6 +34,7 @@ class MaskConfig:
     """Which tokens the student sees."""
     name: str = "cluster_stm"     # a row of masking.MASKS
     ratio: float = 0.9            # share of each frame's tokens that is hidden (r)
+    image_ratio: float = 0.5      # the same of images, where the data has corpora of them (UMT's share)
     quantile: float = 0.02        # cluster_stm: d_c of the clusters, as a quantile of the frame's distances
     quantile_time: float = 0.1    # cluster_stm: d_c of the temporal density, as a quantile across frames
     density: str = "exp"          # cluster_stm: kernel of the clusters' density, exp or gauss
@@ -44,6 +45,7 @@ class MaskConfig:
         if self.name not in MASKS:
             raise ValueError(f"there is no mask {self.name!r}; there are {', '.join(MASKS)}")
         keep_count(1, self.ratio)
+        keep_count(1, self.image_ratio)
         for name, value in (("quantile", self.quantile), ("quantile_time", self.quantile_time)):
             if not 0 < value <= 1:
                 raise ValueError(f"mask.{name} is in (0, 1], got {value}")

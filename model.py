@@ -47,6 +47,7 @@ class ModelConfig:
     decoder_heads: int = 8       # decoder: attention heads
     decoder_share: float = 0.25  # cross: share of the masked tokens that is predicted, drawn anew each step
     target: int = 0              # width of the teacher's joint space (E); 0: as the teacher has
+    umt_vtc: bool = False        # VTC's gradient to the encoders divided by the number of ranks, as UMT's gather does
     relevance: str = "batch"     # MRM: relevance to the texts of the batch, to the clip's own, or none (regression)
 
     def __post_init__(self):
@@ -550,11 +551,11 @@ def hard_negatives(similarity: Tensor, media: Tensor, generator: torch.Generator
 
 @dataclass
 class Whole:
-    """What a micro-batch must know of the batch it is part of. The batch is `parts` micro-batches, over all ranks."""
+    """What a micro-batch must know of the batch it is part of."""
     gram: Tensor | None         # G (E, E), mean over the batch's texts of s s^T
     variance: Tensor | None     # v, the spread of the relevance targets
     words: Tensor               # masked words a micro-batch, on average
-    parts: int
+    scale: float                # of VTC's gradient: the parts' gradients are averaged, and it is a sum over them
     index: int                  # this micro-batch among them
     others: tuple | None = None     # video (parts, B, E), text (parts, B, E), media (parts, B), if already known
 
@@ -666,7 +667,8 @@ class ClusterSTM(nn.Module):
                 _, video, _, text, _ = self.encode(b, g)
                 features.append((video, text, b.media))
             others = tuple(gather(torch.stack(x)).flatten(0, 1) for x in zip(*features, strict=True))
-        return [Whole(gram, variance, words, parts, rank * len(batches) + i, others) for i in range(len(batches))]
+        scale = len(batches) if self.cfg.umt_vtc else parts
+        return [Whole(gram, variance, words, scale, rank * len(batches) + i, others) for i in range(len(batches))]
 
     def forward(self, batch, guide: Guide | None, whole: Whole | None = None) -> dict[str, Tensor]:
         """
@@ -691,11 +693,10 @@ class ClusterSTM(nn.Module):
             with torch.autocast(tokens.device.type, enabled=False):
                 losses["mrm"] = self.relevance(guide, whole.gram)(q - p).mean() / whole.variance.clamp_min(1e-8)
 
-        # The features of the other micro-batches are constants; own ones carry the gradient, once for each part,
-        # because the parts' losses are averaged.
+        # The features of the other micro-batches are constants, own ones carry the gradient: summed over the parts.
         others = whole.others or (gather(video), gather(text), gather(batch.media))
         i = whole.index
-        every = [torch.cat([x[:i], scale_gradient(own, whole.parts)[None], x[i + 1:]]).flatten(0, 1)
+        every = [torch.cat([x[:i], scale_gradient(own, whole.scale)[None], x[i + 1:]]).flatten(0, 1)
                  for x, own in zip(others, (video, text), strict=False)]
         losses["vtc"] = vtc_loss(*every, others[2].flatten(), self.temp)
 

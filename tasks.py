@@ -202,7 +202,8 @@ def read_rows(task: Task, path: str, root: str, train: bool, absent: list | None
 
 
 def row(where: str, root: str, name: str, captions: list[str], **more) -> Row:
-    return Row(os.path.join(root, name), captions, None, media_id(name), where=where, **more)
+    video = os.path.join(root, name)
+    return Row(video, captions, None, media_id(video), where=where, **more)
 
 
 def one_file(entry: dict, where: str) -> str:
@@ -293,7 +294,7 @@ def by_clip(items: list[tuple], per_clip: int) -> list[tuple]:
 
 def read_answers(path: str) -> list[str]:
     """The answers that are ranked: a JSON list of texts, no two alike."""
-    answers = data.read_list(path)
+    answers = list(data.list_entries(path))
     for i, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"{path}, row {i}: wanted an answer, got {answer!r}")

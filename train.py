@@ -7,10 +7,10 @@ Train ClusterSTM.
     python train.py --stage finetune --task sprites-qa --student out/sprites         # a row of tasks.TASKS
     python train.py base --help
 
-A run passes through the stages of STAGES, each the same loop: a small SigLIP as teacher and the words of the text
+A run passes through the stages of runs.STAGES, each the same loop: a small SigLIP as teacher and the words of the text
 encoder, where no weights are given for them; masked pretraining; then a short stage on all tokens. It writes out/NAME:
 config.json, log.jsonl, model.safetensors and tokenizer.json, from which eval.py needs only the path; masked/, the model
-before the unmasked stage; state.pt, from which --resume goes on.
+before the unmasked stage; state/, from which --resume goes on, and torchrun --max-restarts by itself (runs.py).
 
 Fine-tuning takes its settings from the task's row and the student's folder; flags change them. It is scored on the
 validation split after each epoch, where there is one, the best epoch is kept, and that is scored on the test split.
@@ -22,12 +22,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from typing import Literal
 
@@ -42,9 +42,24 @@ from tqdm import tqdm
 
 import data
 import eval as scoring
-from data import Batch, Clips, DataConfig
+from data import Batch, Clips, DataConfig, Mix, UnreadableError
 from masking import MaskConfig, keep_count
 from model import Bert, ClusterSTM, ModelConfig, VideoToText, bert_config, corrupt, save_weights, stream
+from runs import (
+    STAGES,
+    BadMedia,
+    Run,
+    Word,
+    explain,
+    finished,
+    forget_rows,
+    keep_as_begun,
+    load_state,
+    open_run,
+    same_config,
+    save_state,
+    states,
+)
 from sprites import write_sprites
 from tasks import data_root, find_file, find_task, read_answers, read_rows, split_files
 from teacher import (
@@ -60,8 +75,6 @@ from teacher import (
     load_weights,
     read_folder,
 )
-
-STAGES = ("teacher", "text", "pretrain", "unmasked", "finetune")
 
 
 @dataclass
@@ -112,8 +125,10 @@ class Config:
     vtm: float = 1.0              # weight of video-text matching
     mlm: float = 1.0              # weight of masked language modelling
     pool: Literal["map", "mean"] = "map"    # how the teacher pools a token's neighbourhood
+    skip_nonfinite: int = 0       # steps of a stage that may be left out because loss or gradient is not finite
     log_every: int = 10           # steps between two rows of log.jsonl
-    save_every: int = 500         # steps between two writes of state.pt
+    save_every: int = 500         # steps between two states
+    keep: int = 2                 # newest states that are kept
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -128,9 +143,10 @@ class Config:
                              f"stage is {self.stage!r}")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
-        if min(self.batch, self.steps, self.log_every, self.save_every) < 1 or self.unmasked_steps < 0:
+        if min(self.batch, self.steps, self.log_every, self.save_every, self.keep) < 1 or self.unmasked_steps < 0:
             raise ValueError(f"batch {self.batch}, steps {self.steps}, log_every {self.log_every}, save_every "
-                             f"{self.save_every} want to be positive, unmasked_steps {self.unmasked_steps} at least 0")
+                             f"{self.save_every}, keep {self.keep} want to be positive, unmasked_steps "
+                             f"{self.unmasked_steps} at least 0")
 
 
 PRESETS = {
@@ -167,21 +183,6 @@ PRESETS = {
 
 # The loop
 
-@dataclass
-class Run:
-    """Where a stage runs: its place among the processes, its device and its folder."""
-    cfg: Config
-    folder: str
-    device: torch.device
-    rank: int
-    world: int
-
-    def wait(self):
-        """For all ranks."""
-        if self.world > 1:
-            dist.barrier()
-
-
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     """Linear from 1 % of the peak over the warmup, then a cosine back to 1 %."""
     up = warmup * steps
@@ -197,25 +198,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
+def batch_sizes(cfg: Config) -> dict[str, int]:
+    """Clips a step, by stage."""
+    if cfg.stage == "finetune":
+        return {"finetune": cfg.batch}
+    small = {"teacher": cfg.small.batch} if not cfg.teacher else {}
+    small |= {"text": cfg.small.text_batch} if not cfg.text else {}
+    return {"pretrain": cfg.batch, "unmasked": cfg.unmasked_batch or cfg.batch} | small
+
+
 def micro_sizes(cfg: Config, world: int) -> dict[str, int]:
     """Clips a rank holds at once, by stage, which must divide the stage's batch evenly over the ranks."""
-    batches = {"pretrain": cfg.batch, "unmasked": cfg.unmasked_batch or cfg.batch}
-    if not cfg.teacher:
-        batches["teacher"] = cfg.small.batch
-    if not cfg.text:
-        batches["text"] = cfg.small.text_batch
-    if cfg.stage == "finetune":
-        batches = {"finetune": cfg.batch}
-    micro = {stage: cfg.micro_batch if stage in ("pretrain", "unmasked", "finetune") else 0 for stage in batches}
-    for stage, batch in batches.items():
-        micro[stage] = micro[stage] or max(1, batch // world)
+    micro = {}
+    for stage, batch in batch_sizes(cfg).items():
+        micro[stage] = cfg.micro_batch * (stage not in ("teacher", "text")) or max(1, batch // world)
         if batch % (world * micro[stage]):
             raise ValueError(f"{stage}: a batch of {batch} does not divide into micro-batches of {micro[stage]} "
                              f"on {world} ranks")
     return micro
 
 
-def micro_batches(run: Run, clips: Clips, tokenizer, stage: str, batch: int, micro: int, step: int, steps: int):
+def micro_batches(run: Run, clips: Clips | Mix, tokenizer, stage: str, batch: int, micro: int, step: int, steps: int):
     """From `step` on, this rank's micro-batches of each step. Sample n of a run is a function of (seed, n) alone."""
     cfg = run.cfg
     parts = batch // micro
@@ -223,8 +226,9 @@ def micro_batches(run: Run, clips: Clips, tokenizer, stage: str, batch: int, mic
     order = [range(s * batch + i * micro, s * batch + (i + 1) * micro) for s in range(step, steps) for i in mine]
     loader = iter(DataLoader(
         clips, batch_sampler=order, num_workers=cfg.data.workers, pin_memory=run.device.type == "cuda",
-        collate_fn=partial(data.collate, tokenizer=tokenizer, length=cfg.model.text_length, seed=0,
-                           sep=cfg.model.sep, answer_length=find_task(cfg.task).answer_length if cfg.task else 0),
+        worker_init_fn=quiet_worker, collate_fn=partial(
+            data.collate, tokenizer=tokenizer, length=cfg.model.text_length, seed=0, sep=cfg.model.sep,
+            answer_length=find_task(cfg.task).answer_length if cfg.task else 0),
     ))
     for s in range(step, steps):
         group = []
@@ -235,16 +239,24 @@ def micro_batches(run: Run, clips: Clips, tokenizer, stage: str, batch: int, mic
         yield group
 
 
-def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: int, micro: int, steps: int, lr: float,
-        calls, after: dict | None = None) -> nn.Module:
+def quiet_worker(_):
+    """A SIGTERM to all processes is the training's to answer: it still needs its loaders, and ends them itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+ENOUGH = 1000       # samples, before their share of unreadable ones says something
+
+
+def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, batch: int, steps: int, lr: float, calls,
+        after: dict | None = None) -> nn.Module:
     """
     One stage: `steps` steps of `model`. `calls` turns a step's micro-batches into the arguments of the model's calls;
     `after`, step -> function, what is done after some of them.
 
-    state.pt in the run's folder is where --resume goes on; log.jsonl gets the losses, averaged over micro-batches and
-    ranks.
+    state/ in the run's folder is where --resume goes on; log.jsonl gets the losses, averaged over micro-batches and
+    ranks; bad_media.jsonl what could not be read.
     """
-    cfg = run.cfg
+    cfg, micro = run.cfg, run.micro[stage]
     os.makedirs(run.folder, exist_ok=True)
     # Parameters that a stage has no use for get no gradient, and DDP must not wait for one.
     N = (cfg.data.size // cfg.model.patch) ** 2
@@ -255,8 +267,9 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
         p.requires_grad_(not any(re.search(pattern, name) for pattern in idle))
     used = [p for p in model.parameters() if p.requires_grad]
     betas = (0.9, 0.95 if stage == "teacher" else 0.999)        # SigLIP's and UMT's
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr, betas)
-    step = load_state(run, stage, model, optimizer)
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr, betas, fused=True)
+    step, counts = load_state(run, stage, model, optimizer)
+    counts = {"skipped": 0, "unreadable": 0} | counts
     log = os.path.join(run.folder, "log.jsonl")
     if run.rank == 0:
         forget_rows(log, stage, step)
@@ -265,15 +278,49 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
 
     weight = {"mrm": cfg.mrm, "vtc": cfg.vtc, "vtm": cfg.vtm, "mlm": cfg.mlm if stage != "text" else 1.0}
     autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda")
+    save = lambda step: run.rank == 0 and save_state(run, stage, step, model, optimizer, counts)
     loader = micro_batches(run, clips, tokenizer, stage, batch, micro, step, steps)
     bar = tqdm(total=steps, initial=step, desc=f"{cfg.name} {stage}", disable=run.rank > 0, mininterval=1)
+    bad = BadMedia(run.folder)
     after = after or {}
     after.get(step, lambda: None)()         # the run may have been stopped in the middle of it
     waited, clock, since = 0.0, time.perf_counter(), step
+    last = None                             # a step, and the device's word on it, which the host has not read yet
+
+    def settle(taken: int, word: Word, losses: dict, norm: torch.Tensor, batches: list[Batch]):
+        """All ranks read the same word of a step, before the weights change again, and do the same."""
+        skipped, stopped, lost = word.read()
+        if skipped:
+            said = describe(run, f"{stage} step {taken}", losses, norm, batches, clips)
+            if counts["skipped"] == cfg.skip_nonfinite:
+                save(taken)                 # with the weights as they were: --resume begins with this step
+                raise ValueError(said)
+            counts["skipped"] += 1
+            if run.rank == 0:
+                tqdm.write(said)
+        counts["unreadable"] += int(lost)
+        seen = (taken + 1) * batch
+        asked = seen + counts["unreadable"]
+        if counts["unreadable"] > cfg.data.max_bad * asked and (seen >= ENOUGH or taken + 1 == steps):
+            save(taken + 1)
+            raise ValueError(f"{counts['unreadable']} of {asked} videos asked for could not be read, more than "
+                             f"data.max_bad, {cfg.data.max_bad:g}: {bad.path} names them")
+        if stopped:
+            save(taken + 1)
+            if run.rank == 0:
+                bar.close()
+                print(f"{run.folder}: stopped after step {taken + 1} of {stage}; --resume goes on", flush=True)
+            run.wait()
+            sys.exit(0)
+
+    run.stop.later = True
     while step < steps:
+        run.at.update(folder=run.folder, step=f"{stage} step {step}")
         t = time.perf_counter()
         batches = next(loader)
         waited += time.perf_counter() - t
+        lost = [about for b in batches for about in b.lost]
+        bad.add(lost)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, cfg.warmup, lr)
 
@@ -291,19 +338,28 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
             for name, value in losses.items():
                 mean[name] = mean.get(name, 0) + value.detach() / len(batches)
 
-        # Update. A step that is not finite stops the run before it reaches the weights.
+        # A step that is not finite is left out by the device. The host need not wait for that: it reads the word of the
+        # step before.
+        values = torch.stack([*mean.values()]).float()
         norm = torch.nn.utils.clip_grad_norm_(used, cfg.clip_grad or math.inf)
-        if not norm.isfinite():
-            losses = ", ".join(f"{name} {value.item():g}" for name, value in mean.items())
-            clip_ids = [b.clip.tolist() for b in batches]
-            raise ValueError(f"{stage} step {step} not taken: gradient norm {norm.item()}, {losses}; clips {clip_ids}")
+        finite = values.isfinite().all() & norm.isfinite()
+        word = torch.stack([(~finite).float(), norm.new_full((), run.stop.asked), norm.new_full((), len(lost))])
+        if run.world > 1:
+            dist.all_reduce(word)
+        if last:
+            settle(*last)
+        optimizer.found_inf = (word[0] > 0).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        last = step, Word(word), mean, norm, batches
         step += 1
 
         bar.update()
+        saving = step % cfg.save_every == 0 or step == steps or step in after
+        if saving or step % cfg.log_every == 0:
+            settle(*last)
+            last = None
         if step % cfg.log_every == 0 or step == steps:
-            values = torch.stack([*mean.values()]).float()
             if run.world > 1:
                 dist.all_reduce(values)
                 values /= run.world
@@ -311,80 +367,41 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips, tokenizer, batch: 
             row = {"stage": stage, "step": step, **dict(zip(mean, values.tolist(), strict=True)),
                    "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
                    "clips/s": (step - since) * batch / seconds, "wait": waited / seconds}
+            row |= {name: count for name, count in counts.items() if count}
             if run.rank == 0:
                 with open(log, "a") as f:
-                    f.write(json.dumps(row) + "\n")
-            bar.set_postfix({k: f"{row[k]:.3g}" for k in (*mean, "clips/s", "wait")}, refresh=False)
+                    f.write(json.dumps({k: v if isinstance(v, str) or math.isfinite(v) else None
+                                        for k, v in row.items()}) + "\n")
+            shown = (*mean, "clips/s", "wait", *counts)
+            bar.set_postfix({k: f"{row[k]:.3g}" for k in shown if k in row}, refresh=False)
             waited, clock, since = 0.0, time.perf_counter(), step
         t = time.perf_counter()
-        if run.rank == 0 and (step % cfg.save_every == 0 or step == steps or step in after):
-            save_state(run, stage, step, model, optimizer)
+        if saving:
+            save(step)
         if step in after:
+            run.stop.later = False
             after[step]()
+            run.stop.later = True
         clock += time.perf_counter() - t            # the rate is that of training
+    run.stop.later = False
     bar.close()
     run.wait()
     return model.requires_grad_(True).eval()
 
 
-# What --resume needs
-
-# Settings that may change when a run is resumed.
-FREE = ("resume", "stage", "device", "log_every", "save_every", "data.workers", "data.cache")
-# Settings that main fills in as the stages go by: where they were still empty they do not differ.
-FILLED = ("teacher", "model.target")
-
-
-def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer):
-    """state.pt, whole or not at all."""
-    path = os.path.join(run.folder, "state.pt")
-    torch.save({"stage": stage, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "config": asdict(run.cfg)}, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def load_state(run: Run, stage: str, model: nn.Module, optimizer) -> int:
-    """The step to go on from, model and optimizer restored; 0 where the folder's state is of another stage, or none."""
-    path = os.path.join(run.folder, "state.pt")
-    if not (run.cfg.resume and os.path.isfile(path)):
-        return 0
-    state = torch.load(path, map_location=run.device, weights_only=True)
-    same_config(state["config"], asdict(run.cfg), path)
-    if state["stage"] != stage:
-        return 0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def forget_rows(log: str, stage: str, step: int):
-    """Drops the log's rows of steps that will be taken again: those past `step`, and those of later stages."""
-    if os.path.isfile(log):
-        with open(log) as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]      # the last may have been cut
-        kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step)]
-        data.write_atomically(log, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def same_config(then: dict, now: dict, path: str, prefix: str = ""):
-    """A run goes on as it began: ValueError at the first setting that differs."""
-    for key, value in now.items():
-        if prefix + key in FREE or prefix + key in FILLED and not then[key]:
-            continue
-        if isinstance(value, dict):
-            same_config(then[key], value, path, f"{prefix}{key}.")
-        elif then.get(key) != value:
-            raise ValueError(f"{path} is of a run with {prefix}{key} = {then.get(key)!r}, asked for is {value!r}")
-
-
-def finished(folder: str, cfg: Config) -> bool:
-    """Whether a stage has left its weights in the folder; if so they must be of this configuration."""
-    if not os.path.isfile(os.path.join(folder, "model.safetensors")):
-        return False
-    path = os.path.join(folder, "state.pt")
-    if os.path.isfile(path):
-        same_config(torch.load(path, weights_only=True)["config"], asdict(cfg), path)
-    return True
+def describe(run: Run, at: str, losses: dict, norm: torch.Tensor, batches: list[Batch], clips) -> str:
+    """What there is to say of a step that is not finite, of all ranks; nonfinite.json gets its samples too."""
+    mine = {"losses": {name: value.item() for name, value in losses.items()},
+            "clips": [b.clip.tolist() for b in batches], "captions": [b.captions for b in batches]}
+    ranks = run.every(mine)
+    for told in ranks:
+        told["videos"] = [[clips.row(clip).video for clip in some] for some in told["clips"]]
+    if run.rank == 0:
+        data.write_atomically(os.path.join(run.folder, "nonfinite.json"), json.dumps(
+            {"step": at, "grad_norm": norm.item(), "ranks": ranks}, indent=1))
+    mean = {name: sum(told["losses"][name] for told in ranks) / len(ranks) for name in losses}
+    return (f"{at} not taken: gradient norm {norm.item()}, " + ", ".join(f"{k} {v:g}" for k, v in mean.items())
+            + f"; clips {[some for told in ranks for some in told['clips']]}")
 
 
 # The teacher's word
@@ -400,7 +417,7 @@ class Guides:
         cfg = run.cfg
         self.run, self.teacher, self.folder = run, teacher, os.path.join(run.folder, "guide")
         self.views = cfg.data.views
-        again = self.views and cfg.steps * cfg.batch >= 2 * self.views * len(clips)
+        again = self.views and cfg.steps * cfg.batch >= 2 * self.views * len(clips) and isinstance(clips, Clips)
         self.stored = again and (not cfg.mask.drawn or cfg.mask.blind)
         if self.stored:
             self.store(clips, tokenizer)
@@ -413,7 +430,9 @@ class Guides:
         # On a GPU a NaN shows in the loss: the mask does not wait for the device to look for one.
         check = batch.video.device.type != "cuda"
         grid = (cfg.data.size // cfg.model.patch,) * 2          # the student's: a teacher token for each of its patches
-        return guide(self.teacher, batch, cfg.mask, cfg.mask.ratio, cfg.pool, check, grid)
+        image = cfg.data.images and batch.video.shape[1] == 1
+        return guide(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio, cfg.pool, check,
+                     grid)
 
     def stored_guide(self, batch: Batch) -> Guide:
         row = (batch.clip * self.views + batch.view).cpu().numpy()
@@ -427,7 +446,8 @@ class Guides:
         """The teacher is asked about each view of each clip in turn, in chunks that the ranks share out."""
         run, cfg = self.run, self.run.cfg
         total = len(clips) * self.views
-        first = self.ask(self.chunk(clips, tokenizer, range(1)))
+        some = (self.chunk(clips, tokenizer, range(row, row + 1))[1] for row in range(total))
+        first = self.ask(next(batch for batch in some if batch))
         # Coordinates of unit vectors: fp16 is off by 5e-4 of each at most, of which nothing is seen in a squared error.
         parts = (("aligned", first.aligned, np.float16), ("text", first.text, np.float32),
                  ("keep", first.keep, np.int32))
@@ -446,19 +466,28 @@ class Guides:
         if not os.path.isfile(done):
             starts = range(0, total, chunk)[run.rank::run.world]
             for start in tqdm(starts, f"{cfg.name} guide", unit_scale=chunk, disable=run.rank > 0, mininterval=1):
-                rows = range(start, min(start + chunk, total))
-                told = self.ask(self.chunk(clips, tokenizer, rows))
-                for array, x in zip(self.arrays, (told.aligned, told.text, told.keep), strict=True):
-                    array[rows.start:rows.stop] = x.cpu().float().numpy()
+                rows, batch = self.chunk(clips, tokenizer, range(start, min(start + chunk, total)))
+                if batch:
+                    told = self.ask(batch)
+                    for array, x in zip(self.arrays, (told.aligned, told.text, told.keep), strict=True):
+                        array[rows] = x.cpu().float().numpy()
             run.wait()
             if run.rank == 0:
                 data.write_atomically(done, json.dumps(asdict(cfg)))
         run.wait()
 
-    def chunk(self, clips: Clips, tokenizer, rows: range) -> Batch:
-        samples = [clips.view(row // self.views, row % self.views) for row in rows]
-        cfg = self.run.cfg.model
-        return data.collate(samples, tokenizer, cfg.text_length, seed=0, sep=cfg.sep).to(self.run.device)
+    def chunk(self, clips: Clips, tokenizer, rows: range) -> tuple[list[int], Batch | None]:
+        """Those of the rows whose video can be read, the others being shown to nobody, and a batch of them."""
+        there, samples, cfg = [], [], self.run.cfg.model
+        for row in rows:
+            try:
+                samples.append(clips.view(row // self.views, row % self.views))
+                there.append(row)
+            except UnreadableError:
+                continue
+        if not there:
+            return there, None
+        return there, data.collate(samples, tokenizer, cfg.text_length, seed=0, sep=cfg.sep).to(self.run.device)
 
     def forget(self):
         """The stored words, once nobody needs them."""
@@ -497,7 +526,7 @@ def single_frames(teacher: SigLIP, batches: list[Batch], still: float) -> list[t
     return calls
 
 
-def find_tokenizer(run: Run, rows: list, text: str):
+def find_tokenizer(run: Run, captions, text: str):
     """The one given, or that of the text encoder's folder, or the data's; else one is trained on the captions."""
     cfg = run.cfg
     own = os.path.join("out", cfg.name, "tokenizer.json")
@@ -505,56 +534,83 @@ def find_tokenizer(run: Run, rows: list, text: str):
              for name in ("tokenizer.json", "vocab.txt")]
     path = cfg.tokenizer or next((p for p in files if os.path.isfile(p)), own)
     if path == own and run.rank == 0 and not os.path.isfile(own):
-        os.makedirs(os.path.dirname(own), exist_ok=True)
-        data.train_tokenizer([caption for row in rows for caption in row.captions], own)
+        data.train_tokenizer(captions, own)
     run.wait()
     return data.load_tokenizer(path)
 
 
 def start(cfg: Config) -> Run:
     """Processes, device, folder."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, and this machine or this build of torch has no CUDA GPU")
     cuda = cfg.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    micro_sizes(cfg, world)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))      # rank 0 decodes alone
     if cuda:
         torch.cuda.set_device(device)
+    micro = micro_sizes(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     out = os.path.join("out", cfg.name)
     folders = [f"{out}/teacher", f"{out}/text", out] if cfg.stage == "all" else [f"{out}/{cfg.stage}"]
     folders = [out] if cfg.stage == "finetune" else folders
-    held = [f for folder in folders for f in (f"{folder}/state.pt", f"{folder}/model.safetensors") if os.path.isfile(f)]
-    if held and not cfg.resume:
-        raise ValueError(f"{held[0]} is of an earlier run: --resume goes on with it, another --name starts anew")
-    return Run(cfg, out, device, rank, world)
+    held = lambda: next((path for folder in folders for path in (*states(folder), f"{folder}/model.safetensors")
+                         if os.path.isfile(path)), "")
+    run = open_run(cfg, out, device, held)
+    # Random draws go by micro-batches: a run that goes on on other ranks keeps theirs.
+    begun = keep_as_begun(run, "micro_batch", micro)
+    run.micro = {stage: begun.get(stage, size) for stage, size in micro.items()}
+    for stage, batch in batch_sizes(cfg).items():
+        if batch % (run.world * run.micro[stage]):
+            raise ValueError(f"{stage}: the run began with micro-batches of {run.micro[stage]}, into which a batch of "
+                             f"{batch} does not divide on {run.world} ranks")
+    return run
 
 
 def main(cfg: Config) -> nn.Module:
     """Train what `cfg` says; returns the model of the last stage."""
-    if cfg.stage == "finetune":
-        return finetune(cfg)
-    cfg = replace(cfg, name=cfg.name or os.path.splitext(os.path.basename(cfg.data.train))[0].removesuffix("_train"),
-                  model=replace(cfg.model))         # its widths are filled in below
-    run = start(cfg)
-    out, device, rank, world = run.folder, run.device, run.rank, run.world
-    cuda, micro = device.type == "cuda", micro_sizes(cfg, world)
+    name = cfg.name or os.path.splitext(os.path.basename(cfg.data.train))[0].removesuffix("_train")
+    run = start(replace(cfg, name=name, data=replace(cfg.data), model=replace(cfg.model)))     # filled in on the way
+    try:
+        model = (finetune if cfg.stage == "finetune" else pretrain)(run)
+    except RuntimeError as error:
+        raise explain(error, run) from error
+    finally:
+        run.end()
+    if run.world > 1:
+        dist.destroy_process_group()
+    return model
 
-    # Data. Rank 0 writes what is missing and decodes; the others then open what it wrote.
-    if rank == 0 and cfg.data.train == DataConfig.train and not os.path.exists(cfg.data.train):
-        write_sprites(os.path.dirname(cfg.data.train))
-    run.wait()
-    rows = data.read_annotations(cfg.data.train, cfg.data.root)
-    text = find_folder(cfg.text, "a BERT") if cfg.text else ""
-    student = find_folder(cfg.student, "a student") if cfg.student else ""
-    tokenizer = find_tokenizer(run, rows, text)
-    if rank > 0:
-        run.wait()
-    clips = Clips(rows, cfg.data, cfg.seed)
-    if rank == 0:
-        run.wait()
+
+def read_clips(run: Run) -> tuple[Clips, Clips | None]:
+    """The clips of videos, and of images; rank 0 reads the annotations and decodes, the others open what it wrote."""
+    cfg, first, clips = run.cfg.data, 0, []
+    kinds = cfg.corpora(), cfg.corpora(images=True)
+    rows = [run.first(lambda some=some: data.write_rows(some, "out")) for some in kinds if some]
+    digests = [some.digest for some in rows]
+    if digests != keep_as_begun(run, "annotations", digests):
+        raise ValueError(f"{run.folder}/run.json: the annotations are others than those that the run began with")
+    for some, view in zip(rows, (cfg, replace(cfg, frames=1, seconds=0)), strict=False):
+        clips.append(run.first(lambda r=some, v=view, f=first: Clips(r, v, run.cfg.seed, first=f)))
+        first += len(some)
+    return clips[0], clips[1] if cfg.images else None
+
+
+def pretrain(run: Run) -> nn.Module:
+    """The stages of STAGES but fine-tuning, as far as cfg.stage goes."""
+    cfg, out, device, rank = run.cfg, run.folder, run.device, run.rank
+    cuda = device.type == "cuda"
+
+    # Data. Rank 0 writes what is missing.
+    given = ((cfg.teacher, "a SigLIP"), (cfg.text, "a BERT"), (cfg.student, "a student"))
+    _, text, student = (find_folder(folder, what) if folder else "" for folder, what in given)
+    if cfg.data.train == DataConfig.train:
+        run.first(lambda: os.path.exists(cfg.data.train) or write_sprites(os.path.dirname(cfg.data.train)))
+    videos, images = read_clips(run)
+    N = (cfg.data.size // cfg.model.patch) ** 2
+    if images and (keep_count(N, cfg.mask.ratio) == N) != (keep_count(N, cfg.mask.image_ratio) == N):
+        raise ValueError(f"mask.ratio {cfg.mask.ratio} and mask.image_ratio {cfg.mask.image_ratio}: of {N} tokens both "
+                         "hide some, or neither")
+    clips = lambda batch: Mix(videos, images, batch) if images else videos
+    captions = (caption for kind in (videos, images) if kind for row in kind.rows for caption in row.captions)
+    tokenizer = find_tokenizer(run, captions, text)
 
     # The teacher and the text encoder: given, or small ones trained here.
     cfg.model.vocab = cfg.model.vocab or tokenizer.get_vocab_size()
@@ -563,10 +619,10 @@ def main(cfg: Config) -> nn.Module:
     if cfg.stage != "text":
         if not cfg.teacher and not finished(folder, cfg):
             if rank == 0 and cfg.data.train != DataConfig.train:
-                print(f"No --teacher was given: a small SigLIP is trained on these {len(rows)} clips first. That shows "
-                      "that all works; for results give it a real checkpoint.", flush=True)
+                print(f"No --teacher was given: a small SigLIP is trained on these {len(videos)} clips first. That "
+                      "shows that all works; for results give it a real checkpoint.", flush=True)
             teacher = small_teacher(cfg, tokenizer).to(device)
-            fit(replace(run, folder=folder), "teacher", teacher, clips, tokenizer, cfg.small.batch, micro["teacher"],
+            fit(replace(run, folder=folder), "teacher", teacher, clips(cfg.small.batch), tokenizer, cfg.small.batch,
                 cfg.small.steps, cfg.small.lr, lambda batches: single_frames(teacher, batches, cfg.small.still))
             if rank == 0:
                 teacher.save(folder)
@@ -580,7 +636,7 @@ def main(cfg: Config) -> nn.Module:
     if not cfg.text and not finished(folder, cfg):
         torch.manual_seed(cfg.seed)
         bert = Bert(bert_config(cfg.model)).to(device)
-        fit(replace(run, folder=folder), "text", bert, clips, tokenizer, cfg.small.text_batch, micro["text"],
+        fit(replace(run, folder=folder), "text", bert, clips(cfg.small.text_batch), tokenizer, cfg.small.text_batch,
             cfg.small.text_steps, cfg.small.text_lr,
             lambda batches: [corrupt(b.ids, cfg.model.vocab, cfg.model.mask_id, stream(b, 0)) for b in batches])
         if rank == 0:
@@ -603,20 +659,18 @@ def main(cfg: Config) -> nn.Module:
     if cfg.resume and finished(masked, cfg):
         load_weights(model, read_folder(masked, "a trained model")[1], masked)
     else:
-        guides = Guides(run, teacher, clips, tokenizer)
-        fit(run, "pretrain", model, clips, tokenizer, cfg.batch, micro["pretrain"], cfg.steps, cfg.lr,
+        guides = Guides(run, teacher, clips(cfg.batch), tokenizer)
+        fit(run, "pretrain", model, clips(cfg.batch), tokenizer, cfg.batch, cfg.steps, cfg.lr,
             lambda batches: with_whole(model, batches, guides(batches)))
         guides.forget()
         save_model(run, model, tokenizer, masked)
     if cfg.unmasked_steps:
-        fit(run, "unmasked", model, clips, tokenizer, cfg.unmasked_batch or cfg.batch, micro["unmasked"],
-            cfg.unmasked_steps, cfg.lr * cfg.unmasked_lr,
+        batch = cfg.unmasked_batch or cfg.batch
+        fit(run, "unmasked", model, clips(batch), tokenizer, batch, cfg.unmasked_steps, cfg.lr * cfg.unmasked_lr,
             lambda batches: with_whole(model, batches, [None] * len(batches)))
     save_model(run, model, tokenizer, out)
     if rank == 0:
         print(f"{out}: trained. Next: python eval.py --checkpoint {out}", flush=True)
-    if world > 1:
-        dist.destroy_process_group()
     return model
 
 
@@ -644,28 +698,22 @@ def tuning(name: str, student: str) -> Config:
     )
 
 
-def finetune(cfg: Config) -> nn.Module:
+def finetune(run: Run) -> nn.Module:
     """Fine-tune for a task, choose an epoch, score it on the test split."""
+    cfg = run.cfg
     task = find_task(cfg.task)
     if not cfg.student:
         raise ValueError("--stage finetune wants --student, the folder of a pretrained model")
-    cfg = replace(cfg, data=replace(cfg.data), select=cfg.select or ("val" if task.val else "last"))
-    run = start(cfg)
-    if run.rank == 0 and task.root and not cfg.data_root and not os.path.exists(task.root):
-        write_sprites(task.root)
-    run.wait()
+    cfg.select = cfg.select or ("val" if task.val else "last")
+    if task.root and not cfg.data_root:
+        run.first(lambda: os.path.exists(task.root) or write_sprites(task.root))
     cfg.data.train, cfg.data.root = split_files(task, "train", cfg.data_root)
     rows = read_rows(task, cfg.data.train, cfg.data.root, train=True)
-    if run.rank > 0:
-        run.wait()
-    clips = Clips(rows, cfg.data, cfg.seed)
-    if run.rank == 0:
-        run.wait()
+    clips = run.first(lambda: Clips(rows, cfg.data, cfg.seed))
     if cfg.epochs:
         cfg.steps = max(1, round(cfg.epochs * len(clips) / cfg.batch))
     ends = {max(1, round(epoch * len(clips) / cfg.batch)): epoch for epoch in range(1, math.ceil(cfg.epochs) + 1)}
     ends = {step: epoch for step, epoch in ends.items() if step < cfg.steps} | {cfg.steps: math.ceil(cfg.epochs) or 1}
-    run = replace(run, cfg=cfg)
 
     folder = find_folder(cfg.student, "a student")
     tokenizer = data.load_tokenizer(folder)
@@ -687,8 +735,8 @@ def finetune(cfg: Config) -> nn.Module:
         return with_whole(model, batches, guides) if together else list(zip(batches, guides, strict=True))
 
     choice = Choice(run, tokenizer, ends, see)
-    fit(run, "finetune", model, clips, tokenizer, cfg.batch, micro_sizes(cfg, run.world)["finetune"], cfg.steps, cfg.lr,
-        calls, after={step: partial(choice, model, step) for step in ends})
+    fit(run, "finetune", model, clips, tokenizer, cfg.batch, cfg.steps, cfg.lr, calls,
+        after={step: partial(choice, model, step) for step in ends})
     if run.rank == 0:
         print(f"{run.folder}: fine-tuned. {choice.words()}", flush=True)
     run.wait()
@@ -700,8 +748,6 @@ def finetune(cfg: Config) -> nn.Module:
     else:
         scoring.main(scoring.Config(task=cfg.task, checkpoint=run.folder, data_root=cfg.data_root, device=cfg.device,
                                     mask=cfg.mask.name if cfg.masked else "", workers=cfg.data.workers))
-    if run.world > 1:
-        dist.destroy_process_group()
     return model
 
 

@@ -686,7 +686,7 @@ def test_whole_holds_the_mean_over_the_batch_of_what_it_says():
     away = aimed - aimed.mean(1, keepdim=True)
     variance = torch.einsum("bqe,ef,bqf->bq", away, gram, away).mean()
     for i, whole in enumerate(model.whole(*zip(*parts, strict=True))):
-        assert (whole.parts, whole.index, whole.words) == (2, i, words)
+        assert (whole.scale, whole.index, whole.words) == (2, i, words)
         torch.testing.assert_close(whole.gram.double(), gram, **FP32)
         torch.testing.assert_close(whole.variance.double(), variance, **FP32)
         video, text, media = whole.others

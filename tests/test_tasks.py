@@ -309,7 +309,7 @@ def test_captions_and_paragraphs(root):
     assert videos(rows) == ["v0.mp4", "v1.mp4", "sub/v3.mp4", "v2.mp4"]
     assert [r.captions for r in rows] == [["a dog", "its gone"], ["hes in out alone"], ["hes in out alone"], ["what"]]
     assert [r.where for r in rows] == [f"x.json, row {i}" for i in (0, 1, 1, 2)]
-    assert rows[0].media == data.media_id("v0.mp4") and len({r.media for r in rows}) == 4
+    assert rows[0].media == data.media_id(rows[0].video) and len({r.media for r in rows}) == 4
     rows = told(TASKS["msvd"], train=True)                                  # each of its captions is one to learn
     assert [(v, r.captions) for v, r in zip(videos(rows), rows, strict=True)] == [
         ("v0.mp4", ["a dog"]), ("v0.mp4", ["its gone"]), ("v1.mp4", ["hes in out alone"]),

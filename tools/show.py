@@ -2,12 +2,13 @@
 Pictures for people: what masks keep of a clip, and how runs went.
 
     python -m tools.show mask VIDEO --teacher out/demo/seed0/teacher --mask cluster_stm random_frame --out masks.png
-    python -m tools.show run out/demo/seed0/cluster_stm out/demo/seed0/random_frame --out losses.png
+    python -m tools.show run out/demo/seed0/cluster_stm out/demo/seed0/random_frame --out run.png
 """
 
 import json
 import os
 from dataclasses import dataclass
+from itertools import accumulate
 
 import matplotlib
 
@@ -39,9 +40,9 @@ class Mask:
 
 @dataclass
 class Run:
-    """Losses of one or more runs of train.py."""
+    """Losses, rate and learning rate of one or more runs of train.py."""
     folders: tyro.conf.Positional[tuple[str, ...]]                  # out/NAME, one or more
-    out: str = "losses.png"                                         # picture to write
+    out: str = "run.png"                                            # picture to write
 
 
 def dimmed(frames: np.ndarray, keep: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -94,22 +95,38 @@ def read_log(folder: str) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
-def losses(folders: dict[str, str], out: str):
-    """{name: run's folder} -> a picture: a panel a loss, a line a run, the unmasked stage after the masked one."""
+LOSSES = ("sigmoid", "mrm", "vtc", "vtm", "mlm", "lm")
+TITLES = {"mrm": "MRM (1 = the clip's mean)", "clips/s": "clips a second", "wait": "share of time waiting for data",
+          "lr": "learning rate", "grad_norm": "norm of the gradient"}
+
+
+def losses(folders: dict[str, str], out: str, more: tuple[str, ...] = ()):
+    """{name: run's folder} -> a picture: a panel a loss, and a value of `more`; a line a run, stage after stage."""
     logs = {name: read_log(folder) for name, folder in folders.items()}
-    names = [n for n in ("mrm", "vtc", "vtm", "mlm") if any(n in row for log in logs.values() for row in log)]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False)
-    for axis, loss in zip(axes[0], names, strict=True):
+    rows = [row for log in logs.values() for row in log]
+    names = [name for name in (*LOSSES, *more) if any(row.get(name) is not None for row in rows)]
+    if not names:
+        raise ValueError(f"{', '.join(folders.values())}: log.jsonl has no losses yet")
+    wide = min(4, len(names))
+    figure, axes = plt.subplots(-(-len(names) // wide), wide, figsize=(3.2 * wide, 2.8 * -(-len(names) // wide)),
+                                squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
         for run, log in logs.items():
-            masked = max((row["step"] for row in log if row["stage"] == "pretrain"), default=0)
-            rows = [row for row in log if loss in row]
-            steps = [row["step"] + (masked if row["stage"] == "unmasked" else 0) for row in rows]
-            axis.plot(steps, [row[loss] for row in rows], label=run, linewidth=1)
-            if any(row["stage"] == "unmasked" for row in rows):
-                axis.axvline(masked, color="grey", linewidth=0.6, linestyle=":")
-        axis.set(title={"mrm": "MRM (1 = the clip's mean)"}.get(loss, loss.upper()), xlabel="step")
-        if loss == "mrm":
+            ends = {stage: max(row["step"] for row in log if row["stage"] == stage) for stage in dict.fromkeys(
+                row["stage"] for row in log)}                           # in their order
+            before = dict(zip(ends, accumulate(ends.values(), initial=0), strict=False))
+            shown = [row for row in log if name in row]
+            values = [float("nan") if row[name] is None else row[name] for row in shown]     # None: a step left out
+            axis.plot([row["step"] + before[row["stage"]] for row in shown], values, label=run, linewidth=1)
+            for step in list(before.values())[1:]:
+                axis.axvline(step, color="grey", linewidth=0.6, linestyle=":")
+        axis.set(title=TITLES.get(name, name.upper()), xlabel="step")
+        if name in ("mrm", "grad_norm"):
             axis.set(yscale="log")
+        if name in ("clips/s", "wait"):
+            axis.set(ylim=(0, None))
+    for axis in axes.flat[len(names):]:
+        axis.set_visible(False)
     axes[0, 0].legend(fontsize=8)
     save(figure, out)
 
@@ -122,7 +139,9 @@ def save(figure, path: str):
 
 def main(cfg: Mask | Run):
     if isinstance(cfg, Run):
-        losses({os.path.basename(os.path.normpath(f)): f for f in cfg.folders}, cfg.out)
+        name = lambda folder: os.path.basename(os.path.normpath(folder))
+        names = name if len(set(map(name, cfg.folders))) == len(cfg.folders) else os.path.normpath
+        losses({names(folder): folder for folder in cfg.folders}, cfg.out, ("clips/s", "wait", "lr", "grad_norm"))
     else:
         teacher = SigLIP.from_pretrained(cfg.teacher)
         size = teacher.cfg.vision_config.image_size

@@ -1,0 +1,349 @@
+"""
+A run: its processes, its folder, and what is kept there so that it can go on.
+
+    out/NAME/lock               held by the run that writes here
+    out/NAME/run.json           what must stay as it was: clips a rank holds at once, digest of the annotations
+    out/NAME/state/STAGE-STEP.pt    the newest states, each whole or not there at all
+    out/NAME/log.jsonl          losses
+    out/NAME/bad_media.jsonl    videos that could not be read, and why
+
+A state has no random numbers and no place in the data: both are functions of (seed, step). So a run goes on bit for bit
+on as many ranks, and to rounding on any other number of them.
+"""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import data
+from teacher import one_line
+
+STAGES = ("teacher", "text", "pretrain", "unmasked", "finetune")
+
+# Settings that may change when a run is resumed.
+FREE = ("resume", "stage", "device", "log_every", "save_every", "keep", "skip_nonfinite", "data.workers", "data.cache",
+        "data.max_bad")
+# Settings that main fills in as the stages go by: where they were still empty they do not differ.
+FILLED = ("teacher", "model.target")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+class Stop:
+    """
+    SIGTERM. In the middle of a step it is only noted, and the ranks end together after it, a state written; where
+    nothing is to be saved the process ends at once. Either way with 0.
+    """
+
+    def __init__(self):
+        self.asked = self.later = False
+        self.before = signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, *_):
+        self.asked = True
+        if not self.later:
+            sys.exit(0)
+
+    def forget(self):
+        signal.signal(signal.SIGTERM, self.before)
+
+
+@dataclass
+class Run:
+    """Where a stage runs: its place among the processes, its device and its folder."""
+    cfg: object
+    folder: str
+    device: torch.device
+    rank: int
+    world: int
+    stop: Stop | None = None
+    lock: object = None
+    group: object = None                        # of all processes, for waiting as long as it takes
+    micro: dict[str, int] = field(default_factory=dict)     # stage -> clips a rank holds at once
+    at: dict = field(default_factory=dict)      # {"folder", "step"} of the stage that is under way, for all its copies
+
+    def wait(self):
+        """For all ranks."""
+        if self.world > 1:
+            dist.barrier(self.group)
+
+    def tell(self, told):
+        """What rank 0 says, on all ranks."""
+        said = [told]
+        if self.world > 1:
+            dist.broadcast_object_list(said, 0, self.group)
+        return said[0]
+
+    def every(self, said) -> list:
+        """What each rank says, on all ranks."""
+        heard = [said] * self.world
+        if self.world > 1:
+            dist.all_gather_object(heard, said, self.group)
+        return heard
+
+    def first(self, make: Callable):
+        """make(), on rank 0 before the others, who then find on disk what it wrote."""
+        if self.rank > 0:
+            self.wait()
+        made = make()
+        if self.rank == 0:
+            self.wait()
+        return made
+
+    def end(self):
+        """Leaves the folder to others."""
+        if self.lock:
+            self.lock.close()
+        if self.stop:
+            self.stop.forget()
+
+
+def open_run(cfg, folder: str, device: torch.device, held: Callable) -> Run:
+    """
+    The processes of a torchrun meet, and take the folder; held(): a file of an earlier run in it, or "".
+
+    That goes on with --resume, and by itself where torchrun has started its processes anew. ValueError where another
+    run holds the folder, where it has an earlier one, and where a rank sees another folder than rank 0.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    run = Run(cfg, folder, device, rank, world)
+    if world > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        # Rank 0 decodes alone, and saves: that may take hours, in which a lost rank still shows at once.
+        run.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    fault = ""
+    # The agent that starts the processes anew is the one that started them.
+    job, again = os.environ.get("TORCHELASTIC_RUN_ID", "none"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    owner = f"{socket.gethostname()}, " + (f"job {job}" if job != "none" else f"started by process {os.getppid()}")
+    if rank == 0:
+        try:
+            run.lock, last = claim(folder, owner)
+            cfg.resume |= bool(again) and last == owner
+            if held() and not cfg.resume:
+                raise ValueError(f"{held()} is of an earlier run: --resume goes on with it, another --name starts anew")
+            for name in () if cfg.resume else ("run.json", "bad_media.jsonl", "nonfinite.json"):
+                if os.path.isfile(os.path.join(folder, name)):      # of a run that ended before its first state
+                    os.remove(os.path.join(folder, name))
+        except ValueError as error:
+            fault = str(error)
+    fault, cfg.resume = run.tell((fault, cfg.resume))
+    if not fault and not os.path.isfile(os.path.join(folder, "lock")):
+        fault = f"rank {rank} on {socket.gethostname()} does not see {folder} of rank 0: all nodes want the same folder"
+    blind = [f for f in run.every(fault) if f]
+    if blind:
+        run.end()
+        if rank > 0:
+            sys.exit(1)                         # rank 0 speaks
+        raise ValueError(blind[0])
+    run.stop = Stop()
+    return run
+
+
+def claim(folder: str, owner: str) -> tuple[object, str]:
+    """The folder is this process's until it closes the file or ends, however it ends; -> (file, who had it last)."""
+    os.makedirs(folder, exist_ok=True)
+    f = open(os.path.join(folder, "lock"), "a+")     # noqa: SIM115  (held as long as the run lasts)
+    f.seek(0)
+    last = f.read()
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: loader processes would hold that on
+    except OSError:
+        f.close()
+        raise ValueError(f"{folder} is in use by another run ({last}): another --name starts beside it") from None
+    f.truncate(0)
+    f.write(owner)
+    f.flush()
+    return f, last
+
+
+def keep_as_begun(run: Run, name: str, now):
+    """What run.json says of `name`; `now`, and so it says from now on, where it says nothing."""
+    path = os.path.join(run.folder, "run.json")
+    said = data.read_json(path) if os.path.isfile(path) else {}
+    run.wait()
+    if name not in said and run.rank == 0:
+        data.write_atomically(path, json.dumps(said | {name: now}))
+    run.wait()
+    return said.get(name, now)
+
+
+def explain(error: RuntimeError, run: Run) -> Exception:
+    """A lost process or too little memory as one line; any other error as it is."""
+    text = one_line(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        what = f"the GPU's memory does not suffice: a smaller --micro-batch wants less ({text})"
+    elif "DataLoader worker" in text:
+        what = f"a loader process was killed; out of memory? ({text})"
+    elif run.world > 1 and (isinstance(error, dist.DistError) or re.search("gloo|NCCL|by peer|Broken pipe", text)):
+        what = f"rank {run.rank} has lost another rank ({text})"
+    else:
+        return error
+    found = states(run.at.get("folder", run.folder))
+    kept = f"{found[0]} is whole, --resume goes on from it" if found else "no state was written yet"
+    return OSError(f"{run.at.get('step', run.folder)}: {what}; {kept}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States
+
+def states(folder: str) -> list[str]:
+    """The states in a run's folder, the newest first."""
+    found = []
+    folder = os.path.join(folder, "state")
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if match := re.fullmatch(r"(\w+)-(\d+)\.pt", name):
+            found.append((STAGES.index(match[1]), int(match[2]), os.path.join(folder, name)))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer, counts: dict) -> str:
+    """Writes a state, whole or not at all, and then removes all but the newest cfg.keep."""
+    path = os.path.join(run.folder, "state", f"{stage}-{step:07d}.pt")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        with data.appearing(path) as f:
+            torch.save({"stage": stage, "step": step, "counts": counts, "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(), "config": asdict(run.cfg)}, f)
+    except (OSError, RuntimeError) as error:    # torch's writer says RuntimeError of a full disk
+        there = states(run.folder)
+        raise OSError(f"{path} could not be written ({one_line(error)}); "
+                      + (f"{there[0]} is whole" if there else "there is none before it")) from None
+    for old in states(run.folder)[run.cfg.keep:]:
+        os.remove(old)
+    return path
+
+
+def newest_state(run: Run) -> str:
+    """The newest state that is whole, or ""; those that are not are put aside, and said."""
+    found = ""
+    if run.rank == 0:
+        for path in states(run.folder):
+            fault = damage(path)
+            if not fault:
+                found = path
+                break
+            os.replace(path, path + ".damaged")
+            print(f"{path} is damaged ({fault}): it is called {path}.damaged now, and the one before it taken",
+                  flush=True)
+    return run.tell(found)
+
+
+def damage(path: str) -> str:
+    """What is wrong with a file that torch.save wrote; "" if each part has the sum that was written with it."""
+    try:
+        with zipfile.ZipFile(path) as f:
+            part = f.testzip()
+        return f"its part {part} has another sum" if part else ""
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error, zlib.error) as error:
+        return one_line(error)                  # whatever the library meets in a directory of wrong bytes
+
+
+def load_state(run: Run, stage: str, model: nn.Module, optimizer) -> tuple[int, dict]:
+    """-> the step to go on from, with its counts, model and optimizer as they were; 0 if the newest is of another."""
+    if run.rank == 0:                           # what a killed process was writing
+        folder = os.path.join(run.folder, "state")
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if name.endswith(".tmp"):
+                os.remove(os.path.join(folder, name))
+    path = newest_state(run) if run.cfg.resume else ""
+    if not path:
+        return 0, {}
+    state = torch.load(path, map_location=run.device, weights_only=True)
+    same_config(state["config"], asdict(run.cfg), path)
+    if state["stage"] != stage:
+        return 0, {}
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["counts"]
+
+
+def same_config(then: dict, now: dict, path: str, prefix: str = ""):
+    """A run goes on as it began: ValueError at the first setting that differs."""
+    for key, value in now.items():
+        value = list(value) if isinstance(value, tuple) else value
+        before = list(then[key]) if isinstance(then.get(key), tuple) else then.get(key)
+        if prefix + key in FREE or prefix + key in FILLED and not before:
+            continue
+        if isinstance(value, dict):
+            same_config(before, value, path, f"{prefix}{key}.")
+        elif before != value:
+            raise ValueError(f"{path} is of a run with {prefix}{key} = {before!r}, asked for is {value!r}")
+
+
+def finished(folder: str, cfg) -> bool:
+    """Whether a stage has left its weights in the folder; if so they must be of this configuration."""
+    if not os.path.isfile(os.path.join(folder, "model.safetensors")):
+        return False
+    for path in states(folder)[:1]:
+        same_config(torch.load(path, weights_only=True, mmap=True)["config"], asdict(cfg), path)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written down
+
+def forget_rows(log: str, stage: str, step: int):
+    """Drops the log's rows of steps that will be taken again: those past `step`, and those of later stages."""
+    if os.path.isfile(log):
+        with open(log) as f:
+            rows = [json.loads(line) for line in f if line.endswith("\n")]      # the last may have been cut
+        kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step)]
+        data.write_atomically(log, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+class BadMedia:
+    """bad_media.jsonl: {"where", "video", "reason"} of each video that could not be read; once, whoever met it."""
+
+    def __init__(self, folder: str):
+        self.path, self.known, self.read = os.path.join(folder, "bad_media.jsonl"), set(), 0
+
+    def add(self, lost: list[dict]):
+        new = {about["video"]: about for about in lost if about["video"] not in self.known}
+        if not new:
+            return
+        with open(self.path, "a+b") as f:
+            fcntl.lockf(f, fcntl.LOCK_EX)
+            f.seek(self.read)                   # what other ranks have written since
+            for line in f:
+                if not line.endswith(b"\n"):    # the process that wrote it was killed
+                    f.truncate(f.seek(-len(line), os.SEEK_CUR))
+                    break
+                self.known.add(json.loads(line)["video"])
+            for video, about in new.items():
+                if video not in self.known:
+                    f.write(json.dumps(about, ensure_ascii=False).encode() + b"\n")
+                    self.known.add(video)
+            f.flush()
+            self.read = f.tell()
+
+
+class Word:
+    """Numbers on their way from the device to the host, which waits for them only when it reads them."""
+
+    def __init__(self, x: Tensor):
+        self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        self.host.copy_(x, non_blocking=True)
+        self.there = torch.cuda.Event() if x.is_cuda else None
+        if self.there:
+            self.there.record()
+
+    def read(self) -> list[float]:
+        if self.there:
+            self.there.synchronize()
+        return self.host.tolist()
