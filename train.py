@@ -233,7 +233,7 @@ def micro_batches(run: Run, clips: Clips | Mix, tokenizer, stage: str, batch: in
     for s in range(step, steps):
         group = []
         for i in mine:
-            b = next(loader).to(run.device)
+            b = next(loader).to(run.device, non_blocking=True)
             b.seed = int(np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i)).generate_state(1, np.uint64)[0])
             group.append(b)
         yield group

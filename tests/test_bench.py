@@ -1,6 +1,7 @@
 """tools/bench.py without a GPU: its arithmetic by hand, its baselines against what they stand for, its tables run."""
 
 import os
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -197,3 +198,11 @@ def test_what_cannot_be_is_refused(args, said, capsys):
 def test_the_command_s_help_runs():
     found = run("--help")
     assert found.returncode == 0 and "kernels" in found.stdout
+
+
+def test_rows_in_a_file_cost_loader_processes_little(capsys):
+    bench.main("rows --rows 60000 --workers 2 --each 20000".split())
+    said = capsys.readouterr().out
+    cells = {name: [float(x) for x in re.search(rf"\| {name} \| (.*) \|", said)[1].split("|")] for name in ("mapped", "list")}
+    assert "60000 rows" in said and "2 processes that read 20000 each" in said
+    assert cells["mapped"][2] < 12 < cells["list"][2]                       # MB of a process, its own alone

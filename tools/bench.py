@@ -1,9 +1,10 @@
 """
-Times of the masking path beside what the hardware allows.
+Times of the masking path beside what the hardware allows, and the memory that annotations take.
 
     python -m tools.bench kernels                         # every operation, shape and clip length; needs a GPU
     python -m tools.bench kernels --quick --sweep         # the first shape at T = 8, then launch sizes against time
     python -m tools.bench kernels --device cpu            # the references on a CPU, and tools/compile.py's report
+    python -m tools.bench rows --rows 2000000 --workers 8 # what loader processes hold of a large annotation file
 
 Time. On a GPU triton.testing.do_bench: CUDA events, the L2 cache overwritten before each run, two sets of inputs in
 turn, the median. On a CPU the median of a host clock, what is compared running in turn.
@@ -20,10 +21,13 @@ rounded after them. "Compiled" is torch.compile of the same, in its default mode
 
 import argparse
 import itertools
+import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -593,6 +597,61 @@ def cpu_tables(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Annotations
+
+def held(kind: str) -> float:
+    """Memory of this process in MB: Rss with what it shares, Pss with its part of that, Private without."""
+    with open("/proc/self/smaps_rollup") as f:
+        return sum(int(words[1]) for words in map(str.split, f) if words[0].startswith(kind)) / 1024
+
+
+def readers(rows, workers: int, each: int) -> list[tuple[float, float]]:
+    """`workers` processes forked from this one read `each` rows at random, as loaders do -> (Private, Pss) of each."""
+    context = multiprocessing.get_context("fork")
+    here, met = context.SimpleQueue(), context.Barrier(workers)
+
+    def read(seed: int):
+        for i in np.random.default_rng(seed).integers(len(rows), size=each):
+            _ = rows[int(i)].video
+        met.wait()                                  # all are there while each is measured
+        here.put((held("Private"), held("Pss:")))
+        met.wait()
+
+    processes = [context.Process(target=read, args=(seed,)) for seed in range(workers)]
+    for process in processes:
+        process.start()
+    found = [here.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return found
+
+
+def rows_table(args):
+    """The mapped file beside a list of the same rows."""
+    import data  # wants av, which timing kernels does not
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/rows.json"
+        with open(path, "w") as f:
+            f.write("[")
+            for i in range(args.rows):
+                f.write(",\n" * (i > 0) + json.dumps({"video": f"{i % 1000:03d}/{i:09d}.mp4",
+                                                      "caption": f"clip {i}: someone does a thing with another thing"}))
+            f.write("]")
+        size = os.path.getsize(path) / 2 ** 20
+        heading(f"{args.rows} rows, {size:.0f} MB of JSON; {args.workers} processes that read {args.each} each", "rows",
+                "s to read", "MB here", "MB of a process", "MB of all together")
+        for name, make in (("mapped", lambda: data.write_rows([(path, folder)], folder)),
+                           ("list", lambda: data.read_annotations(path, folder, check=False))):
+            before, start = held("Rss:"), time.perf_counter()
+            rows = make()
+            took, here = time.perf_counter() - start, held("Rss:") - before
+            found = readers(rows, args.workers, args.each)
+            line(name, took, here, max(private for private, _ in found), sum(pss for _, pss in found))
+            del rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def parse(argv: list[str]) -> argparse.Namespace:
     about, whole = __doc__.strip().split("\n\n", 1)
@@ -612,7 +671,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--skip", nargs="+", default=[], choices=parts,
                      help="leave out baselines, tables, or the compile report (which only a CPU prints)")
     run.add_argument("--commit", default="", help="commit to name in the heading where there is no git")
+    rows = commands.add_parser("rows", help="memory of annotations", description="Memory of annotations.")
+    rows.add_argument("--rows", type=int, default=2_000_000, help="of the file that is made up")
+    rows.add_argument("--workers", type=int, default=8, help="processes that read them")
+    rows.add_argument("--each", type=int, default=100_000, help="rows that a process reads")
+    rows.add_argument("--commit", default="", help="commit to name in the heading where there is no git")
     args = top.parse_args(argv)
+    if args.command == "rows":
+        return args
     args.shapes_given = args.shapes is not None
     try:
         args.shapes = [tuple(int(n) for n in s.split(",")) for s in args.shapes or SHAPES]
@@ -630,6 +696,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]):
     args = parse(argv)
+    if args.command == "rows":
+        banner("cpu", args.commit)
+        rows_table(args)
+        return
     banner(args.device, args.commit)
     if args.device == "cuda":
         if not gpu_tables(args):
