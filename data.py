@@ -843,6 +843,7 @@ class Batch:
     clip: Tensor                                   # (B,) int64
     view: Tensor                                   # (B,) int64
     seed: int                                      # of all that is drawn at random about this batch
+    n: int = 0                                     # of its first sample, among a stage's
     rows: Tensor | None = None                     # (Q,) int64, the clip of the batch that question q is about
     answers: Tensor | None = None                  # (A, L') int64
     asked: Tensor | None = None                    # (A,) int64, the question that answer a belongs to

@@ -17,11 +17,13 @@ import string
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as nnf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from kernels.window_attention import window_attention
 from masking import keep_count
@@ -358,10 +360,15 @@ class SigLIP(nn.Module):
         return nnf.normalize(head.finish(head.attention.values(x)), dim=-1)
 
     def forward(self, frames: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """Training: uint8 frames (B, 3, H, W) and the ids (B, L) of their captions -> the sigmoid loss by name."""
+        """
+        Training: uint8 frames (B, 3, H, W) and the ids (B, L) of their captions -> the sigmoid loss by name, of these
+        frames with the captions of all ranks. The mean over ranks is the loss of the whole batch, and so its gradient.
+        """
         _, image = self.encode_image(self.pixels(frames))
-        text = self.encode_text(ids)
-        same = (ids[:, None] == ids[None]).all(-1)
+        text, theirs = self.encode_text(ids), ids
+        if dist.is_initialized():
+            text, theirs = (torch.cat(all_gather(x.contiguous())) for x in (text, ids))
+        same = (ids[:, None] == theirs[None]).all(-1)
         return {"sigmoid": sigmoid_loss(image, text, same, self.logit_scale, self.logit_bias)}
 
     def save(self, folder: str):
@@ -565,7 +572,7 @@ def read_folder(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
 
 def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """
-    SigLIP's loss: image, text (B, E) of unit length, same (B, B) bool, which pairs match; log scale and bias learned.
+    SigLIP's loss: image (B, E), text (M, E) of unit length, same (B, M) bool, which match; log scale and bias learned.
 
     L = -1/B sum_ij log sigmoid(z_ij (t <image_i, text_j> + b)), z = 1 where i and j match and -1 elsewhere.
     """

@@ -235,6 +235,7 @@ def micro_batches(run: Run, clips: Clips | Mix, tokenizer, stage: str, batch: in
         for i in mine:
             b = next(loader).to(run.device, non_blocking=True)
             b.seed = int(np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i)).generate_state(1, np.uint64)[0])
+            b.n = s * batch + i * micro
             group.append(b)
         yield group
 
@@ -514,14 +515,17 @@ def small_teacher(cfg: Config, tokenizer) -> SigLIP:
     return teacher
 
 
-def single_frames(teacher: SigLIP, batches: list[Batch], still: float) -> list[tuple]:
-    """One frame of each clip, drawn, with the caption true of single frames where there is one and chance wills it."""
+def single_frames(teacher: SigLIP, batches: list[Batch], still: float, seed: int) -> list[tuple]:
+    """
+    One frame of each clip, drawn, with the caption true of single frames where there is one and chance wills it. Drawn
+    by sample, not by micro-batch: the loss is of the whole batch, and so these micro-batches may go with the ranks.
+    """
     calls = []
     for b in batches:
-        B, T = b.video.shape[:2]
-        t, kind = torch.rand(2, B, generator=stream(b, 0))
-        frames = b.video[torch.arange(B, device=b.video.device), (t * T).long().to(b.video.device)]
-        captions = [s if s and k < still else c for s, c, k in zip(b.stills, b.captions, kind.tolist(), strict=True)]
+        T = b.video.shape[1]
+        draws = [np.random.default_rng((seed, b.n + i, 4)).random(2) for i in range(len(b.captions))]
+        frames = torch.stack([video[int(t * T)] for video, (t, _) in zip(b.video, draws, strict=True)])
+        captions = [s if s and k < still else c for s, c, (_, k) in zip(b.stills, b.captions, draws, strict=True)]
         calls.append((frames, teacher.tokenize(captions)))
     return calls
 
@@ -554,9 +558,9 @@ def start(cfg: Config) -> Run:
     held = lambda: next((path for folder in folders for path in (*states(folder), f"{folder}/model.safetensors")
                          if os.path.isfile(path)), "")
     run = open_run(cfg, out, device, held)
-    # Random draws go by micro-batches: a run that goes on on other ranks keeps theirs.
+    # Random draws go by micro-batches, but the teacher's: a run that goes on on other ranks keeps its own.
     begun = keep_as_begun(run, "micro_batch", micro)
-    run.micro = {stage: begun.get(stage, size) for stage, size in micro.items()}
+    run.micro = {stage: micro[stage] if stage == "teacher" else begun.get(stage, micro[stage]) for stage in micro}
     for stage, batch in batch_sizes(cfg).items():
         if batch % (run.world * run.micro[stage]):
             raise ValueError(f"{stage}: the run began with micro-batches of {run.micro[stage]}, into which a batch of "
@@ -623,7 +627,8 @@ def pretrain(run: Run) -> nn.Module:
                       "shows that all works; for results give it a real checkpoint.", flush=True)
             teacher = small_teacher(cfg, tokenizer).to(device)
             fit(replace(run, folder=folder), "teacher", teacher, clips(cfg.small.batch), tokenizer, cfg.small.batch,
-                cfg.small.steps, cfg.small.lr, lambda batches: single_frames(teacher, batches, cfg.small.still))
+                cfg.small.steps, cfg.small.lr,
+                lambda batches: single_frames(teacher, batches, cfg.small.still, cfg.seed))
             if rank == 0:
                 teacher.save(folder)
             run.wait()

@@ -201,10 +201,16 @@ def test_contrast_and_relevance_run_over_the_batch_however_it_is_cut(given):
             assert one == pytest.approx(other, rel=1e-3), (cut, key)
 
 
-def test_two_processes_train_a_teacher_and_a_text_encoder_too(sprites, tmp_path, monkeypatch):
+def test_two_processes_train_a_text_encoder_and_the_teacher_that_one_trains(sprites, first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     on_ranks(2, config(sprites, "--name two --steps 2 --unmasked-steps 0"))
-    assert Counter(stage for stage, _ in log("out/two/teacher")) == {"teacher": 6}
+    one, two = log(f"{first}/out/first/teacher"), log("out/two/teacher")    # of the whole batch, a half on each
+    assert Counter(stage for stage, _ in two) == {"teacher": 6} and one.keys() == two.keys()
+    for step in one:
+        assert one[step] == pytest.approx(two[step], rel=1e-4)
+    one, two = weights(f"{first}/out/first/teacher"), weights("out/two/teacher")
+    for name in one.keys() - {name for name in one if re.search("k_proj.bias|in_proj_bias", name)}:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert Counter(stage for stage, _ in log("out/two/text")) == {"text": 6}
     assert weights("out/two").keys() == weights("out/two/masked").keys()
 
