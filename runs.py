@@ -72,7 +72,7 @@ class Run:
     rank: int
     world: int
     stop: Stop | None = None
-    lock: object = None
+    locks: list = field(default_factory=list)
     group: object = None                        # of all processes, for waiting as long as it takes
     micro: dict[str, int] = field(default_factory=dict)     # stage -> clips a rank holds at once
     at: dict = field(default_factory=dict)      # {"folder", "step"} of the stage that is under way, for all its copies
@@ -107,21 +107,21 @@ class Run:
 
     def end(self):
         """Leaves the folder to others."""
-        if self.lock:
-            self.lock.close()
+        for lock in self.locks:
+            lock.close()
         if self.stop:
             self.stop.forget()
 
 
-def open_run(cfg, folder: str, device: torch.device, held: Callable) -> Run:
+def open_run(cfg, folders: list[str], device: torch.device) -> Run:
     """
-    The processes of a torchrun meet, and take the folder; held(): a file of an earlier run in it, or "".
+    The processes of a torchrun meet, and take the folders that the run will write to, the first its own.
 
-    That goes on with --resume, and by itself where torchrun has started its processes anew. ValueError where another
-    run holds the folder, where it has an earlier one, and where a rank sees another folder than rank 0.
+    A run that is there already goes on with --resume, and by itself where torchrun has started its processes anew.
+    ValueError where another run holds a folder, where there is an earlier one, and where a rank does not see rank 0's.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    run = Run(cfg, folder, device, rank, world)
+    run = Run(cfg, folders[0], device, rank, world)
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
@@ -133,18 +133,24 @@ def open_run(cfg, folder: str, device: torch.device, held: Callable) -> Run:
     owner = f"{socket.gethostname()}, " + (f"job {job}" if job != "none" else f"started by process {os.getppid()}")
     if rank == 0:
         try:
-            run.lock, last = claim(folder, owner)
-            cfg.resume |= bool(again) and last == owner
-            if held() and not cfg.resume:
-                raise ValueError(f"{held()} is of an earlier run: --resume goes on with it, another --name starts anew")
-            for name in () if cfg.resume else ("run.json", "bad_media.jsonl", "nonfinite.json"):
-                if os.path.isfile(os.path.join(folder, name)):      # of a run that ended before its first state
-                    os.remove(os.path.join(folder, name))
+            for folder in folders:
+                lock, last = claim(folder, owner)
+                run.locks.append(lock)
+                cfg.resume |= bool(again) and last == owner
+            for folder in () if cfg.resume else folders[::-1]:
+                for path in (*states(folder), f"{folder}/model.safetensors"):
+                    if os.path.isfile(path):
+                        raise ValueError(f"{path} is of an earlier run: --resume goes on with it, another --name "
+                                         "starts anew")
+                for name in ("run.json", "bad_media.jsonl", "nonfinite.json"):
+                    if os.path.isfile(f"{folder}/{name}"):          # of a run that ended before its first state
+                        os.remove(f"{folder}/{name}")
         except ValueError as error:
             fault = str(error)
     fault, cfg.resume = run.tell((fault, cfg.resume))
-    if not fault and not os.path.isfile(os.path.join(folder, "lock")):
-        fault = f"rank {rank} on {socket.gethostname()} does not see {folder} of rank 0: all nodes want the same folder"
+    if not fault and not os.path.isfile(os.path.join(folders[0], "lock")):
+        fault = (f"rank {rank} on {socket.gethostname()} does not see {folders[0]} of rank 0: all nodes want the same "
+                 "folder")
     blind = [f for f in run.every(fault) if f]
     if blind:
         run.end()
@@ -172,9 +178,9 @@ def claim(folder: str, owner: str) -> tuple[object, str]:
     return f, last
 
 
-def keep_as_begun(run: Run, name: str, now):
+def keep_as_begun(folder: str, run: Run, name: str, now):
     """What run.json says of `name`; `now`, and so it says from now on, where it says nothing."""
-    path = os.path.join(run.folder, "run.json")
+    path = os.path.join(folder, "run.json")
     said = data.read_json(path) if os.path.isfile(path) else {}
     run.wait()
     if name not in said and run.rank == 0:

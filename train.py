@@ -58,7 +58,6 @@ from runs import (
     open_run,
     same_config,
     save_state,
-    states,
 )
 from sprites import write_sprites
 from tasks import data_root, find_file, find_task, read_answers, read_rows, split_files
@@ -553,18 +552,21 @@ def start(cfg: Config) -> Run:
         torch.cuda.set_device(device)
     micro = micro_sizes(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     out = os.path.join("out", cfg.name)
-    folders = [f"{out}/teacher", f"{out}/text", out] if cfg.stage == "all" else [f"{out}/{cfg.stage}"]
-    folders = [out] if cfg.stage == "finetune" else folders
-    held = lambda: next((path for folder in folders for path in (*states(folder), f"{folder}/model.safetensors")
-                         if os.path.isfile(path)), "")
-    run = open_run(cfg, out, device, held)
-    # Random draws go by micro-batches, but the teacher's: a run that goes on on other ranks keeps its own.
-    begun = keep_as_begun(run, "micro_batch", micro)
-    run.micro = {stage: micro[stage] if stage == "teacher" else begun.get(stage, micro[stage]) for stage in micro}
-    for stage, batch in batch_sizes(cfg).items():
-        if batch % (run.world * run.micro[stage]):
-            raise ValueError(f"{stage}: the run began with micro-batches of {run.micro[stage]}, into which a batch of "
+    home = {stage: os.path.join(out, stage) if stage in ("teacher", "text") else out for stage in micro}
+    if cfg.stage in ("teacher", "text"):        # a run of its own, beside which others may train the rest
+        if cfg.stage not in home:
+            raise ValueError(f"--stage {cfg.stage} trains what is not given; --{cfg.stage} is, "
+                             f"{getattr(cfg, cfg.stage)}")
+        home = {cfg.stage: home[cfg.stage]}
+    run = replace(open_run(cfg, sorted(set(home.values())), device), folder=out)
+    for stage, folder in home.items():          # draws go by micro-batches: on other ranks a run keeps those it had
+        if stage != "teacher":
+            micro[stage] = keep_as_begun(folder, run, f"micro_batch of {stage}", micro[stage])
+        batch = batch_sizes(cfg)[stage]
+        if batch % (run.world * micro[stage]):
+            raise ValueError(f"{stage}: the run began with micro-batches of {micro[stage]}, into which a batch of "
                              f"{batch} does not divide on {run.world} ranks")
+    run.micro = micro
     return run
 
 
@@ -589,8 +591,9 @@ def read_clips(run: Run) -> tuple[Clips, Clips | None]:
     kinds = cfg.corpora(), cfg.corpora(images=True)
     rows = [run.first(lambda some=some: data.write_rows(some, "out")) for some in kinds if some]
     digests = [some.digest for some in rows]
-    if digests != keep_as_begun(run, "annotations", digests):
-        raise ValueError(f"{run.folder}/run.json: the annotations are others than those that the run began with")
+    home = os.path.join(run.folder, run.cfg.stage) if run.cfg.stage in ("teacher", "text") else run.folder
+    if digests != keep_as_begun(home, run, "annotations", digests):
+        raise ValueError(f"{home}/run.json: the annotations are others than those that the run began with")
     for some, view in zip(rows, (cfg, replace(cfg, frames=1, seconds=0)), strict=False):
         clips.append(run.first(lambda r=some, v=view, f=first: Clips(r, v, run.cfg.seed, first=f)))
         first += len(some)
