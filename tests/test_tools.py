@@ -302,8 +302,8 @@ def test_the_readme_names_every_file():
 def test_commands_that_the_pages_give_parse(name):
     said = page(name)
     said = said if name.endswith(".md") else said.split('"""')[1]           # the docstring
-    said = said.replace("\\\n", " ").replace("...", "x.json")
-    lines = re.findall(r"^    (?:python|torchrun --nproc_per_node=8) (.*?)(?:  .*)?$", said, re.M)
+    said = re.sub(r"\\\n +", "", said).replace("...", "x.json")              # lines that go on
+    lines = re.findall(r"^    (?:python|torchrun(?: --\S+)+) (.*?)(?:  .*)?$", said, re.M)
     assert lines
     for line in lines:
         line = re.sub(r"^-m tools\.(\w+)", r"tools/\1.py", line)

@@ -4,7 +4,7 @@ Times of the masking path beside what the hardware allows, and the memory that a
     python -m tools.bench kernels                         # every operation, shape and clip length; needs a GPU
     python -m tools.bench kernels --quick --sweep         # the first shape at T = 8, then launch sizes against time
     python -m tools.bench kernels --device cpu            # the references on a CPU, and tools/compile.py's report
-    python -m tools.bench rows --rows 2000000 --workers 8 # what loader processes hold of a large annotation file
+    python -m tools.bench rows --rows 2000000 --workers 8  # what loader processes hold of a large annotation file
 
 Time. On a GPU triton.testing.do_bench: CUDA events, the L2 cache overwritten before each run, two sets of inputs in
 turn, the median. On a CPU the median of a host clock, what is compared running in turn.
