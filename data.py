@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sqlite3
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from urllib.parse import quote
 
@@ -40,10 +41,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def ordinary():
+    """What a process of a pool begins with: one thread, and SIGTERM as it was before training had a use for it."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def in_parallel(function, items, label: str):
     """function(item) for each item, in order, on all cores and with a progress bar; a worker that dies raises."""
     count = min(cores(), len(items))
-    with ProcessPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(count, initializer=ordinary) as pool:
         yield from tqdm(pool.map(function, items, chunksize=4), label, total=len(items), disable=None)
 
 
@@ -61,6 +68,11 @@ def appearing(path: str):
         except BaseException:
             os.remove(f.name)
             raise
+    directory = os.open(folder or ".", os.O_RDONLY)         # the name too must survive
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def write_atomically(path: str, text: str):
@@ -240,6 +252,8 @@ def elements(f, size: int = 2 ** 20):
     """The elements of the JSON list in a text file, one after the other: a list may be longer than memory."""
     decoder, space = json.JSONDecoder(), re.compile("[ \t\r\n]*")
     text, before, at, first = f.read(size), 0, 0, True                      # text[at] is character before + at
+    while text and space.fullmatch(text):
+        text, before = f.read(size), before + len(text)
     if text[space.match(text).end():][:1] != "[":
         f.seek(0)
         raise NoListError(short(json.load(f)))
@@ -256,10 +270,12 @@ def elements(f, size: int = 2 ** 20):
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, i)
                 i = space.match(text, i + 1).end()
             entry, i = decoder.raw_decode(text, i)
-            if i == len(text):                                              # of a number there may be more
+            if text[i:i + 1] in ("", ".", "e", "E"):                        # of a number there may be more
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, i)
         except json.JSONDecodeError as error:
-            more = f.read(size) if len(text) - error.pos < size else ""     # a fault long before the end is one
+            # What is wrong long before the end is wrong, but for a text, which is as long as it is.
+            cut = len(text) - error.pos < size + 16 or error.msg.startswith("Unterminated string")
+            more = f.read(size) if cut else ""
             if not more:
                 raise ValueError(f"{error.msg}: character {before + error.pos}") from None
             text, before, at = text[at:] + more, before + at, 0
@@ -333,6 +349,8 @@ def texts(entry: dict, key: str, where: str) -> list[str]:
     for text in found:
         if not clean(text):
             raise ValueError(f"{where}: empty {key} {text!r}")
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{where}: half a character in {key} {text!r}")
     return found
 
 
@@ -400,6 +418,9 @@ class Rows(Sequence):
         return Rows, (self.path,)
 
 
+ROWS_VERSION = 1       # of what is written of a row
+
+
 def write_rows(corpora: list[tuple[str, str]], folder: str) -> Rows:
     """
     The rows of all corpora, (annotation file, folder of its videos) each, from `folder` if they are there, else read
@@ -411,7 +432,7 @@ def write_rows(corpora: list[tuple[str, str]], folder: str) -> Rows:
         if not os.path.isdir(root):
             raise FileNotFoundError(f"{root}: no such folder, wanted as the root of the videos in {path}")
     stats = [os.stat(path) for path, _ in corpora]
-    key = [(os.path.abspath(path), root, s.st_size, s.st_mtime_ns)
+    key = [ROWS_VERSION] + [(os.path.abspath(path), root, s.st_size, s.st_mtime_ns)
            for (path, root), s in zip(corpora, stats, strict=True)]
     path = os.path.join(folder, "rows_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
     if os.path.exists(path + ".json"):
@@ -420,8 +441,8 @@ def write_rows(corpora: list[tuple[str, str]], folder: str) -> Rows:
     at, digest = array("q", [0]), hashlib.blake2b(digest_size=16)
     with appearing(path + ".jsonl") as f:
         for annotations, root in corpora:
-            for row in annotated(annotations, root):
-                line = json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n"
+            for row in tqdm(annotated(annotations, root), annotations, unit=" rows", mininterval=1, disable=None):
+                line = json.dumps(vars(row), default=vars).encode() + b"\n"
                 digest.update(line)
                 f.write(line)
                 at.append(at[-1] + len(line))
@@ -498,6 +519,8 @@ def chosen_frames(path: str, choose):
             lost, last = lost - 1, frame
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except Exception as error:                      # whatever else a library makes of wrong bytes
+        raise ValueError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
     if 10 * lost > len(times):
         raise ValueError(f"{path}: {lost} of {len(times)} frames do not decode")
     for _ in wanted[given:]:
@@ -510,6 +533,9 @@ def open_video(path: str):
         container.close()
         raise ValueError("has no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise ValueError("has video of no known codec")
     stream.codec_context.thread_count = 1                                   # loader processes are the parallelism
     return container, stream
 
@@ -530,6 +556,8 @@ def frame_times(path: str) -> tuple[list[int | None], np.ndarray]:
         count = len(packets)
         if any(corrupt for _, corrupt in packets):                          # the file breaks off inside a packet:
             count = max(count, stream.frames)                               # the rest of its index is lost
+            if count > os.path.getsize(path):
+                raise ValueError(f"says that it has {count} frames")
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         known = sorted(times)
         seconds = (np.array(known, float) - (known[0] if known else 0)) * float(stream.time_base or 1 / rate)
@@ -627,6 +655,8 @@ class DataConfig:
                 raise ValueError(f"data.{name} {getattr(self, name)}: wants at least {least}")
         if not 0 < self.scale <= 1:
             raise ValueError(f"data.scale {self.scale}: wants a share of the area, above 0 and up to 1")
+        if self.images and self.frames == 1:
+            raise ValueError("data.frames 1 beside data.images: videos of one frame are images, give them as such")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"data.max_bad {self.max_bad}: wants a share, from 0 to 1")
         if self.cache and self.cache_frames < self.frames:
@@ -661,6 +691,9 @@ class Cache:
         return Cache, (self.path,)
 
 
+CACHE_VERSION = 2      # of what decoding makes of a video: 2 turns it as it is to be shown
+
+
 def decode_cache(rows: Sequence[Row], cfg: DataConfig, folder: str) -> Cache:
     """
     The decoded videos of rows, from `folder` if they are there, else decoded into it on all cores. A video that has
@@ -673,13 +706,13 @@ def decode_cache(rows: Sequence[Row], cfg: DataConfig, folder: str) -> Cache:
         videos.setdefault(row.video, row.where)
     size = cfg.cache_size or cfg.size
     stats = [os.stat(video) if os.path.isfile(video) else None for video in videos]
-    how = [cfg.cache_frames, size, *[cfg.seconds] * (cfg.seconds > 0)]
+    how = [CACHE_VERSION, cfg.cache_frames, size, *[cfg.seconds] * (cfg.seconds > 0)]
     key = [*how, [(v, *((s.st_size, s.st_mtime_ns) if s else ())) for v, s in zip(videos, stats, strict=True)]]
     path = os.path.join(folder, "decoded_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
 
     def check(index):
         bad = [(video, reason) for video, at, reason in index if at is None]
-        if len(bad) > cfg.max_bad * len(index):
+        if len(bad) > min(cfg.max_bad * len(index), len(index) - 1):
             raise ValueError(f"{videos[bad[0][0]]}: {bad[0][1]} ({len(bad)} of {len(index)} videos cannot be read, "
                              f"more than data.max_bad, {cfg.max_bad:g})")
 
@@ -850,10 +883,16 @@ class Batch:
     weight: Tensor | None = None                   # (A,) fp32
     lost: list[dict] = field(default_factory=list)     # of its samples
 
+    def pin_memory(self) -> "Batch":
+        """For the loader: from pinned memory a copy to the device is not waited for."""
+        return self.tensors(Tensor.pin_memory)
+
     def to(self, device, non_blocking: bool = False) -> "Batch":
+        return self.tensors(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def tensors(self, change) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device, non_blocking=non_blocking)
-                                for name, value in values.items() if isinstance(value, Tensor)})
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
 def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int, sep: bool = False,

@@ -17,11 +17,11 @@ import os
 import re
 import signal
 import socket
-import struct
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
@@ -59,6 +59,16 @@ class Stop:
         if not self.later:
             sys.exit(0)
 
+    def note(self):
+        """From here on it is noted."""
+        self.later = True
+
+    def obey(self):
+        """From here on it ends the process at once."""
+        self.later = False
+        if self.asked:
+            sys.exit(0)
+
     def forget(self):
         signal.signal(signal.SIGTERM, self.before)
 
@@ -72,7 +82,7 @@ class Run:
     rank: int
     world: int
     stop: Stop | None = None
-    locks: list = field(default_factory=list)
+    closing: ExitStack = field(default_factory=ExitStack)   # locks, loaders: what ends with the run, however that ends
     group: object = None                        # of all processes, for waiting as long as it takes
     micro: dict[str, int] = field(default_factory=dict)     # stage -> clips a rank holds at once
     at: dict = field(default_factory=dict)      # {"folder", "step"} of the stage that is under way, for all its copies
@@ -107,8 +117,7 @@ class Run:
 
     def end(self):
         """Leaves the folder to others."""
-        for lock in self.locks:
-            lock.close()
+        self.closing.close()
         if self.stop:
             self.stop.forget()
 
@@ -121,34 +130,41 @@ def open_run(cfg, folders: list[str], device: torch.device) -> Run:
     ValueError where another run holds a folder, where there is an earlier one, and where a rank does not see rank 0's.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     run = Run(cfg, folders[0], device, rank, world)
     if world > 1:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+            # The agent's store outlives a restart, with the addresses of the processes that are gone.
+            store, _, _ = next(dist.rendezvous("env://"))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                    store=dist.PrefixStore(f"start {again}", store), timeout=timedelta(hours=1))
         # Rank 0 decodes alone, and saves: that may take hours, in which a lost rank still shows at once.
         run.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     fault = ""
     # The agent that starts the processes anew is the one that started them.
-    job, again = os.environ.get("TORCHELASTIC_RUN_ID", "none"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    owner = f"{socket.gethostname()}, " + (f"job {job}" if job != "none" else f"started by process {os.getppid()}")
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    owner = f"job {job}" if job != "none" else f"started by process {os.getppid()} of {socket.gethostname()}"
     if rank == 0:
         try:
             for folder in folders:
                 lock, last = claim(folder, owner)
-                run.locks.append(lock)
+                run.closing.enter_context(lock)
                 cfg.resume |= bool(again) and last == owner
-            for folder in () if cfg.resume else folders[::-1]:
-                for path in (*states(folder), f"{folder}/model.safetensors"):
-                    if os.path.isfile(path):
-                        raise ValueError(f"{path} is of an earlier run: --resume goes on with it, another --name "
-                                         "starts anew")
+            held = [path for f in folders[::-1] for path in (*states(f), f"{f}/model.safetensors")]
+            held = list(filter(os.path.isfile, held))
+            if held and not cfg.resume:
+                raise ValueError(f"{held[0]} is of an earlier run: --resume goes on with it, another --name starts "
+                                 "anew")
+            if cfg.resume and not held:
+                print(f"{folders[0]}: nothing is there to go on from, the run begins", flush=True)
+            for folder in () if cfg.resume else folders:
                 for name in ("run.json", "bad_media.jsonl", "nonfinite.json"):
                     if os.path.isfile(f"{folder}/{name}"):          # of a run that ended before its first state
                         os.remove(f"{folder}/{name}")
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             fault = str(error)
-    fault, cfg.resume = run.tell((fault, cfg.resume))
-    if not fault and not os.path.isfile(os.path.join(folders[0], "lock")):
+    fault, cfg.resume, owner = run.tell((fault, cfg.resume, owner))
+    if not fault and not is_in(os.path.join(folders[0], "lock"), owner):
         fault = (f"rank {rank} on {socket.gethostname()} does not see {folders[0]} of rank 0: all nodes want the same "
                  "folder")
     blind = [f for f in run.every(fault) if f]
@@ -161,6 +177,13 @@ def open_run(cfg, folders: list[str], device: torch.device) -> Run:
     return run
 
 
+def is_in(path: str, text: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path) as f:
+        return f.read() == text
+
+
 def claim(folder: str, owner: str) -> tuple[object, str]:
     """The folder is this process's until it closes the file or ends, however it ends; -> (file, who had it last)."""
     os.makedirs(folder, exist_ok=True)
@@ -169,7 +192,7 @@ def claim(folder: str, owner: str) -> tuple[object, str]:
     last = f.read()
     try:
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: loader processes would hold that on
-    except OSError:
+    except (BlockingIOError, PermissionError):
         f.close()
         raise ValueError(f"{folder} is in use by another run ({last}): another --name starts beside it") from None
     f.truncate(0)
@@ -179,23 +202,25 @@ def claim(folder: str, owner: str) -> tuple[object, str]:
 
 
 def keep_as_begun(folder: str, run: Run, name: str, now):
-    """What run.json says of `name`; `now`, and so it says from now on, where it says nothing."""
+    """What run.json says of `name`; rank 0's `now`, and so it says from now on, where it says nothing."""
     path = os.path.join(folder, "run.json")
-    said = data.read_json(path) if os.path.isfile(path) else {}
-    run.wait()
-    if name not in said and run.rank == 0:
-        data.write_atomically(path, json.dumps(said | {name: now}))
-    run.wait()
-    return said.get(name, now)
+    if run.rank == 0:
+        said = data.read_json(path) if os.path.isfile(path) else {}
+        if name not in said:
+            data.write_atomically(path, json.dumps(said | {name: now}))
+        now = said.get(name, now)
+    return run.tell(now)
 
 
 def explain(error: RuntimeError, run: Run) -> Exception:
     """A lost process or too little memory as one line; any other error as it is."""
     text = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
-        what = f"the GPU's memory does not suffice: a smaller --micro-batch wants less ({text})"
-    elif "DataLoader worker" in text:
+        what = f"the GPU's memory does not suffice: a run with a smaller --micro-batch wants less ({text})"
+    elif re.search("DataLoader worker.*(is killed by signal|exited unexpectedly)", text):
         what = f"a loader process was killed; out of memory? ({text})"
+    elif isinstance(error, BrokenProcessPool):
+        what = f"a process that decodes was killed; out of memory? ({text})"
     elif run.world > 1 and (isinstance(error, dist.DistError) or re.search("gloo|NCCL|by peer|Broken pipe", text)):
         what = f"rank {run.rank} has lost another rank ({text})"
     else:
@@ -245,19 +270,19 @@ def newest_state(run: Run) -> str:
                 found = path
                 break
             os.replace(path, path + ".damaged")
-            print(f"{path} is damaged ({fault}): it is called {path}.damaged now, and the one before it taken",
-                  flush=True)
+            print(f"{path} is damaged ({fault}): put aside as {path}.damaged, the one before it is tried", flush=True)
     return run.tell(found)
 
 
 def damage(path: str) -> str:
-    """What is wrong with a file that torch.save wrote; "" if each part has the sum that was written with it."""
+    """What is wrong with a file that torch.save wrote; "" if it reads and its parts have the sums written with them."""
     try:
         with zipfile.ZipFile(path) as f:
             part = f.testzip()
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return f"its part {part} has another sum" if part else ""
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, struct.error, zlib.error) as error:
-        return one_line(error)                  # whatever the library meets in a directory of wrong bytes
+    except Exception as error:                  # whatever the libraries meet in wrong bytes
+        return one_line(error)
 
 
 def load_state(run: Run, stage: str, model: nn.Module, optimizer) -> tuple[int, dict]:
@@ -296,7 +321,7 @@ def finished(folder: str, cfg) -> bool:
     """Whether a stage has left its weights in the folder; if so they must be of this configuration."""
     if not os.path.isfile(os.path.join(folder, "model.safetensors")):
         return False
-    for path in states(folder)[:1]:
+    for path in [path for path in states(folder)[:1] if not damage(path)]:
         same_config(torch.load(path, weights_only=True, mmap=True)["config"], asdict(cfg), path)
     return True
 
@@ -307,8 +332,13 @@ def finished(folder: str, cfg) -> bool:
 def forget_rows(log: str, stage: str, step: int):
     """Drops the log's rows of steps that will be taken again: those past `step`, and those of later stages."""
     if os.path.isfile(log):
-        with open(log) as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]      # the last may have been cut
+        rows = []
+        with open(log, errors="replace") as f:
+            for i, line in enumerate(f, 1):
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:              # cut by a kill, or full of zeros after a loss of power
+                    print(f"{log}, line {i} is no row: dropped", flush=True)
         kept = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step)]
         data.write_atomically(log, "".join(json.dumps(row) + "\n" for row in kept))
 

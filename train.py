@@ -25,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -229,14 +229,18 @@ def micro_batches(run: Run, clips: Clips | Mix, tokenizer, stage: str, batch: in
             data.collate, tokenizer=tokenizer, length=cfg.model.text_length, seed=0, sep=cfg.model.sep,
             answer_length=find_task(cfg.task).answer_length if cfg.task else 0),
     ))
-    for s in range(step, steps):
-        group = []
-        for i in mine:
-            b = next(loader).to(run.device, non_blocking=True)
-            b.seed = int(np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i)).generate_state(1, np.uint64)[0])
-            b.n = s * batch + i * micro
-            group.append(b)
-        yield group
+    try:
+        for s in range(step, steps):
+            group = []
+            for i in mine:
+                b = next(loader).to(run.device, non_blocking=True)
+                key = np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i))
+                b.seed, b.n = int(key.generate_state(1, np.uint64)[0]), s * batch + i * micro
+                group.append(b)
+            yield group
+    finally:
+        if cfg.data.workers:
+            loader._shutdown_workers()          # they outlive SIGTERM, and an exit would wait for them
 
 
 def quiet_worker(_):
@@ -273,13 +277,15 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
     log = os.path.join(run.folder, "log.jsonl")
     if run.rank == 0:
         forget_rows(log, stage, step)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    net = DistributedDataParallel(model) if run.world > 1 else model
+    if run.world > 1:
+        net.broadcast_buffers = False           # they are constants
     model.train()
 
     weight = {"mrm": cfg.mrm, "vtc": cfg.vtc, "vtm": cfg.vtm, "mlm": cfg.mlm if stage != "text" else 1.0}
     autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda")
     save = lambda step: run.rank == 0 and save_state(run, stage, step, model, optimizer, counts)
-    loader = micro_batches(run, clips, tokenizer, stage, batch, micro, step, steps)
+    loader = run.closing.enter_context(closing(micro_batches(run, clips, tokenizer, stage, batch, micro, step, steps)))
     bar = tqdm(total=steps, initial=step, desc=f"{cfg.name} {stage}", disable=run.rank > 0, mininterval=1)
     bad = BadMedia(run.folder)
     after = after or {}
@@ -287,33 +293,44 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
     waited, clock, since = 0.0, time.perf_counter(), step
     last = None                             # a step, and the device's word on it, which the host has not read yet
 
+    def not_too_many(seen: int):
+        """Of the samples seen so far: ValueError where too many of the videos asked for could not be read."""
+        lost, asked = counts["unreadable"], seen + counts["unreadable"]
+        if lost > cfg.data.max_bad * asked and (seen >= ENOUGH or seen == steps * batch):
+            raise ValueError(f"{lost} of {asked} videos asked for could not be read, more than data.max_bad, "
+                             f"{cfg.data.max_bad:g}: {bad.path} names them")
+
+    def leave(at: int):
+        run.wait()
+        if run.rank == 0:
+            bar.close()
+            print(f"{run.folder}: stopped after step {at} of {stage}; --resume goes on", flush=True)
+        sys.exit(0)
+
     def settle(taken: int, word: Word, losses: dict, norm: torch.Tensor, batches: list[Batch]):
         """All ranks read the same word of a step, before the weights change again, and do the same."""
         skipped, stopped, lost = word.read()
         if skipped:
             said = describe(run, f"{stage} step {taken}", losses, norm, batches, clips)
-            if counts["skipped"] == cfg.skip_nonfinite:
+            if counts["skipped"] >= cfg.skip_nonfinite:
                 save(taken)                 # with the weights as they were: --resume begins with this step
                 raise ValueError(said)
             counts["skipped"] += 1
             if run.rank == 0:
                 tqdm.write(said)
         counts["unreadable"] += int(lost)
-        seen = (taken + 1) * batch
-        asked = seen + counts["unreadable"]
-        if counts["unreadable"] > cfg.data.max_bad * asked and (seen >= ENOUGH or taken + 1 == steps):
-            save(taken + 1)
-            raise ValueError(f"{counts['unreadable']} of {asked} videos asked for could not be read, more than "
-                             f"data.max_bad, {cfg.data.max_bad:g}: {bad.path} names them")
         if stopped:
             save(taken + 1)
-            if run.rank == 0:
-                bar.close()
-                print(f"{run.folder}: stopped after step {taken + 1} of {stage}; --resume goes on", flush=True)
-            run.wait()
-            sys.exit(0)
+            leave(taken + 1)
+        try:
+            not_too_many((taken + 1) * batch)
+        except ValueError:
+            save(taken + 1)
+            raise
 
-    run.stop.later = True
+    if step == steps:
+        not_too_many(step * batch)
+    run.stop.note()
     while step < steps:
         run.at.update(folder=run.folder, step=f"{stage} step {step}")
         t = time.perf_counter()
@@ -338,8 +355,8 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
             for name, value in losses.items():
                 mean[name] = mean.get(name, 0) + value.detach() / len(batches)
 
-        # A step that is not finite is left out by the device. The host need not wait for that: it reads the word of the
-        # step before.
+        # A step that is not finite is left out by the device. The host does not wait for its word on that, but reads
+        # the one of the step before.
         values = torch.stack([*mean.values()]).float()
         norm = torch.nn.utils.clip_grad_norm_(used, cfg.clip_grad or math.inf)
         finite = values.isfinite().all() & norm.isfinite()
@@ -378,12 +395,16 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
         t = time.perf_counter()
         if saving:
             save(step)
+        if step == steps or step in after:          # what follows ends at once: not on some ranks alone
+            if any(run.every(run.stop.asked)):
+                leave(step)
+            run.stop.obey()
         if step in after:
-            run.stop.later = False
             after[step]()
-            run.stop.later = True
+            run.stop.note()
         clock += time.perf_counter() - t            # the rate is that of training
-    run.stop.later = False
+    run.stop.obey()
+    loader.close()
     bar.close()
     run.wait()
     return model.requires_grad_(True).eval()
@@ -418,7 +439,8 @@ class Guides:
         self.run, self.teacher, self.folder = run, teacher, os.path.join(run.folder, "guide")
         self.views = cfg.data.views
         again = self.views and cfg.steps * cfg.batch >= 2 * self.views * len(clips) and isinstance(clips, Clips)
-        self.stored = again and (not cfg.mask.drawn or cfg.mask.blind)
+        one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
+        self.stored = again and one_host and (not cfg.mask.drawn or cfg.mask.blind)
         if self.stored:
             self.store(clips, tokenizer)
 
@@ -436,7 +458,10 @@ class Guides:
 
     def stored_guide(self, batch: Batch) -> Guide:
         row = (batch.clip * self.views + batch.view).cpu().numpy()
-        aligned, text, keep = (torch.from_numpy(x[row]).to(self.run.device) for x in self.arrays)
+        told = [torch.from_numpy(x[row]) for x in self.arrays]
+        if (told[2] < 0).any():     # a video that could not be read when the teacher was asked, and now could
+            return self.ask(batch)
+        aligned, text, keep = (x.to(self.run.device) for x in told)
         if self.run.cfg.mask.drawn:
             B, T, N, _ = aligned.shape
             keep = self.run.cfg.mask(aligned, keep_count(N, self.run.cfg.mask.ratio), generator=stream(batch, 0))
@@ -445,6 +470,7 @@ class Guides:
     def store(self, clips: Clips, tokenizer, chunk: int = 32):
         """The teacher is asked about each view of each clip in turn, in chunks that the ranks share out."""
         run, cfg = self.run, self.run.cfg
+        run.at.update(folder=run.folder, step="asking the teacher")
         total = len(clips) * self.views
         some = (self.chunk(clips, tokenizer, range(row, row + 1))[1] for row in range(total))
         first = self.ask(next(batch for batch in some if batch))
@@ -461,6 +487,7 @@ class Guides:
             os.makedirs(self.folder)
             for name, x, dtype in parts:
                 np.lib.format.open_memmap(f"{self.folder}/{name}.npy", "w+", dtype, (total, *x.shape[1:]))
+            np.load(f"{self.folder}/keep.npy", mmap_mode="r+")[:] = -1
         run.wait()
         self.arrays = [np.load(f"{self.folder}/{name}.npy", mmap_mode="r+") for name, _, _ in parts]
         if not os.path.isfile(done):
@@ -594,7 +621,7 @@ def read_clips(run: Run) -> tuple[Clips, Clips | None]:
     home = os.path.join(run.folder, run.cfg.stage) if run.cfg.stage in ("teacher", "text") else run.folder
     if digests != keep_as_begun(home, run, "annotations", digests):
         raise ValueError(f"{home}/run.json: the annotations are others than those that the run began with")
-    for some, view in zip(rows, (cfg, replace(cfg, frames=1, seconds=0)), strict=False):
+    for some, view in zip(rows, (cfg, replace(cfg, frames=1, seconds=0, images=())), strict=False):
         clips.append(run.first(lambda r=some, v=view, f=first: Clips(r, v, run.cfg.seed, first=f)))
         first += len(some)
     return clips[0], clips[1] if cfg.images else None

@@ -12,14 +12,16 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
+import test_finetune
+import test_train
 import torch
-from test_finetune import tune  # noqa: F401  (a fixture)
-from test_train import (  # noqa: F401  (the last three are fixtures)
+from test_train import (  # noqa: F401  (two are fixtures)
     ROOT,
     Killed,
     argv,
@@ -27,7 +29,6 @@ from test_train import (  # noqa: F401  (the last three are fixtures)
     assert_same,
     config,
     first_run,
-    given,
     kill,
     log,
     on_ranks,
@@ -42,8 +43,9 @@ import eval as scoring
 import train
 from data import Clips
 from model import ClusterSTM
-from runs import Run, damage, explain, newest_state, states
+from runs import Run, damage, explain, states
 
+given, tune = test_train.given, test_finetune.tune     # fixtures
 STEPS = 8
 SHORT = f"--name run --data.views 0 --steps {STEPS} --unmasked-steps 2 --save-every 2 "
 LONG = "--name run --data.views 0 "                 # 20 + 6 steps
@@ -89,7 +91,15 @@ def ranks(world, cfg):
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-        data.command("train.py", lambda: train.main(cfg))
+        code = 0
+        try:
+            data.command("train.py", lambda: train.main(cfg))
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else print(stop.code, file=sys.stderr) or 1
+        except BaseException:
+            code = traceback.print_exc() or 1
+        sys.stderr.flush()
+        os._exit(code)
 
     port = free_port()
     processes = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in range(world)]
@@ -334,7 +344,7 @@ def test_a_run_keeps_the_micro_batches_that_it_began_with(given, whole):
         in_step(patch, 5, end_me(signal.SIGTERM))
         with ranks(2, given(flags)) as processes:
             assert [code for code, *_ in ended(processes)] == [0, 0]
-    assert json.load(open("out/run/run.json"))["micro_batch"] == {"pretrain": 4, "unmasked": 4}
+    assert json.load(open("out/run/run.json"))["micro_batch of pretrain"] == 4
     train.main(given(f"{flags} --resume"))
     difference = largest_difference("out/run", whole(flags, 2))
     print("DIFFERENCE", difference)
@@ -637,6 +647,24 @@ def test_a_rank_that_is_killed_while_the_other_waits_ends_that_too(given):
             (code, _, _), (other, _, err) = ended(processes)
     assert code == -signal.SIGKILL
     assert_one_line("train.py", other, err, r"^train.py: out/run: rank 1 has lost another rank \(.*\); no state was ")
+
+
+FAILING = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import data, train
+def fails(*_):
+    raise KeyError("an error that nobody expects")
+train.learning_rate = fails
+data.command("train.py", train.run_command)
+"""
+
+
+def test_an_error_ends_the_loaders_too(begun, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    process = begun(SHORT + LOADER, ("failing.py",))
+    _, err = process.communicate(timeout=60)                                # no more than a few seconds
+    assert process.returncode == 1 and err.rstrip().endswith("KeyError: 'an error that nobody expects'"), err
 
 
 def test_other_errors_are_raised_as_they_are(given, monkeypatch):
