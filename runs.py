@@ -12,13 +12,13 @@ on as many ranks, and to rounding on any other number of them.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import signal
 import socket
 import sys
-import zipfile
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -146,10 +146,8 @@ def open_run(cfg, folders: list[str], device: torch.device) -> Run:
     owner = f"job {job}" if job != "none" else f"started by process {os.getppid()} of {socket.gethostname()}"
     if rank == 0:
         try:
-            for folder in folders:
-                lock, last = claim(folder, owner)
-                run.closing.enter_context(lock)
-                cfg.resume |= bool(again) and last == owner
+            locks = [run.closing.enter_context(claim(folder)) for folder in folders]
+            cfg.resume |= bool(again) and all(lock.read() == owner for lock in locks)
             held = [path for f in folders[::-1] for path in (*states(f), f"{f}/model.safetensors")]
             held = list(filter(os.path.isfile, held))
             if held and not cfg.resume:
@@ -161,10 +159,15 @@ def open_run(cfg, folders: list[str], device: torch.device) -> Run:
                 for name in ("run.json", "bad_media.jsonl", "nonfinite.json"):
                     if os.path.isfile(f"{folder}/{name}"):          # of a run that ended before its first state
                         os.remove(f"{folder}/{name}")
+            for lock in locks:                  # not before: what was refused does not own the folder
+                lock.truncate(0)
+                lock.write(owner)
+                lock.flush()
         except (ValueError, OSError) as error:
             fault = str(error)
     fault, cfg.resume, owner = run.tell((fault, cfg.resume, owner))
-    if not fault and not is_in(os.path.join(folders[0], "lock"), owner):
+    # Not rank 0: to close any file that is the lock would be to give it up.
+    if not fault and rank > 0 and not is_in(os.path.join(folders[0], "lock"), owner):
         fault = (f"rank {rank} on {socket.gethostname()} does not see {folders[0]} of rank 0: all nodes want the same "
                  "folder")
     blind = [f for f in run.every(fault) if f]
@@ -184,21 +187,18 @@ def is_in(path: str, text: str) -> bool:
         return f.read() == text
 
 
-def claim(folder: str, owner: str) -> tuple[object, str]:
-    """The folder is this process's until it closes the file or ends, however it ends; -> (file, who had it last)."""
+def claim(folder: str):
+    """The folder is this process's until it closes the file or ends, however it ends; in it stands who had it last."""
     os.makedirs(folder, exist_ok=True)
     f = open(os.path.join(folder, "lock"), "a+")     # noqa: SIM115  (held as long as the run lasts)
     f.seek(0)
-    last = f.read()
     try:
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: loader processes would hold that on
     except (BlockingIOError, PermissionError):
-        f.close()
-        raise ValueError(f"{folder} is in use by another run ({last}): another --name starts beside it") from None
-    f.truncate(0)
-    f.write(owner)
-    f.flush()
-    return f, last
+        with f:
+            holder = f.read()
+        raise ValueError(f"{folder} is in use by another run ({holder}): another --name starts beside it") from None
+    return f
 
 
 def keep_as_begun(folder: str, run: Run, name: str, now):
@@ -249,9 +249,13 @@ def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer, cou
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with data.appearing(path) as f:
+            summed = Summed(f)
             torch.save({"stage": stage, "step": step, "counts": counts, "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(), "config": asdict(run.cfg)}, f)
-    except (OSError, RuntimeError) as error:    # torch's writer says RuntimeError of a full disk
+                        "optimizer": optimizer.state_dict(), "config": asdict(run.cfg)}, summed)
+            f.write(summed.sum.digest())        # behind the archive, where no reader of one looks
+    except (OSError, RuntimeError) as error:
+        while not isinstance(error, OSError) and error.__context__:     # torch's writer covers it with its own
+            error = error.__context__
         there = states(run.folder)
         raise OSError(f"{path} could not be written ({one_line(error)}); "
                       + (f"{there[0]} is whole" if there else "there is none before it")) from None
@@ -270,19 +274,37 @@ def newest_state(run: Run) -> str:
                 found = path
                 break
             os.replace(path, path + ".damaged")
-            print(f"{path} is damaged ({fault}): put aside as {path}.damaged, the one before it is tried", flush=True)
+            then = "the one before it is tried" if states(run.folder) else "none is left, the stage begins anew"
+            print(f"{path} is damaged ({fault}), and called {path}.damaged now; {then}", flush=True)
     return run.tell(found)
 
 
+class Summed:
+    """A file that is written from its beginning to its end, and the sum of that."""
+
+    def __init__(self, f):
+        self.f, self.sum = f, hashlib.blake2b()
+
+    def write(self, some) -> int:
+        self.sum.update(some)
+        return self.f.write(some)
+
+    def flush(self):
+        self.f.flush()
+
+
 def damage(path: str) -> str:
-    """What is wrong with a file that torch.save wrote; "" if it reads and its parts have the sums written with them."""
-    try:
-        with zipfile.ZipFile(path) as f:
-            part = f.testzip()
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return f"its part {part} has another sum" if part else ""
-    except Exception as error:                  # whatever the libraries meet in wrong bytes
-        return one_line(error)
+    """What is wrong with a state; "" if its bytes have the sum that was written with them."""
+    whole, size = hashlib.blake2b(), os.path.getsize(path)
+    left = size - whole.digest_size
+    if left < 0:
+        return f"has {size} bytes"
+    with open(path, "rb") as f:
+        while left:
+            some = f.read(min(left, 2 ** 24))
+            whole.update(some)
+            left -= len(some)
+        return "" if f.read() == whole.digest() else "has another sum than was written with it"
 
 
 def load_state(run: Run, stage: str, model: nn.Module, optimizer) -> tuple[int, dict]:

@@ -300,15 +300,17 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
             raise ValueError(f"{lost} of {asked} videos asked for could not be read, more than data.max_bad, "
                              f"{cfg.data.max_bad:g}: {bad.path} names them")
 
-    def leave(at: int):
+    def leave():
+        """On all ranks, after a SIGTERM to any."""
+        save(step)
         run.wait()
         if run.rank == 0:
             bar.close()
-            print(f"{run.folder}: stopped after step {at} of {stage}; --resume goes on", flush=True)
+            print(f"{run.folder}: stopped after step {step} of {stage}; --resume goes on", flush=True)
         sys.exit(0)
 
-    def settle(taken: int, word: Word, losses: dict, norm: torch.Tensor, batches: list[Batch]):
-        """All ranks read the same word of a step, before the weights change again, and do the same."""
+    def settle(taken: int, word: Word, losses: dict, norm: torch.Tensor, batches: list[Batch]) -> bool:
+        """All ranks read the same word of a step before the weights change again, and do the same; -> whether to go."""
         skipped, stopped, lost = word.read()
         if skipped:
             said = describe(run, f"{stage} step {taken}", losses, norm, batches, clips)
@@ -319,14 +321,12 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
             if run.rank == 0:
                 tqdm.write(said)
         counts["unreadable"] += int(lost)
-        if stopped:
-            save(taken + 1)
-            leave(taken + 1)
         try:
             not_too_many((taken + 1) * batch)
         except ValueError:
             save(taken + 1)
             raise
+        return stopped > 0
 
     if step == steps:
         not_too_many(step * batch)
@@ -363,8 +363,8 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
         word = torch.stack([(~finite).float(), norm.new_full((), run.stop.asked), norm.new_full((), len(lost))])
         if run.world > 1:
             dist.all_reduce(word)
-        if last:
-            settle(*last)
+        if last and settle(*last):
+            leave()
         optimizer.found_inf = (word[0] > 0).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -373,9 +373,9 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
 
         bar.update()
         saving = step % cfg.save_every == 0 or step == steps or step in after
+        stopped = False
         if saving or step % cfg.log_every == 0:
-            settle(*last)
-            last = None
+            stopped, last = settle(*last), None
         if step % cfg.log_every == 0 or step == steps:
             if run.world > 1:
                 dist.all_reduce(values)
@@ -393,11 +393,13 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
             bar.set_postfix({k: f"{row[k]:.3g}" for k in shown if k in row}, refresh=False)
             waited, clock, since = 0.0, time.perf_counter(), step
         t = time.perf_counter()
+        if stopped:
+            leave()
         if saving:
             save(step)
         if step == steps or step in after:          # what follows ends at once: not on some ranks alone
             if any(run.every(run.stop.asked)):
-                leave(step)
+                leave()
             run.stop.obey()
         if step in after:
             after[step]()

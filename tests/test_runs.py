@@ -25,7 +25,6 @@ from test_train import (  # noqa: F401  (two are fixtures)
     ROOT,
     Killed,
     argv,
-    assert_one_line,
     assert_same,
     config,
     first_run,
@@ -124,6 +123,13 @@ def ended(processes):
             for rank, p in enumerate(processes)]
 
 
+def assert_said(code, err, message):
+    """It failed and said why in one line, beside a progress bar."""
+    said = re.findall("train.py: .*", err)
+    assert code == 1 and len(said) == 1 and "Traceback" not in err, err
+    assert re.match("train.py: " + message, said[0]), err
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -160,8 +166,8 @@ def hold(*_, **__):
 
 
 @pytest.fixture
-def begun(sprites, first, tmp_path):
-    """begun(command, flags): a process of its own, the command followed by the flags of a run."""
+def begun(given, sprites, first, tmp_path):
+    """In the folder of `given`, begun(flags, command): a process of its own, the flags being of a run."""
     processes = []
 
     def begin(flags, command=(f"{ROOT}/train.py",)):
@@ -246,7 +252,7 @@ def test_sigterm_outside_of_a_step_ends_the_run_at_once(given, whole, world, pla
 
     def slow(*args):
         calls.append(args)
-        if len(calls) == (3 if place is train.Guides else 1):
+        if len(calls) == (2 if place is train.Guides else 1):
             open("held", "w").close()
             time.sleep(2 if inside else PAUSE)
         return real(*args)
@@ -330,7 +336,6 @@ def test_a_run_goes_on_to_rounding_on_another_number_of_ranks(given, whole, befo
     with ranks(after, given(f"{flags} --resume")) as processes:
         assert all(code == 0 for code, *_ in ended(processes)), open("0.err").read()
     difference = largest_difference("out/run", whole(flags, before))
-    print("DIFFERENCE", before, after, difference)
     assert difference < 1e-5
     one, other = log("out/run"), log(whole(flags, before))
     assert one.keys() == other.keys()
@@ -347,7 +352,6 @@ def test_a_run_keeps_the_micro_batches_that_it_began_with(given, whole):
     assert json.load(open("out/run/run.json"))["micro_batch of pretrain"] == 4
     train.main(given(f"{flags} --resume"))
     difference = largest_difference("out/run", whole(flags, 2))
-    print("DIFFERENCE", difference)
     assert difference < 1e-5
 
 
@@ -359,8 +363,8 @@ def test_micro_batches_that_do_not_divide_over_the_new_ranks_are_refused(given):
     before = {path: os.stat(path).st_mtime_ns for path in states("out/run")}
     with ranks(2, given(f"{SHORT} --micro-batch 0 --resume")) as processes:
         for code, _, err in ended(processes):
-            assert_one_line("train.py", code, err, "pretrain: the run began with micro-batches of 8, into which a "
-                                                   "batch of 8 does not divide on 2 ranks")
+            assert_said(code, err, "pretrain: the run began with micro-batches of 8, into which a "
+                                   "batch of 8 does not divide on 2 ranks")
     assert {path: os.stat(path).st_mtime_ns for path in states("out/run")} == before
 
 
@@ -378,7 +382,6 @@ def test_two_nodes_train_what_one_process_trains(whole, begun):
     assert [node.returncode for node in nodes] == [0, 0], err[-3000:]
     assert out.count("out/run: trained") == 1 and "trained" not in silent
     difference = largest_difference("out/run", whole(SHORT))
-    print("DIFFERENCE", difference)
     assert difference < 1e-5
 
 
@@ -432,10 +435,10 @@ def interrupt(cfg, step=5):
 def flip(path):
     """One byte in the middle of the largest tensor."""
     with zipfile.ZipFile(path) as f:
-        part = max(f.infolist(), key=lambda part: part.file_size)
+        part = max((part for part in f.infolist() if "/data/" in part.filename), key=lambda part: part.file_size)
     with open(path, "r+b") as f:
         f.seek(part.header_offset + 26)
-        at = part.header_offset + 30 + sum(np.frombuffer(f.read(4), "<u2")) + part.file_size // 2
+        at = part.header_offset + 30 + sum(np.frombuffer(f.read(4), "<u2").tolist()) + part.file_size // 2
         f.seek(at)
         byte = f.read(1)[0]
         f.seek(at)
@@ -494,15 +497,18 @@ def test_a_file_with_a_flipped_bit_is_damaged_or_reads_as_before(given):
     interrupt(given(SHORT))
     path = states("out/run")[0]
     good, whole = list(parts(torch.load(path, weights_only=True))), open(path, "rb").read()
-    directory = len(whole) - whole.index(b"PK\1\2")
-    drawn, found = np.random.default_rng(0), 0
-    for at in [*drawn.integers(len(whole), size=30), *(len(whole) - drawn.integers(1, directory, size=120))]:
+    drawn, found, directory = np.random.default_rng(0), 0, whole.index(b"PK\1\2")
+    flips = [(at, bit) for low, size in ((0, 30), (directory, 120))
+             for at, bit in zip(drawn.integers(low, len(whole), size), drawn.integers(8, size=size), strict=True)]
+    # A part with this attribute is a folder, of which torch reads nothing: whatever was in memory is the tensor.
+    flips += [(whole.rindex(b"PK\1\2", 0, len(whole) - 400) + 38, 4)]
+    for at, bit in flips:
         with open("other.pt", "wb") as f:
-            f.write(whole[:at] + bytes([whole[at] ^ 1 << drawn.integers(8)]) + whole[at + 1:])
+            f.write(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:])
         if damage("other.pt"):
             found += 1
         else:
-            assert list(parts(torch.load("other.pt", weights_only=True))) == good, at
+            assert list(parts(torch.load("other.pt", weights_only=True))) == good, (at, bit)
     assert found > 60
 
 
@@ -539,7 +545,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_what_was_there(given, whole,
         with ranks(1, given(SHORT)) as processes:
             (code, _, err), = ended(processes)
     path = f"out/run/state/pretrain-{step + 1:07d}.pt"
-    assert_one_line("train.py", code, err, rf"{path} could not be written \(.*\); {kept}$")
+    assert_said(code, err, rf"{path} could not be written \(.*File too large.*\); {kept}$")
     assert states("out/run") == [f"out/run/state/pretrain-{s:07d}.pt" for s in range(step - 1, 0, -2)]
     assert not [name for name in os.listdir("out/run/state") if not name.endswith(".pt")]
     train.main(given(f"{SHORT} --resume"))
@@ -561,8 +567,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(given, whol
             for flags in (SHORT, f"{SHORT} --resume"):
                 second = begun(flags)
                 _, err = second.communicate(timeout=90)
-                who = f"{re.escape(socket.gethostname())}, started by process {os.getpid()}"
-                assert_one_line("train.py", second.returncode, err, rf"out/run is in use by another run \({who}\): ")
+                assert_said(second.returncode, err, rf"out/run is in use by another run \(.*process {os.getpid()}\b")
             open("go", "w").close()
             assert ended(processes)[0][0] == 0
     assert_ends_as(whole())
@@ -582,6 +587,7 @@ def test_the_folder_of_a_killed_run_is_free_though_its_loaders_still_live(given,
         in_step(patch, 5, hold)
         with ranks(1, given(SHORT + LOADER)) as (process,):
             until(lambda: os.path.exists("held"))
+            patch.undo()
             loader = int(open("loader").read())
             os.kill(loader, signal.SIGSTOP)                                 # it does not even see that it is alone
             process.kill()
@@ -622,8 +628,8 @@ def test_a_killed_loader_is_named_with_the_step_and_the_state(given):
         patch.setattr(Clips, "__getitem__", dies)
         with ranks(1, given(f"{SHORT} {LOADER} --save-every 3")) as processes:
             (code, _, err), = ended(processes)
-    assert_one_line("train.py", code, err, r"pretrain step [45]: a loader process was killed; out of memory\? \(.*\); "
-                                           "out/run/state/pretrain-0000003.pt is whole, --resume goes on from it$")
+    assert_said(code, err, r"pretrain step [45]: a loader process was killed; out of memory\? \(.*\); "
+                           "out/run/state/pretrain-0000003.pt is whole, --resume goes on from it$")
     assert damage("out/run/state/pretrain-0000003.pt") == ""
 
 
@@ -635,8 +641,8 @@ def test_a_rank_that_is_killed_ends_the_other_with_one_line(given, rank):
             found = ended(processes)
     assert found[rank][0] == -signal.SIGKILL
     code, _, err = found[1 - rank]
-    assert_one_line("train.py", code, err, rf"pretrain step 5: rank {1 - rank} has lost another rank \(.*\); "
-                                           "out/run/state/pretrain-0000004.pt is whole, --resume goes on from it$")
+    assert_said(code, err, rf"pretrain step 5: rank {1 - rank} has lost another rank \(.*\); "
+                           "out/run/state/pretrain-0000004.pt is whole, --resume goes on from it$")
     assert damage("out/run/state/pretrain-0000004.pt") == ""
 
 
@@ -646,7 +652,7 @@ def test_a_rank_that_is_killed_while_the_other_waits_ends_that_too(given):
         with ranks(2, given(SHORT)) as processes:
             (code, _, _), (other, _, err) = ended(processes)
     assert code == -signal.SIGKILL
-    assert_one_line("train.py", other, err, r"^train.py: out/run: rank 1 has lost another rank \(.*\); no state was ")
+    assert_said(other, err, r"out/run: rank 1 has lost another rank \(.*\); no state was ")
 
 
 FAILING = f"""
@@ -664,7 +670,7 @@ def test_an_error_ends_the_loaders_too(begun, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     process = begun(SHORT + LOADER, ("failing.py",))
     _, err = process.communicate(timeout=60)                                # no more than a few seconds
-    assert process.returncode == 1 and err.rstrip().endswith("KeyError: 'an error that nobody expects'"), err
+    assert process.returncode == 1 and "\nKeyError: 'an error that nobody expects'\n" in err, err
 
 
 def test_other_errors_are_raised_as_they_are(given, monkeypatch):
@@ -675,8 +681,8 @@ def test_other_errors_are_raised_as_they_are(given, monkeypatch):
     assert explain(lost, alone) is lost                                     # there is no other rank to lose
     assert re.fullmatch(r"out/run: rank 0 has lost another rank \(.*peer.*\); no state was written yet",
                         str(explain(lost, together)))
-    assert str(explain(torch.OutOfMemoryError("CUDA out of memory"), alone)).startswith(
-        "out/run: the GPU's memory does not suffice: a smaller --micro-batch wants less (CUDA")
+    assert re.fullmatch(r"out/run: the GPU's memory does not suffice: .* \(.*CUDA out of memory\); no state was written yet",
+                        str(explain(torch.OutOfMemoryError("CUDA out of memory"), alone)))
 
     def forward(*_):
         raise wrong
@@ -739,10 +745,11 @@ def optimizer_of(folder, stage):
 
 @pytest.mark.parametrize("every", ["", "--log-every 1000 --save-every 1000"], ids=["read at once", "read a step later"])
 def test_a_step_that_is_not_finite_is_left_out_and_all_else_as_it_would_be(given, without, capsys, monkeypatch, every):
+    expected = without(3, 6)
     spoil(monkeypatch, (3, 6))
     train.main(given(f"{SHORT} {every} --skip-nonfinite 2 --keep 9"))
-    assert_same(weights("out/run"), weights(without(3, 6)))
-    mine, other = (optimizer_of(folder, "pretrain-0000008") for folder in ("out/run", without(3, 6)))
+    assert_same(weights("out/run"), weights(expected))
+    mine, other = (optimizer_of(folder, "pretrain-0000008") for folder in ("out/run", expected))
     assert list(parts(mine)) == list(parts(other)) and {float(s["step"]) for s in mine.values()} == {6.0}
     said = re.findall(r"pretrain step \d not taken: gradient norm nan, .*vtc nan", capsys.readouterr().out)
     assert [line.split()[2] for line in said] == ["3", "6"]
@@ -752,7 +759,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_all_else_as_it_would_be(given
         assert found["pretrain", 8]["skipped"] == 2
         return
     assert [found["pretrain", s].get("skipped", 0) for s in range(1, 9)] == [0, 0, 0, 1, 1, 1, 2, 2]
-    finite = log(without(3, 6))
+    finite = log(expected)
     for key, row in log("out/run").items():
         null = {"vtc", "grad_norm"} if key in (("pretrain", 4), ("pretrain", 7)) else set()
         assert {name for name in row if row[name] is None} == null
@@ -761,6 +768,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_all_else_as_it_would_be(given
 
 @pytest.mark.parametrize("every", ["", "--log-every 1000 --save-every 1000"], ids=["read at once", "read a step later"])
 def test_one_step_more_than_is_allowed_stops_the_run_and_its_state_meets_it_again(given, without, every, monkeypatch):
+    expected = without(3, 5)
     spoil(monkeypatch, (3, 5))
     flags = f"{SHORT} {every} --keep 9"
     said = []
@@ -782,7 +790,7 @@ def test_one_step_more_than_is_allowed_stops_the_run_and_its_state_meets_it_agai
     assert sum(mine["videos"], []) == [samples.rows[s.clip].video for s in drawn]
     assert math.isnan(mine["losses"]["vtc"]) and math.isfinite(mine["losses"]["mrm"])
     train.main(given(f"{flags} --resume --skip-nonfinite 2"))
-    assert_same(weights("out/run"), weights(without(3, 5)))
+    assert_same(weights("out/run"), weights(expected))
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
@@ -803,7 +811,7 @@ def test_ranks_leave_out_or_stop_at_a_step_that_is_not_finite_on_one_of_them(giv
         assert_same(weights("out/run"), weights("out/finite"))
         return
     for code, _, err in found:
-        assert_one_line("train.py", code, err, line)
+        assert_said(code, err, line)
     assert states("out/run")[0] == "out/run/state/pretrain-0000003.pt"
 
 
