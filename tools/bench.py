@@ -600,13 +600,13 @@ def cpu_tables(args):
 # Annotations
 
 def held(kind: str) -> float:
-    """Memory of this process in MB: Rss with what it shares, Pss with its part of that, Private without."""
+    """Memory of this process in MB: Rss with what it shares, Pss with its part of that, Private_Dirty what it wrote."""
     with open("/proc/self/smaps_rollup") as f:
         return sum(int(words[1]) for words in map(str.split, f) if words[0].startswith(kind)) / 1024
 
 
 def readers(rows, workers: int, each: int) -> list[tuple[float, float]]:
-    """`workers` processes forked from this one read `each` rows at random, as loaders do -> (Private, Pss) of each."""
+    """`workers` processes forked from this one read `each` rows at random, as loaders do -> (Private_Dirty, Pss) of each."""
     context = multiprocessing.get_context("fork")
     here, met = context.SimpleQueue(), context.Barrier(workers)
 
@@ -614,7 +614,7 @@ def readers(rows, workers: int, each: int) -> list[tuple[float, float]]:
         for i in np.random.default_rng(seed).integers(len(rows), size=each):
             _ = rows[int(i)].video
         met.wait()                                  # all are there while each is measured
-        here.put((held("Private"), held("Pss:")))
+        here.put((held("Private_Dirty:"), held("Pss:")))
         met.wait()
 
     processes = [context.Process(target=read, args=(seed,)) for seed in range(workers)]
