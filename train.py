@@ -287,6 +287,7 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
     save = lambda step: run.rank == 0 and save_state(run, stage, step, model, optimizer, counts)
     loader = run.closing.enter_context(closing(micro_batches(run, clips, tokenizer, stage, batch, micro, step, steps)))
     bar = tqdm(total=steps, initial=step, desc=f"{cfg.name} {stage}", disable=run.rank > 0, mininterval=1)
+    run.closing.callback(bar.close)
     bad = BadMedia(run.folder)
     after = after or {}
     after.get(step, lambda: None)()         # the run may have been stopped in the middle of it

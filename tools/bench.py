@@ -606,7 +606,7 @@ def held(kind: str) -> float:
 
 
 def readers(rows, workers: int, each: int) -> list[tuple[float, float]]:
-    """`workers` processes forked from this one read `each` rows at random, as loaders do -> Private_Dirty, Pss of each"""
+    """`workers` processes forked from this one read `each` rows at random, as loaders do -> Private_Dirty, Pss."""
     context = multiprocessing.get_context("fork")
     here, met = context.SimpleQueue(), context.Barrier(workers)
 
