@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from kernels.window_attention import window_attention
 from masking import keep_count
@@ -367,7 +366,7 @@ class SigLIP(nn.Module):
         _, image = self.encode_image(self.pixels(frames))
         text, theirs = self.encode_text(ids), ids
         if dist.is_initialized():
-            text, theirs = (torch.cat(all_gather(x.contiguous())) for x in (text, ids))
+            text, theirs = OfAllRanks.apply(text), OfAllRanks.apply(ids)
         same = (ids[:, None] == theirs[None]).all(-1)
         return {"sigmoid": sigmoid_loss(image, text, same, self.logit_scale, self.logit_bias)}
 
@@ -568,6 +567,22 @@ def read_folder(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
         except SafetensorError as error:
             raise ValueError(f"{os.path.join(folder, name)} holds no weights: {one_line(error)}") from None
     return config, weights
+
+
+class OfAllRanks(torch.autograd.Function):
+    """x (b, ...) -> (world b, ...), that of all ranks in turn; the gradient is the sum of what they all say of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        every = x.new_empty((dist.get_world_size(), *x.shape))
+        dist.all_gather(list(every.unbind(0)), x.contiguous())
+        return every.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.unflatten(0, (dist.get_world_size(), -1)).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
 
 
 def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
