@@ -200,10 +200,10 @@ def test_the_command_s_help_runs():
     assert found.returncode == 0 and "kernels" in found.stdout
 
 
-def test_rows_in_a_file_cost_loader_processes_little(capsys):
-    bench.main("rows --rows 60000 --workers 2 --each 20000".split())
-    said = capsys.readouterr().out
+def test_rows_in_a_file_cost_loader_processes_little():
+    """In a process of its own: what is forked from this one writes to pages of whatever it holds."""
+    said = run("rows", "--rows", "60000", "--workers", "2", "--each", "20000").stdout
     cells = {name: [float(x) for x in re.search(rf"\| {name} \| (.*) \|", said)[1].split("|")]
              for name in ("mapped", "list")}
     assert "60000 rows" in said and "2 processes that read 20000 each" in said
-    assert cells["mapped"][2] < 12 < cells["list"][2]                       # MB of a process, its own alone
+    assert cells["mapped"][2] < 8 < 12 < cells["list"][2]                   # MB that a process wrote
