@@ -579,8 +579,7 @@ def test_the_folder_of_a_killed_run_is_free_though_its_loaders_still_live(given,
 
     def note(self, n):
         if torch.utils.data.get_worker_info():
-            with open("loader", "w") as f:
-                f.write(str(os.getpid()))
+            data.write_atomically("loader", str(os.getpid()))
         return real(self, n)
 
     with pytest.MonkeyPatch.context() as patch:
