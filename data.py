@@ -291,34 +291,30 @@ def list_entries(path: str):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such annotation file")
-    line, count = "", 0
+    line, entry = "", (nothing := object())
     try:
         if path.endswith((".sqlite", ".db")):
             with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as base:
                 base.row_factory = sqlite3.Row
                 for row in base.execute("select * from annos order by id"):
-                    count += 1
-                    yield dict(row)
+                    yield (entry := dict(row))
         else:
             with open(path, encoding="utf-8") as f:
                 if not path.endswith(".jsonl"):
                     for entry in elements(f):
-                        count += 1
                         yield entry
                 else:
                     for i, text in enumerate(f, 1):
                         line = f", line {i}"
                         if text.strip():
-                            entry = json.loads(text)
-                            count += 1
-                            yield entry
+                            yield (entry := json.loads(text))
     except sqlite3.Error as error:
         raise ValueError(f"{path}: not SQLite with a table annos ({error})") from None
     except NoListError as error:
         raise ValueError(f"{path}: wanted a list of rows, got {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}{line}: not JSON ({error})") from None
-    if not count:
+    if entry is nothing:
         raise ValueError(f"{path}: wanted a list of rows, got []")
 
 

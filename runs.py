@@ -243,7 +243,7 @@ def states(folder: str) -> list[str]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer, counts: dict) -> str:
+def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer, counts: dict):
     """Writes a state, whole or not at all, and then removes all but the newest cfg.keep."""
     path = os.path.join(run.folder, "state", f"{stage}-{step:07d}.pt")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -261,7 +261,6 @@ def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer, cou
                       + (f"{there[0]} is whole" if there else "there is none before it")) from None
     for old in states(run.folder)[run.cfg.keep:]:
         os.remove(old)
-    return path
 
 
 def newest_state(run: Run) -> str:
@@ -317,7 +316,8 @@ def load_state(run: Run, stage: str, model: nn.Module, optimizer) -> tuple[int, 
     path = newest_state(run) if run.cfg.resume else ""
     if not path:
         return 0, {}
-    state = torch.load(path, map_location=run.device, weights_only=True)
+    # Mapped: the ranks of a host read one copy, and a GPU holds none beside the tensors it goes into.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     same_config(state["config"], asdict(run.cfg), path)
     if state["stage"] != stage:
         return 0, {}

@@ -440,7 +440,7 @@ class Guides:
     def __init__(self, run: Run, teacher: SigLIP, clips: Clips, tokenizer):
         cfg = run.cfg
         self.run, self.teacher, self.folder = run, teacher, os.path.join(run.folder, "guide")
-        self.views = cfg.data.views
+        self.views, self.bad = cfg.data.views, BadMedia(run.folder)
         again = self.views and cfg.steps * cfg.batch >= 2 * self.views * len(clips) and isinstance(clips, Clips)
         one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
         self.stored = again and one_host and (not cfg.mask.drawn or cfg.mask.blind)
@@ -513,8 +513,8 @@ class Guides:
             try:
                 samples.append(clips.view(row // self.views, row % self.views))
                 there.append(row)
-            except UnreadableError:
-                continue
+            except UnreadableError as error:
+                self.bad.add([error.about])
         if not there:
             return there, None
         return there, data.collate(samples, tokenizer, cfg.text_length, seed=0, sep=cfg.sep).to(self.run.device)
