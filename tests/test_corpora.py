@@ -238,6 +238,28 @@ def test_a_stored_guide_passes_over_what_cannot_be_read(ready, crowd, first):
         torch.testing.assert_close(told.text, asked.text, rtol=0, atol=1e-6)
 
 
+def test_what_could_not_be_read_for_the_guide_and_then_can_is_asked_about(ready, crowd, first, monkeypatch):
+    cfg = ready("--name a --steps 26")
+    clips = Clips(read_annotations(cfg.data.train, cfg.data.root, check=False), cfg.data, cfg.seed)
+    tokenizer = data.load_tokenizer(f"{first}/out/first/text")
+    teacher, run = SigLIP.from_pretrained(cfg.teacher), train.Run(cfg, "out/a", torch.device("cpu"), 0, 1)
+    row = next(row for row in range(5, 100) if row not in bad_rows(crowd))
+    with pytest.MonkeyPatch.context() as patch:
+        def view(self, clip, number, real=Clips.view):
+            if clip == row:
+                raise data.UnreadableError(self.rows[clip], OSError("the disk is away"))
+            return real(self, clip, number)
+
+        patch.setattr(Clips, "view", view)
+        guides = train.Guides(run, teacher, clips, tokenizer)
+    batch = data.collate([clips.view(row, 0)], tokenizer, cfg.model.text_length, seed=0)
+    told, asked = guides([batch])[0], guide(teacher, batch, cfg.mask, cfg.mask.ratio, cfg.pool)
+    assert guides.stored and torch.equal(told.keep, asked.keep)
+    torch.testing.assert_close(told.aligned, asked.aligned)
+    with open("out/a/bad_media.jsonl") as f:
+        assert [json.loads(line)["reason"] for line in f].count("the disk is away") == 1
+
+
 def lost_by(crowd, cfg, folder="videos"):
     """How many videos that were asked for could not be read, after each step."""
     clips = Clips(read_annotations(cfg.data.train, f"{crowd}/{folder}", check=False), replace(cfg.data, cache=False),
