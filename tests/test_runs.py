@@ -229,6 +229,28 @@ def test_sigterm_to_one_rank_ends_all_after_the_same_step(given, whole, world, r
 
 
 @pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage, step", [("pretrain", 8), ("unmasked", 2)])
+def test_sigterm_in_the_last_save_of_a_stage_ends_all_before_what_follows(given, whole, world, stage, step):
+    real = train.save_state
+
+    def save(run, at, taken, *rest):
+        if (at, taken) == (stage, step):
+            os.kill(os.getpid(), signal.SIGTERM)                            # rank 0 alone: it saves
+        real(run, at, taken, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_state", save)
+        with ranks(world, given(SHORT)) as processes:
+            (code, out, err), *others = ended(processes)
+    assert code == 0 and out == f"out/run: stopped after step {step} of {stage}; --resume goes on\n", err
+    assert all((code, out) == (0, "") for code, out, _ in others), others
+    assert os.path.exists("out/run/masked") == (stage == "unmasked") and not os.path.exists("out/run/model.safetensors")
+    if world == 1:
+        train.main(given(f"{SHORT} --resume"))
+        assert_ends_as(whole(SHORT))
+
+
+@pytest.mark.parametrize("world", [1, 2])
 def test_sigterm_to_all_processes_leaves_the_loaders_to_the_training(given, whole, world):
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(world):                                           # each has a group, loaders and all
