@@ -8,6 +8,7 @@ it, and the sample says so; everywhere else it is an error that names it.
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -15,12 +16,15 @@ import sqlite3
 import sys
 import tempfile
 from array import array
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import dropwhile
+from typing import NamedTuple
 from urllib.parse import quote
 
 import av
@@ -473,17 +477,23 @@ def pick(count: int, total: int, sample: str = "middle", rng: np.random.Generato
     raise ValueError(f"wanted sample to be middle or random, got {sample!r}")
 
 
+def first_frames(times: np.ndarray, seconds: float) -> int:
+    """How many frames the first `seconds` have, at least one; 0: all."""
+    return min(len(times), max(1, int((times < seconds).sum()))) if seconds else len(times)
+
+
 def read_frames(path: str, num_frames: int, sample: str = "middle", rng: np.random.Generator | None = None,
                 size: int | None = None, seconds: float = 0) -> Tensor:
     """
     -> (T, 3, H, W) uint8, T = num_frames, or all frames for num_frames = 0; short side at most `size`; of the first
     `seconds` alone, where that is not 0.
 
-    The whole file is decoded, so whether it is accepted does not depend on which frames are asked for; only those T are
-    kept. A frame that does not decode shows the good one before it, as in a player, up to one frame in ten.
+    Only what these frames need is decoded. Of an intact file they are those of a whole decode, bit for bit. One that
+    does not decode shows the good one before it, as in a player, up to one in ten of the file. Damage that no wanted
+    frame meets is not seen: whether a damaged file is accepted can depend on the frames asked for.
     """
     def choose(times):
-        total = max(1, int((times < seconds).sum())) if seconds else len(times)
+        total = first_frames(times, seconds)
         return pick(num_frames or total, total, sample, rng)
 
     return decode(path, choose, size)
@@ -500,19 +510,32 @@ def decode(path: str, choose, size: int | None) -> Tensor:
 def chosen_frames(path: str, choose):
     """
     choose(times (n,) of the frames, seconds from the first) -> ascending indices of those to hand on, as soon as they
-    are decoded; none is kept. That too few decode is known, and raised, at the end.
+    are decoded; none is kept.
+
+    Each is decoded from the keyframe before it. Where that does not give one of them, the file is decoded from its
+    start: a frame that is lost shows the one before it, and that too few of all decode is raised, at the end.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        times, seconds = frame_times(path)
-        wanted = choose(seconds)
-        given, lost, last = 0, len(times), None
+        container, stream = open_video(path)
+        with container:
+            times, seconds, packets = frame_times(container, stream)
+            wanted, given = choose(seconds), 0
+            for at, frame in frames_by_key(container, stream, times, packets, sorted(set(wanted))):
+                while given < len(wanted) and wanted[given] == at:
+                    yield frame
+                    given += 1
+        if given == len(wanted):
+            return
+        lost, last = len(times), None
         for at, frame in decoded_frames(path, times):
             while given < len(wanted) and wanted[given] <= at:              # lost: the one before stands in
                 yield frame if wanted[given] == at else last or frame
                 given += 1
             lost, last = lost - 1, frame
+            if given == len(wanted) and at + 1 == len(times) - lost:        # up to here none was
+                return
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     except Exception as error:                      # whatever else a library makes of wrong bytes
@@ -536,30 +559,96 @@ def open_video(path: str):
     return container, stream
 
 
-def frame_times(path: str) -> tuple[list[int | None], np.ndarray]:
+class Packet(NamedTuple):
+    pts: int | None
+    dts: int | None
+    size: int
+    key: bool              # whether decoding can begin with it
+    hidden: bool           # by an edit list: it is decoded, and not shown
+    corrupt: bool
+
+
+def frame_times(container, stream) -> tuple[list[int | None], np.ndarray, list[Packet]]:
     """
-    Presentation times of the n frames, ascending, None for a frame whose time is not known, and (n,) seconds from the
-    first. They are read from the packets: what a header says about their number may be wrong.
+    Presentation times of the n frames, ascending, None for a frame whose time is not known; (n,) seconds from the
+    first; the packets, in the order of the file. The times are read from these: what a header says about their number
+    may be wrong.
     """
-    container, stream = open_video(path)
-    with container:
-        packets = [(packet.pts, packet.is_corrupt) for packet in container.demux(stream)
-                   if packet.size and not packet.is_discard]
-        times = {pts for pts, _ in packets} - {None}
-        # AVI has no presentation times, and libav's guesses are wrong where B-frames are packed into one packet.
-        if container.format.name == "avi" or len(times) < len(packets):
-            times = set()
-        count = len(packets)
-        if any(corrupt for _, corrupt in packets):                          # the file breaks off inside a packet:
-            count = max(count, stream.frames)                               # the rest of its index is lost
-            if count > os.path.getsize(path):
-                raise ValueError(f"says that it has {count} frames")
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        known = sorted(times)
-        seconds = (np.array(known, float) - (known[0] if known else 0)) * float(stream.time_base or 1 / rate)
+    packets = [Packet(p.pts, p.dts, p.size, p.is_keyframe, p.is_discard, p.is_corrupt)
+               for p in container.demux(stream) if p.size]
+    shown = [packet.pts for packet in packets if not packet.hidden]
+    times, count = set(shown) - {None}, len(shown)
+    # AVI has no presentation times, and libav's guesses are wrong where B-frames are packed into one packet.
+    if container.format.name == "avi" or len(times) < count:
+        times = set()
+    if any(packet.corrupt for packet in packets if not packet.hidden):      # the file breaks off inside a packet:
+        count = max(count, stream.frames)                                   # the rest of its index is lost
+        if count > os.path.getsize(container.name):
+            raise ValueError(f"says that it has {count} frames")
+        if 10 * (count - len(shown)) > count:
+            raise ValueError(f"{count - len(shown)} of {count} frames do not decode")
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    known = sorted(times)
+    seconds = (np.array(known, float) - (known[0] if known else 0)) * float(stream.time_base or 1 / rate)
     rest = count - len(known)
     after = (seconds[-1] if known else -1 / rate) + np.arange(1, rest + 1) / rate
-    return known + [None] * rest, np.concatenate([seconds, after])
+    return known + [None] * rest, np.concatenate([seconds, after]), packets
+
+
+# Decoders, by libav's names, that begin anew with a keyframe; and those to which a frame that no other refers to can be
+# left out, one by one, without a trace. (HEVC's may be referred to by frames of a higher layer.)
+KEYED = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg1video", "mpeg2video"}
+SKIMMED = {"h264", "mpeg4", "mpeg1video", "mpeg2video"}
+
+
+def frames_by_key(container, stream, times: list[int | None], packets: list[Packet], wanted: list[int]):
+    """
+    (place, frame) of the wanted places, ascending, each decoded from the keyframe before it. Ends before the first that
+    may not be the frame that a whole decode gives.
+    """
+    if stream.codec_context.name not in KEYED or None in (chosen := {times[i] for i in wanted}):
+        return
+    place = {packet.pts: i for i, packet in enumerate(packets) if not packet.hidden}
+    keys = [i for i, packet in enumerate(packets) if packet.key and packet.pts is not None]
+    at, frames = -1, None
+    for i in wanted:
+        k = bisect(keys, place[times[i]])
+        while k and packets[keys[k - 1]].pts > times[i]:                    # stored after it, shown before it
+            k -= 1
+        key = keys[k - 1] if k else 0
+        if frames is None or key > at + 1:
+            frames = stretch(container, stream, packets, key, place, chosen)
+        try:
+            at, frame = next(found for found in frames if found[1].pts >= times[i])
+        except (StopIteration, av.FFmpegError):
+            return
+        if frame.pts > times[i]:
+            return
+        yield i, frame
+
+
+def stretch(container, stream, packets: list[Packet], key: int, place: dict[int, int], chosen: set[int]):
+    """
+    (packet that gave it, frame) from packet `key` on, in the order of presentation; of the frames that no other refers
+    to only those with the chosen times. Ends where packets or frames are not those that were to come. What is shown
+    before the keyframe may refer to what was before it, and is left out.
+    """
+    context, first, begun = stream.codec_context, packets[key].pts, key == 0
+    same = lambda packet, i: i < len(packets) and (packet.pts, packet.size) == (packets[i].pts, packets[i].size)
+    container.seek((first or 0) if packets[key].dts is None else packets[key].dts, stream=stream)
+    for at, packet in enumerate(dropwhile(lambda packet: not same(packet, key), container.demux(stream)), key):
+        if packet.size and not same(packet, at):
+            return
+        if context.name in SKIMMED:
+            context.skip_frame = "DEFAULT" if at == key or packet.pts in chosen else "NONREF"
+        for frame in packet.decode():
+            if frame.pts not in place:
+                return
+            begun |= frame.pts == first
+            if begun:
+                yield at, frame
+            elif frame.pts > first:                                         # it gave no frame: it was no keyframe
+                return
 
 
 def decoded_frames(path: str, times: list[int | None]):
@@ -601,8 +690,13 @@ def test_view(frames: Tensor, size: int) -> Tensor:
     return resize(frames, (size, size))
 
 
-def train_view(frames: Tensor, size: int, scale: float, flip: bool, rng: np.random.Generator) -> Tensor:
-    """(T, 3, H, W) -> (T, 3, S, S): one crop a clip, of at least `scale` of the area and 3/4 to 4/3 in shape."""
+def train_view(frames: Tensor, size: int, scale: float, flip: bool, rng: np.random.Generator,
+               on_device: bool = False) -> Tensor:
+    """
+    (T, 3, H, W) -> (T, 3, S, S): one crop a clip, of at least `scale` of the area and 3/4 to 4/3 in shape.
+
+    on_device: it stays (T, 3, h, w), for the device to resize, but where that would be much more to send.
+    """
     H, W = frames.shape[2:]
     if scale < 1:
         for _ in range(10):
@@ -616,7 +710,8 @@ def train_view(frames: Tensor, size: int, scale: float, flip: bool, rng: np.rand
         frames = frames[:, :, y:y + h, x:x + w]
     if flip and rng.random() < 0.5:
         frames = frames.flip(-1)
-    return resize(frames, (size, size))
+    h, w = frames.shape[2:]
+    return frames if on_device and h * w <= 4 * size ** 2 else resize(frames, (size, size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -639,6 +734,7 @@ class DataConfig:
     cache_frames: int = 32    # frames a video kept in that cache, evenly spaced
     cache_size: int = 0       # their short side at most; 0: size
     workers: int = 0          # loader processes
+    on_device: bool = False   # training crops go to the device as they are, and are resized there, not by the loader
     max_bad: float = 0.1      # share of the videos asked for that may be unreadable; past it the run ends
 
     def __post_init__(self):
@@ -737,7 +833,7 @@ def decode_cache(rows: Sequence[Row], cfg: DataConfig, folder: str) -> Cache:
 def _read_for_cache(count: int, size: int, seconds: float, video: str) -> np.ndarray | str:
     """Frames (n, 3, h, w), or what is wrong with the video: all that fail are counted before the run stops."""
     def choose(times):
-        total = max(1, int((times < seconds).sum())) if seconds else len(times)
+        total = first_frames(times, seconds)
         return pick(min(count, total), total)
 
     try:
@@ -756,6 +852,7 @@ class Sample:
     view: int                                      # which frames, crop and flip of it
     questions: list[Question] = field(default_factory=list)
     lost: list[dict] = field(default_factory=list)     # what was asked for before it and could not be read, and why
+    size: int = 0                                  # S, where the video may be a crop yet, (T, 3, h, w)
 
 
 class UnreadableError(ValueError):
@@ -820,7 +917,9 @@ class Clips(torch.utils.data.Dataset):
             frames = self.read(row, "random", rng)
         except (ValueError, OSError) as error:
             raise UnreadableError(row, error) from None
-        return self.sample(clip, view, train_view(frames, self.cfg.size, self.cfg.scale, self.cfg.flip, rng), caption)
+        cfg = self.cfg
+        video = train_view(frames, cfg.size, cfg.scale, cfg.flip, rng, cfg.on_device)
+        return self.sample(clip, view, video, caption)
 
     def read(self, row: Row, sample: str, rng) -> Tensor:
         if self.cache is None:
@@ -831,7 +930,8 @@ class Clips(torch.utils.data.Dataset):
 
     def sample(self, clip: int, view: int, video: Tensor, caption: str) -> Sample:
         row = self.rows[clip]
-        return Sample(video, caption, row.still or caption, row.media, self.first + clip, view, row.questions)
+        return Sample(video, caption, row.still or caption, row.media, self.first + clip, view, row.questions,
+                      size=self.cfg.size)
 
 
 class Mix(torch.utils.data.Dataset):
@@ -864,13 +964,13 @@ class Mix(torch.utils.data.Dataset):
 
 @dataclass
 class Batch:
-    video: Tensor                                  # (B, T, 3, S, S) uint8
+    video: Tensor | None                           # (B, T, 3, S, S) uint8; None while there are crops
     ids: Tensor                                    # (B, L) int64; of questions (Q, L)
     captions: list[str]
     stills: list[str]
     media: Tensor                                  # (B,) int64, equal for clips of one file
-    clip: Tensor                                   # (B,) int64
-    view: Tensor                                   # (B,) int64
+    clip: Tensor                                   # (B,) int64, on the host
+    view: Tensor                                   # (B,) int64, on the host
     seed: int                                      # of all that is drawn at random about this batch
     n: int = 0                                     # of its first sample, among a stage's
     rows: Tensor | None = None                     # (Q,) int64, the clip of the batch that question q is about
@@ -878,13 +978,23 @@ class Batch:
     asked: Tensor | None = None                    # (A,) int64, the question that answer a belongs to
     weight: Tensor | None = None                   # (A,) fp32
     lost: list[dict] = field(default_factory=list)     # of its samples
+    crops: Tensor | None = None                    # uint8, the clips one after the other, to become the video
+    shapes: list[tuple] = field(default_factory=list)      # (T, 3, h, w) of each
+    size: int = 0                                  # S
 
     def pin_memory(self) -> "Batch":
         """For the loader: from pinned memory a copy to the device is not waited for."""
         return self.tensors(Tensor.pin_memory)
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
-        return self.tensors(lambda x: x.to(device, non_blocking=non_blocking))
+        """All but clip and view, which the host reads without waiting for the device. Crops are resized there."""
+        there = replace(self, clip=None, view=None).tensors(lambda x: x.to(device, non_blocking=non_blocking))
+        there = replace(there, clip=self.clip, view=self.view)
+        if self.crops is None:
+            return there
+        crops = there.crops.split([math.prod(shape) for shape in self.shapes])
+        video = [resize(crop.view(shape), (self.size,) * 2) for crop, shape in zip(crops, self.shapes, strict=True)]
+        return replace(there, video=torch.stack(video), crops=None, shapes=[])
 
     def tensors(self, change) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -894,9 +1004,13 @@ class Batch:
 def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int, sep: bool = False,
             answer_length: int = 0) -> Batch:
     """With an answer_length the ids are those of the samples' questions, and their answers are there too."""
-    captions = [s.caption for s in samples]
+    captions, size = [s.caption for s in samples], samples[0].size
+    crops, shapes = None, [tuple(s.video.shape) for s in samples]
+    if size and any(shape[2:] != (size, size) for shape in shapes):
+        crops = torch.cat([s.video.flatten() for s in samples])
     batch = Batch(
-        video=torch.stack([s.video for s in samples]),
+        video=torch.stack([s.video for s in samples]) if crops is None else None,
+        crops=crops, shapes=shapes if crops is not None else [], size=size,
         ids=torch.empty(0), captions=captions, stills=[s.still for s in samples],
         media=torch.tensor([s.media for s in samples]), clip=torch.tensor([s.clip for s in samples]),
         view=torch.tensor([s.view for s in samples]), seed=seed, lost=[about for s in samples for about in s.lost],

@@ -833,8 +833,8 @@ def test_a_batch_holds_its_samples(sprites, rows, cfg):
         assert torch.equal(batch.video[i], s.video) and (batch.captions[i], batch.stills[i]) == (s.caption, s.still)
         assert (batch.media[i], batch.clip[i], batch.view[i]) == (s.media, s.clip, s.view)
     moved = batch.to("meta")
-    assert moved.video.is_meta and moved.ids.is_meta and moved.clip.is_meta and moved.captions == batch.captions
-    assert not batch.video.is_meta
+    assert moved.video.is_meta and moved.ids.is_meta and moved.media.is_meta and moved.captions == batch.captions
+    assert not batch.video.is_meta and moved.clip is batch.clip and moved.view is batch.view       # the host's to read
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -99,8 +99,13 @@ def there(filmed, models, tmp_path, monkeypatch):
 @pytest.fixture
 def read(monkeypatch):
     """The files that were decoded, as they are."""
-    seen, real = [], data.frame_times
-    monkeypatch.setattr(data, "frame_times", lambda path: seen.append(os.path.relpath(path, "clips")) or real(path))
+    seen, real = [], data.chosen_frames
+
+    def chosen_frames(path, choose):
+        seen.append(os.path.relpath(path, "clips"))
+        return real(path, choose)
+
+    monkeypatch.setattr(data, "chosen_frames", chosen_frames)
     return seen
 
 
@@ -116,7 +121,7 @@ def by_hand(cfg, kind, T):
     model = (ClusterSTM if kind == "student" else SigLIP).from_pretrained(cfg.checkpoint)
     found = {query: {} for query in cfg.queries}
     for name, made in FILES.items():
-        frames, (_, times) = data.read_frames(f"clips/{name}", 0), data.frame_times(f"clips/{name}")
+        frames, times = data.read_frames(f"clips/{name}", 0), data.frame_times(*data.open_video(f"clips/{name}"))[1]
         end = made["n"] / made.get("rate", 10) if made["n"] > 1 else 0
         parts = -int(-end // cfg.segment) if cfg.segment and end > cfg.segment else 1
         for part in range(parts):
@@ -202,7 +207,7 @@ def test_frames_are_those_that_decode_gives(tmp_path):
             assert torch.equal(same, data.read_frames(path, 0)[list(picks)])
     for path, message in ((worse, "worse.mp4: 12 of 50 frames do not decode"), ("no.mp4", "no.mp4: no such file")):
         with pytest.raises((ValueError, OSError), match=message):
-            list(data.chosen_frames(str(path), lambda _: [0]))
+            list(data.chosen_frames(str(path), lambda _: [24]))
 
 
 def test_the_best_of_each_video_are_those_of_a_sorted_list():
@@ -347,13 +352,13 @@ def test_it_saves_on_the_way_and_never_half_a_video(there, monkeypatch):
 
 
 def test_a_decoding_process_that_dies_is_said_and_costs_no_other_file(there, monkeypatch):
-    real = data.decoded_frames
-    def decoded_frames(path, times):
+    real = data.chosen_frames
+    def chosen_frames(path, choose):
         if path.endswith("sound.mov"):
             os._exit(11)
-        return real(path, times)
+        return real(path, choose)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "decoded_frames", decoded_frames)
+        patch.setattr(data, "chosen_frames", chosen_frames)
         with pytest.raises(ValueError, match="a decoding process died .*, at one of .*sound.mov"):
             main(replace(there, workers=1, batch=1))
     with safe_open("clips.index.safetensors", "pt") as f:
