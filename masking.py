@@ -206,7 +206,14 @@ def uniform(size: tuple, generator: Generator | None, like: Tensor) -> Tensor:
     """Uniform numbers in [0, 1), drawn on the generator's device: one seed, one mask, wherever `like` is."""
     if generator is None:
         raise ValueError("a mask that is drawn at random needs generator, got none")
-    return torch.rand(size, generator=generator, device=generator.device).to(like.device, non_blocking=True)
+    return sent(torch.rand(size, generator=generator, device=generator.device), like.device)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device. Memory that is pinned is copied to a GPU while the host goes on; of other memory it waits."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 MASKS = {

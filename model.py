@@ -7,6 +7,7 @@ only in its first layers and cross-attention to the video in its last. Letters a
 """
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+from masking import sent
 from teacher import Guide, demand, find_folder, known, load_weights, patches, read_folder
 
 
@@ -97,7 +99,9 @@ class Block(nn.Module):
 
     def __init__(self, C: int, heads: int, drop_path: float = 0.0, cross: bool = False):
         super().__init__()
-        self.heads, self.drop_path = heads, drop_path
+        self.heads, self.drops = heads, drop_path > 0
+        # A tensor: of numbers that differ from block to block torch.compile makes several programs.
+        self.register_buffer("drop_path", torch.tensor(drop_path), persistent=False)
         self.norm1 = nn.LayerNorm(C, eps=1e-6)
         if cross:
             self.norm_kv, self.q, self.kv = nn.LayerNorm(C, eps=1e-6), nn.Linear(C, C), nn.Linear(C, 2 * C)
@@ -114,7 +118,7 @@ class Block(nn.Module):
 
     def drop(self, x: Tensor) -> Tensor:
         """Stochastic depth, a clip at a time."""
-        if not self.training or self.drop_path == 0:
+        if not (self.training and self.drops):
             return x
         stay = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
         return x * stay / (1 - self.drop_path)
@@ -389,6 +393,17 @@ class Bert(nn.Module):
         x = p.transform.LayerNorm(nnf.gelu(p.transform.dense(states)))
         return nnf.linear(x, self.bert.embeddings.word_embeddings.weight, p.bias)
 
+    def predict(self, states: Tensor, labels: Tensor) -> Tensor:
+        """
+        states (M, L, D), labels (M, L), -100 where nothing is predicted -> the cross-entropy, summed over words.
+
+        Logits are formed at as many places whatever the words, so that no host waits for a device to count them.
+        """
+        labels = labels.flatten()
+        places = (labels == -100).byte().argsort(stable=True)[:most_words(labels.numel())]      # the words come first
+        logits = self.words(states.flatten(0, 1)[places]).float()
+        return nnf.cross_entropy(logits, labels[places], reduction="sum")
+
     def mask(self, ids: Tensor) -> Tensor:
         """ids (M, L) -> (M, 1, 1, L), True where there is a word; of a decoder (M, 1, L, L), True where it is seen."""
         there = (ids != self.PAD)[:, None, None, :]
@@ -396,8 +411,8 @@ class Bert(nn.Module):
 
     def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Training on text alone: corrupted ids and labels (M, L), as `corrupt` makes them -> the MLM loss by name."""
-        masked = labels != -100
-        return {"mlm": nnf.cross_entropy(self.words(self.fuse(self.text(ids), ids)[masked]).float(), labels[masked])}
+        count = (labels != -100).sum().clamp_min(1)
+        return {"mlm": self.predict(self.fuse(self.text(ids), ids), labels) / count}
 
     @classmethod
     def from_pretrained(cls, name: str, **changes) -> "Bert":
@@ -459,14 +474,20 @@ def corrupt(ids: Tensor, vocab: int, mask_id: int, generator: torch.Generator) -
     Half of the words to be predicted: ids (M, L) -> corrupted ids, labels (-100 where nothing is predicted).
 
     Of the chosen 80 % become [MASK], 10 % a random word, 10 % stay. The special tokens, whose ids go up to [MASK]'s as
-    in bert-base-uncased, are never chosen, nor drawn.
+    in bert-base-uncased, are never chosen, nor drawn; nor is what comes after the first `most_words`.
     """
-    chosen, kind = (torch.rand(ids.shape, generator=generator).to(ids.device) for _ in range(2))
-    word = torch.randint(mask_id + 1, vocab, ids.shape, generator=generator).to(ids.device)
+    chosen, kind = (sent(torch.rand(ids.shape, generator=generator), ids.device) for _ in range(2))
+    word = sent(torch.randint(mask_id + 1, vocab, ids.shape, generator=generator), ids.device)
     chosen = (chosen < 0.5) & (ids > mask_id)
+    chosen &= chosen.flatten().cumsum(0).view(ids.shape) <= most_words(ids.numel())
     corrupted = torch.where(chosen & (kind < 0.8), mask_id, ids)
     corrupted = torch.where(chosen & (kind >= 0.9), word, corrupted)
     return corrupted, torch.where(chosen, ids, -100)
+
+
+def most_words(places: int) -> int:
+    """How many of so many places are predicted at most: half of them and six standard deviations of a fair choice."""
+    return min(places, math.ceil(places / 2 + 3 * places ** 0.5))
 
 
 # Decoder
@@ -545,7 +566,7 @@ def hard_negatives(similarity: Tensor, media: Tensor, generator: torch.Generator
     """
     other = media[:, None] != media[None]
     noise = torch.rand(similarity.shape, generator=generator).clamp_(1e-7, 1 - 1e-7).log().neg().log().neg()
-    score = (similarity.float() + noise.to(similarity.device)).masked_fill(~other, -torch.inf)
+    score = (similarity.float() + sent(noise, similarity.device)).masked_fill(~other, -torch.inf)
     return score.argmax(1), other.any(1)
 
 
@@ -557,6 +578,8 @@ class Whole:
     words: Tensor               # masked words a micro-batch, on average
     scale: float                # of VTC's gradient: the parts' gradients are averaged, and it is a sum over them
     index: int                  # this micro-batch among them
+    corrupted: tuple | None     # ids and labels of the masked words
+    wanted: Tensor | None       # (B, Q) flat ids of the masked tokens that are predicted
     others: tuple | None = None     # video (parts, B, E), text (parts, B, E), media (parts, B), if already known
 
 
@@ -592,7 +615,8 @@ class ClusterSTM(nn.Module):
             weight = torch.ones(len(tokens), T, device=tokens.device)
             frames = tokens.view(len(tokens), T, h * w, -1).mean(2)                 # (B, T, C)
         else:       # a mask of the whole clip may leave a frame few tokens, or none: that frame does not count
-            member = nnf.one_hot(keep // (h * w), T).to(tokens.dtype)               # (B, S, T)
+            member = keep[..., None] // (h * w) == torch.arange(T, device=keep.device)
+            member = member.to(tokens.dtype)                                        # (B, S, T)
             count = member.sum(1)                                                   # (B, T)
             weight = (count > 0).float()
             frames = member.mT @ tokens / count.clamp_min(1)[..., None]
@@ -613,12 +637,12 @@ class ClusterSTM(nn.Module):
 
     # Training
 
-    def encode(self, batch, guide: Guide | None):
+    def encode(self, batch, guide: Guide | None, corrupted: tuple | None):
         """What forward begins with, and what `whole` needs beforehand for VTC."""
         tokens, video = self.encode_video(batch.video, guide and guide.keep)
-        corrupted, labels = self.corrupt(batch) if self.mlm else (batch.ids[:0], None)
-        states = self.bert.text(torch.cat([batch.ids, corrupted]))                  # (2B, L, D), without MLM (B, L, D)
-        return tokens, video, states, self.text_feature(states[:len(batch.ids)]), labels
+        ids = torch.cat([batch.ids, corrupted[0]]) if corrupted else batch.ids
+        states = self.bert.text(ids)                                                # (2B, L, D), without MLM (B, L, D)
+        return tokens, video, states, self.text_feature(states[:len(batch.ids)])
 
     def corrupt(self, batch) -> tuple[Tensor, Tensor]:
         return corrupt(batch.ids, self.cfg.vocab, self.cfg.mask_id, stream(batch, 1))
@@ -627,7 +651,7 @@ class ClusterSTM(nn.Module):
         """The masked tokens to be predicted: (B, Q) flat ids; all of them, or a share drawn anew each step."""
         B, T, N, _ = guide.aligned.shape
         Q = T * N - guide.keep.shape[1]
-        draw = torch.rand(B, T * N, generator=stream(batch, 2)).to(guide.keep.device)
+        draw = sent(torch.rand(B, T * N, generator=stream(batch, 2)), guide.keep.device)
         if self.cfg.decoder == "cross":
             Q = min(Q, max(1, round(Q * self.cfg.decoder_share)))
         return draw.scatter(1, guide.keep, 2.0).argsort(1)[:, :Q]                   # the kept ones come last
@@ -650,25 +674,29 @@ class ClusterSTM(nn.Module):
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         parts = world * len(batches)
-        masked = [(self.corrupt(b)[1] != -100).sum() for b in batches if self.mlm]
+        corrupted = [self.corrupt(b) if self.mlm else None for b in batches]
+        masked = [(both[1] != -100).sum() for both in corrupted if both]
         words = total(sum(masked, torch.zeros((), device=batches[0].ids.device)).float()).clamp_min(1) / parts
         gram = variance = others = None
+        wanted = [None] * len(batches)
         if guides[0] is not None and guides[0].aligned is not None:
+            wanted = [self.wanted(b, g) for b, g in zip(batches, guides, strict=True)]
             with torch.autocast(words.device.type, enabled=False):
                 texts = [g.text.float() for g in guides]
                 gram = total(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
                 forms = [self.relevance(g, gram) for g in guides]
-                aimed = [take(g.aligned, self.wanted(b, g)) for b, g in zip(batches, guides, strict=True)]
-                variance = total(sum(spread(p, form) for p, form in zip(aimed, forms, strict=True))) / parts
+                spreads = [spread(g.at(ids), form) for g, ids, form in zip(guides, wanted, forms, strict=True)]
+                variance = total(sum(spreads)) / parts
         if len(batches) > 1:
             features = []
-            for b, g in zip(batches, guides, strict=True):
+            for b, g, words_masked in zip(batches, guides, corrupted, strict=True):
                 torch.manual_seed(b.seed)           # the dropout of the forward pass that follows
-                _, video, _, text, _ = self.encode(b, g)
+                _, video, _, text = self.encode(b, g, words_masked)
                 features.append((video, text, b.media))
             others = tuple(gather(torch.stack(x)).flatten(0, 1) for x in zip(*features, strict=True))
         scale = len(batches) if self.cfg.umt_vtc else parts
-        return [Whole(gram, variance, words, scale, rank * len(batches) + i, others) for i in range(len(batches))]
+        return [Whole(gram, variance, words, scale, rank * len(batches) + i, *drawn, others)
+                for i, drawn in enumerate(zip(corrupted, wanted, strict=True))]
 
     def forward(self, batch, guide: Guide | None, whole: Whole | None = None) -> dict[str, Tensor]:
         """
@@ -682,16 +710,14 @@ class ClusterSTM(nn.Module):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         B = len(batch.ids)
-        tokens, video, states, text, labels = self.encode(batch, guide)
+        tokens, video, states, text = self.encode(batch, guide, whole.corrupted)
         losses = {}
 
-        targets = guide is not None and guide.aligned is not None
-        if targets and guide.keep.shape[1] < guide.aligned.shape[1:3].numel():
-            wanted = self.wanted(batch, guide)
-            p = take(guide.aligned, wanted)
-            q = self.decoder(tokens, guide.keep, wanted, self.vit.grid(batch.video))
+        if whole.wanted is not None and whole.wanted.numel():
+            q = self.decoder(tokens, guide.keep, whole.wanted, self.vit.grid(batch.video))
             with torch.autocast(tokens.device.type, enabled=False):
-                losses["mrm"] = self.relevance(guide, whole.gram)(q - p).mean() / whole.variance.clamp_min(1e-8)
+                form = self.relevance(guide, whole.gram)
+                losses["mrm"] = form(q - guide.at(whole.wanted)).mean() / whole.variance.clamp_min(1e-8)
 
         # The features of the other micro-batches are constants, own ones carry the gradient: summed over the parts.
         others = whole.others or (gather(video), gather(text), gather(batch.media))
@@ -717,9 +743,7 @@ class ClusterSTM(nn.Module):
         losses["vtm"] = each.where(valid, 0).sum() / valid.sum()
 
         if self.mlm:
-            masked = labels != -100
-            logits = self.bert.words(fused[3 * B:][masked]).float()
-            losses["mlm"] = nnf.cross_entropy(logits, labels[masked], reduction="sum") / whole.words
+            losses["mlm"] = self.bert.predict(fused[3 * B:], whole.corrupted[1]) / whole.words
         return losses
 
     def start_from(self, folder: str):
@@ -802,6 +826,9 @@ class VideoToText(nn.Module):
         before, after = answers[:, :-1], answers[:, 1:]
         said = after != Bert.PAD
         states = decoder.fuse(decoder.text(before), before, memory, asked, heard)
+        if self.training:           # padding too: what it costs is less than to wait for the device to count pieces
+            logits = decoder.words(states).float().flatten(0, 1)
+            return -nnf.cross_entropy(logits, after.flatten(), reduction="none", ignore_index=Bert.PAD).view(said.shape)
         logits = decoder.words(states[said]).float()                                # (pieces, vocab)
         each = nnf.cross_entropy(logits, after[said], reduction="none")
         return torch.zeros(said.shape, device=each.device).masked_scatter(said, -each)
@@ -887,12 +914,6 @@ def save_weights(model: nn.Module, folder: str):
     path = os.path.join(folder, "model.safetensors")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path + ".tmp")
     os.replace(path + ".tmp", path)
-
-
-def take(x: Tensor, ids: Tensor) -> Tensor:
-    """x (B, T, N, E) at flat ids (B, Q) -> (B, Q, E) fp32."""
-    x = x.flatten(1, 2)
-    return x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1])).float()
 
 
 def stream(batch, k: int) -> torch.Generator:

@@ -35,8 +35,8 @@ from teacher import one_line
 STAGES = ("teacher", "text", "pretrain", "unmasked", "finetune")
 
 # Settings that may change when a run is resumed.
-FREE = ("resume", "stage", "device", "log_every", "save_every", "keep", "skip_nonfinite", "data.workers", "data.cache",
-        "data.max_bad")
+FREE = ("resume", "stage", "device", "log_every", "save_every", "keep", "skip_nonfinite", "compile",
+        "activation_checkpointing", "data.workers", "data.cache", "data.on_device", "data.max_bad")
 # Settings that main fills in as the stages go by: where they were still empty they do not differ.
 FILLED = ("teacher", "model.target")
 
@@ -401,7 +401,10 @@ class Word:
         if self.there:
             self.there.record()
 
-    def read(self) -> list[float]:
+    def tensor(self) -> Tensor:
         if self.there:
             self.there.synchronize()
-        return self.host.tolist()
+        return self.host
+
+    def read(self) -> list[float]:
+        return self.tensor().tolist()

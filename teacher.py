@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from torch import Tensor, nn
 
 from kernels.window_attention import window_attention
-from masking import keep_count
+from masking import keep_count, sent
 
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: nnf.gelu(x, approximate="tanh"),
@@ -311,9 +311,13 @@ class SigLIP(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (F, 3, H, W), normalised -> tokens (F, N, C) after the last LayerNorm, pooled (F, E), unit length."""
+        tokens = self.tokens(pixels)
+        return tokens, nnf.normalize(self.vision_model.head(tokens), dim=-1)
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """pixels (F, 3, H, W), normalised -> tokens (F, N, C) after the last LayerNorm."""
         m = self.vision_model
-        tokens = m.post_layernorm(m.encoder(m.embeddings(pixels)))
-        return tokens, nnf.normalize(m.head(tokens), dim=-1)
+        return m.post_layernorm(m.encoder(m.embeddings(pixels)))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """ids (M, L), padded to the model's length (SigLIP masks no padding) -> (M, E) of unit length."""
@@ -322,7 +326,8 @@ class SigLIP(nn.Module):
         if L > m.embeddings.position_embedding.num_embeddings:
             raise ValueError(f"this SigLIP takes {m.embeddings.position_embedding.num_embeddings} text tokens, got {L}")
         x = m.embeddings.token_embedding(ids) + m.embeddings.position_embedding.weight[:L]
-        return nnf.normalize(m.head(m.final_layer_norm(m.encoder(x))[:, -1]), dim=-1)
+        x = m.head(m.final_layer_norm(m.encoder(x))[:, -1])
+        return nnf.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """captions -> ids (M, L), padded and cut to the model's length."""
@@ -332,7 +337,7 @@ class SigLIP(nn.Module):
         self.tokenizer.enable_truncation(L)
         self.tokenizer.enable_padding(length=L, pad_id=pad, pad_token=self.tokenizer.id_to_token(pad))
         encoded = self.tokenizer.encode_batch(captions)
-        return torch.tensor([e.ids for e in encoded], device=self.logit_bias.device)
+        return sent(torch.tensor([e.ids for e in encoded]), self.logit_bias.device)
 
     def attend(self, tokens: Tensor) -> Tensor:
         """tokens (F, N, C) -> (F, N): the MAP head's attention, mean over its heads; sums to 1."""
@@ -602,6 +607,13 @@ class Guide:
     keep: Tensor                    # (B, TK) int64, flat ids of the kept tokens, ascending
     aligned: Tensor | None = None   # (B, T, N, E), every token pooled over its neighbourhood, unit length
     text: Tensor | None = None      # (B, E), the captions in the same joint space, unit length
+    basis: tuple[Tensor, Tensor] | None = None      # mean (E), rows (k, E): then aligned is (B, T, N, k), along these
+
+    def at(self, ids: Tensor) -> Tensor:
+        """What the tokens at flat ids (B, Q) are about: (B, Q, E) fp32."""
+        x = self.aligned.flatten(1, 2)
+        x = x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1])).float()
+        return x if self.basis is None else self.basis[0] + x @ self.basis[1]
 
 
 @torch.no_grad()
@@ -615,13 +627,15 @@ def guide(teacher: SigLIP, batch, mask, ratio: float, pool: str = "map", check: 
     which the teacher is shown the frames in another size where its own patches would be others.
     """
     B, T = batch.video.shape[:2]
-    pixels = teacher.pixels(batch.video.flatten(0, 1), grid)
-    grid = teacher.grid_of(pixels)
-    tokens, _ = teacher.encode_image(pixels)                                        # (F, N, C)
-    text = teacher.encode_text(teacher.tokenize(batch.captions))
-    aligned = teacher.align(tokens, grid, pool).unflatten(0, (B, T))                # (B, T, N, E)
-    return Guide(choose(teacher, tokens.unflatten(0, (B, T)), mask, ratio, batch.seed, grid, text=text, aligned=aligned,
-                        check=check), aligned, text)
+    with torch.autocast(batch.video.device.type, enabled=False):    # it has the type it is to be computed in
+        pixels = teacher.pixels(batch.video.flatten(0, 1), grid)
+        grid = teacher.grid_of(pixels)
+        tokens = teacher.tokens(pixels)                                             # (F, N, C)
+        text = teacher.encode_text(teacher.tokenize(batch.captions))
+        aligned = teacher.align(tokens, grid, pool).unflatten(0, (B, T))            # (B, T, N, E)
+        keep = choose(teacher, tokens.unflatten(0, (B, T)), mask, ratio, batch.seed, grid, text=text, aligned=aligned,
+                      check=check)
+    return Guide(keep, aligned, text)
 
 
 @torch.no_grad()
@@ -636,5 +650,6 @@ def choose(teacher: SigLIP, tokens: Tensor, mask, ratio: float, seed: int, grid:
 @torch.no_grad()
 def kept(teacher: SigLIP, video: Tensor, mask, ratio: float, seed: int, grid: tuple[int, int]) -> Tensor:
     """video (B, T, 3, H, W) uint8, in patches of the student's grid (h, w) -> the ids that `mask` keeps, (B, TK)."""
-    tokens, _ = teacher.encode_image(teacher.pixels(video.flatten(0, 1), grid))
-    return choose(teacher, tokens.unflatten(0, video.shape[:2]), mask, ratio, seed, grid)
+    with torch.autocast(video.device.type, enabled=False):
+        tokens = teacher.tokens(teacher.pixels(video.flatten(0, 1), grid))
+        return choose(teacher, tokens.unflatten(0, video.shape[:2]), mask, ratio, seed, grid)

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -37,14 +36,27 @@ import torch.distributed as dist
 import tyro
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import eval as scoring
-from data import Batch, Clips, DataConfig, Mix, UnreadableError
-from masking import MaskConfig, keep_count
-from model import Bert, ClusterSTM, ModelConfig, VideoToText, bert_config, corrupt, save_weights, stream
+from data import Batch, Clips, DataConfig, Mix
+from guides import Guides
+from masking import MaskConfig, keep_count, sent
+from model import (
+    Bert,
+    BertLayer,
+    Block,
+    ClusterSTM,
+    ModelConfig,
+    VideoToText,
+    bert_config,
+    corrupt,
+    save_weights,
+    stream,
+)
 from runs import (
     STAGES,
     BadMedia,
@@ -56,19 +68,18 @@ from runs import (
     keep_as_begun,
     load_state,
     open_run,
-    same_config,
     save_state,
 )
 from sprites import write_sprites
 from tasks import data_root, find_file, find_task, read_answers, read_rows, split_files
 from teacher import (
     Guide,
+    Layer,
     SigLIP,
     SigLIPConfig,
     TextConfig,
     VisionConfig,
     find_folder,
-    guide,
     kept,
     known,
     load_weights,
@@ -124,6 +135,9 @@ class Config:
     vtm: float = 1.0              # weight of video-text matching
     mlm: float = 1.0              # weight of masked language modelling
     pool: Literal["map", "mean"] = "map"    # how the teacher pools a token's neighbourhood
+    guide_codes: int = 0          # numbers of 8 bits kept of each target where views come round again; 0: all, in fp16
+    compile: bool = False         # torch.compile for the layers of teacher and student
+    activation_checkpointing: bool = False      # keep of a layer its input alone, and compute it again going backward
     skip_nonfinite: int = 0       # steps of a stage that may be left out because loss or gradient is not finite
     log_every: int = 10           # steps between two rows of log.jsonl
     save_every: int = 500         # steps between two states
@@ -142,6 +156,8 @@ class Config:
                              f"stage is {self.stage!r}")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
+        if self.guide_codes and not self.data.views:
+            raise ValueError(f"guide_codes {self.guide_codes} with data.views 0: what is seen once is not kept")
         if min(self.batch, self.steps, self.log_every, self.save_every, self.keep) < 1 or self.unmasked_steps < 0:
             raise ValueError(f"batch {self.batch}, steps {self.steps}, log_every {self.log_every}, save_every "
                              f"{self.save_every}, keep {self.keep} want to be positive, unmasked_steps "
@@ -162,17 +178,17 @@ PRESETS = {
     # and a clipped gradient are ours. Steps: ten epochs of 5 M clips.
     "base": Config(
         name="base", teacher="google/siglip-base-patch16-224", text="bert-base-uncased", batch=2048, steps=27_000,
-        unmasked_steps=2_700, unmasked_batch=1024, lr=1e-4, save_every=1000,
+        unmasked_steps=2_700, unmasked_batch=1024, lr=1e-4, save_every=1000, compile=True,
         data=DataConfig(train="data/webvid_cc3m_train.json", root="data/videos", frames=4, size=224, scale=0.5,
-                        flip=True, views=0, cache=False, workers=12),
+                        flip=True, views=0, cache=False, workers=12, on_device=True),
         mask=MaskConfig(ratio=0.85), model=ModelConfig(),
     ),
     # As base, 256 pixels a side, for which there is a SigLIP-L/16.
     "large": Config(
         name="large", teacher="google/siglip-large-patch16-256", text="bert-large-uncased", batch=4096, steps=13_500,
-        unmasked_steps=1_350, unmasked_batch=2048, lr=1e-4, save_every=1000,
+        unmasked_steps=1_350, unmasked_batch=2048, lr=1e-4, save_every=1000, compile=True,
         data=DataConfig(train="data/webvid_cc3m_train.json", root="data/videos", frames=4, size=256, scale=0.5,
-                        flip=True, views=0, cache=False, workers=12),
+                        flip=True, views=0, cache=False, workers=12, on_device=True),
         mask=MaskConfig(ratio=0.85),
         model=ModelConfig(width=1024, depth=24, heads=16, drop_path=0.2, text_width=1024, text_depth=24,
                           text_heads=16, fusion=5, embed=768),
@@ -229,11 +245,17 @@ def micro_batches(run: Run, clips: Clips | Mix, tokenizer, stage: str, batch: in
             data.collate, tokenizer=tokenizer, length=cfg.model.text_length, seed=0, sep=cfg.model.sep,
             answer_length=find_task(cfg.task).answer_length if cfg.task else 0),
     ))
+    side = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None     # copies run beside the step before
     try:
         for s in range(step, steps):
             group = []
             for i in mine:
-                b = next(loader).to(run.device, non_blocking=True)
+                with torch.cuda.stream(side) if side else nullcontext():
+                    b = next(loader).to(run.device, non_blocking=True)
+                if side:
+                    now = torch.cuda.current_stream(run.device)
+                    now.wait_stream(side)
+                    b.tensors(lambda x, now=now: x.record_stream(now) if x.is_cuda else None)
                 key = np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i))
                 b.seed, b.n = int(key.generate_state(1, np.uint64)[0]), s * batch + i * micro
                 group.append(b)
@@ -252,10 +274,11 @@ ENOUGH = 1000       # samples, before their share of unreadable ones says someth
 
 
 def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, batch: int, steps: int, lr: float, calls,
-        after: dict | None = None) -> nn.Module:
+        after: dict | None = None, before_saving=lambda: None) -> nn.Module:
     """
     One stage: `steps` steps of `model`. `calls` turns a step's micro-batches into the arguments of the model's calls;
-    `after`, step -> function, what is done after some of them.
+    `after`, step -> function, what is done after some of them; `before_saving`, what all ranks do before a state is
+    written.
 
     state/ in the run's folder is where --resume goes on; log.jsonl gets the losses, averaged over micro-batches and
     ranks; bad_media.jsonl what could not be read.
@@ -277,14 +300,13 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
     log = os.path.join(run.folder, "log.jsonl")
     if run.rank == 0:
         forget_rows(log, stage, step)
-    net = DistributedDataParallel(model) if run.world > 1 else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if run.world > 1 else model
     if run.world > 1:
         net.broadcast_buffers = False           # they are constants
     model.train()
 
     weight = {"mrm": cfg.mrm, "vtc": cfg.vtc, "vtm": cfg.vtm, "mlm": cfg.mlm if stage != "text" else 1.0}
-    autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda")
-    save = lambda step: run.rank == 0 and save_state(run, stage, step, model, optimizer, counts)
+    save = lambda step: (before_saving(), run.rank == 0 and save_state(run, stage, step, model, optimizer, counts))
     loader = run.closing.enter_context(closing(micro_batches(run, clips, tokenizer, stage, batch, micro, step, steps)))
     bar = tqdm(total=steps, initial=step, desc=f"{cfg.name} {stage}", disable=run.rank > 0, mininterval=1)
     run.closing.callback(bar.close)
@@ -342,19 +364,7 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, cfg.warmup, lr)
 
-        # Forward and backward; gradients cross the ranks once a step, in the last micro-batch.
-        mean = {}
-        with autocast():
-            arguments = calls(batches)
-        for i, (b, args) in enumerate(zip(batches, arguments, strict=True)):
-            torch.manual_seed(b.seed)           # dropout too is a function of (seed, step, micro-batch)
-            with nullcontext() if run.world == 1 or i == len(batches) - 1 else net.no_sync():
-                with autocast():
-                    losses = net(*args)
-                    loss = sum(weight.get(name, 1.0) * value for name, value in losses.items())
-                (loss / len(batches)).backward()
-            for name, value in losses.items():
-                mean[name] = mean.get(name, 0) + value.detach() / len(batches)
+        mean = backward(net, batches, calls, weight)
 
         # A step that is not finite is left out by the device. The host does not wait for its word on that, but reads
         # the one of the step before.
@@ -413,6 +423,41 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
     return model.requires_grad_(True).eval()
 
 
+def backward(net: nn.Module, batches: list[Batch], calls, weight: dict[str, float]) -> dict[str, torch.Tensor]:
+    """
+    The gradients of a step's micro-batches, and their losses by name, averaged. On a GPU matrices are multiplied in
+    bf16, and nothing waits for the device. Gradients cross the ranks once a step, in the last micro-batch.
+    """
+    kind, mean = batches[0].video.device.type, {}
+    autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+    with autocast():
+        arguments = calls(batches)
+    for i, (b, args) in enumerate(zip(batches, arguments, strict=True)):
+        torch.manual_seed(b.seed)               # dropout too is a function of (seed, step, micro-batch)
+        last = i == len(batches) - 1
+        with nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync():
+            with autocast():
+                losses = net(*args)
+                loss = sum(weight.get(name, 1.0) * value for name, value in losses.items())
+            (loss / len(batches)).backward()
+        for name, value in losses.items():
+            mean[name] = mean.get(name, 0) + value.detach() / len(batches)
+    return mean
+
+
+def prepare(model: nn.Module, cfg: Config) -> nn.Module:
+    """The model itself; its layers compiled, or computed again going backward, where cfg says so."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (Block, BertLayer, Layer)) or "text_decoder" in name:      # that speaks word by word
+            continue
+        if cfg.compile:         # one program for all layers of a kind; what is drawn is what is drawn without it
+            torch._dynamo.config.recompile_limit = 64
+            layer.forward = torch.compile(layer.forward, fullgraph=True, options={"fallback_random": True})
+        if cfg.activation_checkpointing and layer.training:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model
+
+
 def describe(run: Run, at: str, losses: dict, norm: torch.Tensor, batches: list[Batch], clips) -> str:
     """What there is to say of a step that is not finite, of all ranks; nonfinite.json gets its samples too."""
     mine = {"losses": {name: value.item() for name, value in losses.items()},
@@ -426,103 +471,6 @@ def describe(run: Run, at: str, losses: dict, norm: torch.Tensor, batches: list[
     mean = {name: sum(told["losses"][name] for told in ranks) / len(ranks) for name in losses}
     return (f"{at} not taken: gradient norm {norm.item()}, " + ", ".join(f"{k} {v:g}" for k, v in mean.items())
             + f"; clips {[some for told in ranks for some in told['clips']]}")
-
-
-# The teacher's word
-
-class Guides:
-    """
-    What the teacher tells the student. Where every clip has fixed views that come round at least twice, and the mask is
-    a function of the view (or of nothing the teacher knows), it is asked once, before the first step, and its word kept
-    in out/NAME/guide until the stage ends: the targets in fp16, the ids, the texts.
-    """
-
-    def __init__(self, run: Run, teacher: SigLIP, clips: Clips, tokenizer):
-        cfg = run.cfg
-        self.run, self.teacher, self.folder = run, teacher, os.path.join(run.folder, "guide")
-        self.views, self.bad = cfg.data.views, BadMedia(run.folder)
-        again = self.views and cfg.steps * cfg.batch >= 2 * self.views * len(clips) and isinstance(clips, Clips)
-        one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
-        self.stored = again and one_host and (not cfg.mask.drawn or cfg.mask.blind)
-        if self.stored:
-            self.store(clips, tokenizer)
-
-    def __call__(self, batches: list[Batch]) -> list[Guide]:
-        return [self.stored_guide(b) if self.stored else self.ask(b) for b in batches]
-
-    def ask(self, batch: Batch) -> Guide:
-        cfg = self.run.cfg
-        # On a GPU a NaN shows in the loss: the mask does not wait for the device to look for one.
-        check = batch.video.device.type != "cuda"
-        grid = (cfg.data.size // cfg.model.patch,) * 2          # the student's: a teacher token for each of its patches
-        image = cfg.data.images and batch.video.shape[1] == 1
-        return guide(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio, cfg.pool, check,
-                     grid)
-
-    def stored_guide(self, batch: Batch) -> Guide:
-        row = (batch.clip * self.views + batch.view).cpu().numpy()
-        told = [torch.from_numpy(x[row]) for x in self.arrays]
-        if (told[2] < 0).any():     # a video that could not be read when the teacher was asked, and now could
-            return self.ask(batch)
-        aligned, text, keep = (x.to(self.run.device) for x in told)
-        if self.run.cfg.mask.drawn:
-            B, T, N, _ = aligned.shape
-            keep = self.run.cfg.mask(aligned, keep_count(N, self.run.cfg.mask.ratio), generator=stream(batch, 0))
-        return Guide(keep.long(), aligned, text)
-
-    def store(self, clips: Clips, tokenizer, chunk: int = 32):
-        """The teacher is asked about each view of each clip in turn, in chunks that the ranks share out."""
-        run, cfg = self.run, self.run.cfg
-        run.at.update(folder=run.folder, step="asking the teacher")
-        total = len(clips) * self.views
-        some = (self.chunk(clips, tokenizer, range(row, row + 1))[1] for row in range(total))
-        first = self.ask(next(batch for batch in some if batch))
-        # Coordinates of unit vectors: fp16 is off by 5e-4 of each at most, of which nothing is seen in a squared error.
-        parts = (("aligned", first.aligned, np.float16), ("text", first.text, np.float32),
-                 ("keep", first.keep, np.int32))
-        done = os.path.join(self.folder, "done.json")
-        if os.path.isfile(done) and cfg.resume:
-            with open(done) as f:
-                same_config(json.load(f), asdict(cfg), done)
-        run.wait()
-        if run.rank == 0 and not (os.path.isfile(done) and cfg.resume):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.makedirs(self.folder)
-            for name, x, dtype in parts:
-                np.lib.format.open_memmap(f"{self.folder}/{name}.npy", "w+", dtype, (total, *x.shape[1:]))
-            np.load(f"{self.folder}/keep.npy", mmap_mode="r+")[:] = -1
-        run.wait()
-        self.arrays = [np.load(f"{self.folder}/{name}.npy", mmap_mode="r+") for name, _, _ in parts]
-        if not os.path.isfile(done):
-            starts = range(0, total, chunk)[run.rank::run.world]
-            for start in tqdm(starts, f"{cfg.name} guide", unit_scale=chunk, disable=run.rank > 0, mininterval=1):
-                rows, batch = self.chunk(clips, tokenizer, range(start, min(start + chunk, total)))
-                if batch:
-                    told = self.ask(batch)
-                    for array, x in zip(self.arrays, (told.aligned, told.text, told.keep), strict=True):
-                        array[rows] = x.cpu().float().numpy()
-            run.wait()
-            if run.rank == 0:
-                data.write_atomically(done, json.dumps(asdict(cfg)))
-        run.wait()
-
-    def chunk(self, clips: Clips, tokenizer, rows: range) -> tuple[list[int], Batch | None]:
-        """Those of the rows whose video can be read, the others being shown to nobody, and a batch of them."""
-        there, samples, cfg = [], [], self.run.cfg.model
-        for row in rows:
-            try:
-                samples.append(clips.view(row // self.views, row % self.views))
-                there.append(row)
-            except UnreadableError as error:
-                self.bad.add([error.about])
-        if not there:
-            return there, None
-        return there, data.collate(samples, tokenizer, cfg.text_length, seed=0, sep=cfg.sep).to(self.run.device)
-
-    def forget(self):
-        """The stored words, once nobody needs them."""
-        if self.stored and self.run.rank == 0:
-            shutil.rmtree(self.folder)
 
 
 # The stages
@@ -666,6 +614,7 @@ def pretrain(run: Run) -> nn.Module:
                 teacher.save(folder)
             run.wait()
         teacher = SigLIP.from_pretrained(folder, torch.bfloat16 if cuda else torch.float32).to(device)
+        teacher = prepare(teacher, cfg)
         vision = teacher.cfg.vision_config
         cfg.teacher, cfg.model.target = folder, cfg.model.target or vision.hidden_size
     if cfg.stage == "teacher":
@@ -692,14 +641,14 @@ def pretrain(run: Run) -> nn.Module:
     model = ClusterSTM(cfg.model, bert)
     if student:
         model.start_from(student)
-    model = model.to(device)
+    model = prepare(model.to(device).train(), cfg)
     masked = os.path.join(out, "masked")
     if cfg.resume and finished(masked, cfg):
         load_weights(model, read_folder(masked, "a trained model")[1], masked)
     else:
         guides = Guides(run, teacher, clips(cfg.batch), tokenizer)
         fit(run, "pretrain", model, clips(cfg.batch), tokenizer, cfg.batch, cfg.steps, cfg.lr,
-            lambda batches: with_whole(model, batches, guides(batches)))
+            lambda batches: with_whole(model, batches, guides(batches)), before_saving=guides.settle)
         guides.forget()
         save_model(run, model, tokenizer, masked)
     if cfg.unmasked_steps:
@@ -763,7 +712,7 @@ def finetune(run: Run) -> nn.Module:
         if cfg.mlm:
             raise ValueError(f"--mlm {cfg.mlm:g}: {cfg.task} has no masked words, its loss is of the answers")
         model = VideoToText.from_student(model, asks=task.kind == "qa")
-    model = model.to(run.device)
+    model = prepare(model.to(run.device).train(), cfg)
 
     see = Kept(run, model) if cfg.masked else lambda batch: None
 
@@ -798,6 +747,7 @@ class Kept:
             raise ValueError("--masked wants --teacher: the student's folder names none")
         self.teacher = SigLIP.from_pretrained(cfg.teacher, torch.bfloat16 if run.device.type == "cuda"
                                               else torch.float32).to(run.device)
+        prepare(self.teacher, cfg)
         self.mask, self.grid = cfg.mask, model.vit.grid
         self.again = cfg.data.views and not cfg.mask.drawn
         self.seen = {}                              # (clip, view) -> ids (TK,)
@@ -811,7 +761,8 @@ class Kept:
         views = list(zip(batch.clip.tolist(), batch.view.tolist(), strict=True))
         new = {view: i for i, view in enumerate(views) if view not in self.seen}
         if new:
-            self.seen.update(zip(new, self.ask(batch.video[[*new.values()]], batch.seed), strict=True))
+            places = sent(torch.tensor([*new.values()]), batch.video.device)
+            self.seen.update(zip(new, self.ask(batch.video[places], batch.seed), strict=True))
         return Guide(torch.stack([self.seen[view] for view in views]))
 
 

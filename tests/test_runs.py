@@ -266,16 +266,17 @@ def test_sigterm_to_all_processes_leaves_the_loaders_to_the_training(given, whol
 @pytest.mark.parametrize("world, place, name, flags", [
     (1, data, "decode_cache", ""),
     (2, data, "decode_cache", ""),                  # the other rank waits
-    (1, train.Guides, "stored_guide", "--data.views 1"),
-    (1, train.Guides, "chunk", "--data.views 1"),
+    (1, train.Guides, "look_up", "--data.views 1"),
+    (1, train.Guides, "ask_and_keep", "--data.views 1"),
+    (1, train.Guides, "make_codes", "--data.views 1 --guide-codes 5"),
     (1, train, "save_model", ""),
-], ids=["decoding", "decoding on two ranks", "in a step", "asking the teacher", "writing a model"])
+], ids=["decoding", "decoding on two ranks", "in a step", "in a step that asks", "making codes", "writing a model"])
 def test_sigterm_outside_of_a_step_ends_the_run_at_once(given, whole, world, place, name, flags):
-    inside, real, calls = name == "stored_guide", getattr(place, name), []
+    inside, real, calls = name in ("look_up", "ask_and_keep"), getattr(place, name), []
 
     def slow(*args):
         calls.append(args)
-        if len(calls) == (2 if place is train.Guides else 1):
+        if len(calls) == (2 if inside else 1):
             open("held", "w").close()
             time.sleep(2 if inside else PAUSE)
         return real(*args)
@@ -290,7 +291,7 @@ def test_sigterm_outside_of_a_step_ends_the_run_at_once(given, whole, world, pla
                 assert code == 0 and "Traceback" not in err, err
                 assert ("stopped after step" in out) == inside
     if not states("out/run"):
-        assert name in ("decode_cache", "chunk")
+        assert name in ("decode_cache", "make_codes")
         train.main(given(SHORT + flags))                                    # nothing there that would be in the way
     else:
         train.main(given(f"{SHORT} {flags} --resume"))

@@ -26,7 +26,7 @@ from data import Clips
 from model import Bert, ClusterSTM
 from runs import FREE, STAGES, states
 from sprites import write_sprites
-from teacher import SigLIP, guide
+from teacher import SigLIP
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 TINY = """--batch 8 --micro-batch 4 --steps 20 --unmasked-steps 6 --unmasked-batch 8 --lr 2e-3 --log-every 1
@@ -444,8 +444,8 @@ def test_a_run_goes_on_as_it_began_or_names_what_differs(given, stage):
             train.main(given(f"--name killed --resume {flag}"))
         where, said = str(error.value).split(" is of a run with ")
         assert where.startswith("out/killed/") and said == f"{setting} = {then}, asked for is {now}"
-    free = """--device cpu --log-every 3 --save-every 7 --keep 3 --skip-nonfinite 1 --data.workers 1 --data.no-cache
-              --data.max-bad 0.2"""
+    free = """--device cpu --log-every 3 --save-every 7 --keep 3 --skip-nonfinite 1 --activation-checkpointing
+              --no-compile --data.workers 1 --data.no-cache --data.no-on-device --data.max-bad 0.2"""
     assert all(f"--{name}".replace("_", "-") in free.replace("no-", "") for name in {*FREE} - {"resume", "stage"})
     train.main(given(f"--name killed --resume {free}"))
     assert os.path.exists("out/killed/model.safetensors")
@@ -564,85 +564,6 @@ def test_matrices_decay_and_embeddings_norms_biases_and_scalars_do_not(first):
         for name in decay[0.0]:
             assert re.search("embedding|norm|bias$|temp$|query$|logit_scale$", name.lower()), name
         assert {"temp", "bert.bert.embeddings.word_embeddings.weight"} <= decay[0.0] or "logit_bias" in decay[0.0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Guides
-
-def guides_of(cfg, teacher, asked=None):
-    """Guides, the batches of the first 64 samples, and the teacher, which notes in `asked` how many frames it saw."""
-    clips = Clips(data.read_annotations(cfg.data.train, cfg.data.root), cfg.data, cfg.seed)
-    tokenizer = data.load_tokenizer(os.path.join(os.path.dirname(cfg.data.train), "tokenizer.json"))
-    run = train.Run(cfg, f"out/{cfg.name}", torch.device("cpu"), 0, 1)
-    teacher = SigLIP.from_pretrained(teacher)
-    real = teacher.encode_image
-    teacher.encode_image = lambda pixels: (asked is not None and asked.append(len(pixels)), real(pixels))[1]
-    guides = train.Guides(run, teacher, clips, tokenizer)
-    groups = train.micro_batches(run, clips, tokenizer, "pretrain", cfg.batch, cfg.micro_batch, 0, 8)
-    return guides, [b for group in groups for b in group], teacher
-
-
-@pytest.mark.parametrize("flags, stored", [
-    ("--data.views 1", True),
-    ("--data.views 2", True),
-    ("--data.views 2 --mask.name random_frame", True),
-    ("--data.views 1 --mask.name tube", True),
-    ("--data.views 1 --mask.pick centre", True),
-    ("--data.views 1 --mask.pick random", False),   # the teacher's clusters, drawn from anew
-    ("--data.views 1 --mask.name umt", False),
-    ("--data.views 0", False),
-    ("--data.views 7", False),                      # a view comes round less than twice
-])
-def test_a_stored_guide_is_what_the_teacher_says_when_asked(given, flags, stored):
-    cfg = given(f"--name a {flags}")
-    guides, batches, teacher = guides_of(cfg, cfg.teacher)
-    assert guides.stored == stored == os.path.exists("out/a/guide")
-    keeps = {}
-    for b, told in zip(batches, guides(batches), strict=True):
-        asked = guide(teacher, b, cfg.mask, cfg.mask.ratio, cfg.pool)
-        assert torch.equal(told.keep, asked.keep) and told.keep.dtype == torch.int64
-        torch.testing.assert_close(told.aligned.float(), asked.aligned, rtol=1e-3, atol=1e-4 if stored else 0)
-        torch.testing.assert_close(told.text, asked.text, rtol=0, atol=1e-6)
-        for clip, view, keep in zip(b.clip.tolist(), b.view.tolist(), told.keep.tolist(), strict=True):
-            keeps.setdefault((clip, view), set()).add(tuple(keep))
-    again = [len(x) for x in keeps.values()]                                # clips that came round
-    assert max(again) == 1 if not cfg.mask.drawn else cfg.data.views in (0, 7) or max(again) > 1
-    if stored:
-        guides.forget()
-        assert not os.path.exists("out/a/guide")
-
-
-def test_the_teacher_is_asked_once_about_each_view_and_not_again_after_a_kill(given):
-    cfg, asked = given("--name a --data.views 2"), []
-    guides, batches, _ = guides_of(cfg, cfg.teacher, asked)
-    told = guides(batches)
-    assert sum(asked) == (1 + 2 * 24) * 4                                   # frames; one clip to learn the shapes
-    asked.clear()
-    cfg.resume = True
-    guides, _, _ = guides_of(cfg, cfg.teacher, asked)
-    for a, b in zip(told, guides(batches), strict=True):
-        assert torch.equal(a.keep, b.keep) and torch.equal(a.aligned, b.aligned) and torch.equal(a.text, b.text)
-    assert sum(asked) <= 4
-    os.remove("out/a/guide/done.json")                                      # killed before all were asked: begin again
-    for array in ("aligned", "keep"):
-        np.lib.format.open_memmap(f"out/a/guide/{array}.npy", "r+")[20:] = 0
-    guides, _, _ = guides_of(cfg, cfg.teacher)
-    assert all(torch.equal(a.aligned, b.aligned) for a, b in zip(told, guides(batches), strict=True))
-    cfg.mask.quantile = 0.3
-    with pytest.raises(ValueError, match="out/a/guide/done.json is of a run with mask.quantile = .*, asked for is 0.3"):
-        guides_of(cfg, cfg.teacher)
-
-
-@pytest.mark.parametrize("flag", ["--mask.quantile 0.3", "--mask.ratio 0.5", "--pool mean"])
-def test_a_guide_that_was_stored_under_other_settings_is_not_believed(given, flag):
-    cfg = given("--name a")
-    guides_of(cfg, cfg.teacher)                                             # a run killed before its first state
-    cfg = given(f"--name a {flag}")
-    guides, batches, teacher = guides_of(cfg, cfg.teacher)
-    for b, told in zip(batches, guides(batches), strict=True):
-        asked = guide(teacher, b, cfg.mask, cfg.mask.ratio, cfg.pool)
-        assert torch.equal(told.keep, asked.keep)
-        torch.testing.assert_close(told.aligned.float(), asked.aligned, rtol=1e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
