@@ -1,9 +1,11 @@
 """
-Times of the masking path beside what the hardware allows, and the memory that annotations take.
+Times of the masking path, of a training step and of reading videos, and the memory that annotations take.
 
     python -m tools.bench kernels                         # every operation, shape and clip length; needs a GPU
     python -m tools.bench kernels --quick --sweep         # the first shape at T = 8, then launch sizes against time
     python -m tools.bench kernels --device cpu            # the references on a CPU, and tools/compile.py's report
+    python -m tools.bench step                            # a pretraining step and its parts (tools/bench_step.py)
+    python -m tools.bench data --folder FOLDER            # clips/s a core beside torchcodec and decord (bench_data.py)
     python -m tools.bench rows --rows 2000000 --workers 8  # what loader processes hold of a large annotation file
 
 Time. On a GPU triton.testing.do_bench: CUDA events, the L2 cache overwritten before each run, two sets of inputs in
@@ -654,6 +656,8 @@ def rows_table(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    from tools import bench_data  # it imports this file
+
     about, whole = __doc__.strip().split("\n\n", 1)
     top = argparse.ArgumentParser("python -m tools.bench", description=about, epilog=whole,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -671,13 +675,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--skip", nargs="+", default=[], choices=parts,
                      help="leave out baselines, tables, or the compile report (which only a CPU prints)")
     run.add_argument("--commit", default="", help="commit to name in the heading where there is no git")
+    step = commands.add_parser("step", help="time a pretraining step", description="Time a pretraining step.")
+    step.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
+    step.add_argument("--batch", nargs="+", type=int, metavar="B", help="clips; default 64 and 128, on a CPU 64")
+    step.add_argument("--frames", type=int, metavar="T", help="a clip; default the preset's")
+    step.add_argument("--size", type=int, help="pixels a side; default the preset's")
+    step.add_argument("--ratio", type=float, help="share of tokens hidden; default the preset's")
+    step.add_argument("--small", action=argparse.BooleanOptionalAction,
+                      help="the embedded run's shapes; default on a CPU")
+    step.add_argument("--variants", nargs="+", metavar="NAME", help="of tools/bench_step.py; default the device's")
+    step.add_argument("--steps", type=int, help="in turn between two looks at the clock; default 20, on a CPU 2")
+    step.add_argument("--rounds", type=int, default=5, help="of these, of which the median counts")
+    step.add_argument("--peer", metavar="FOLDER", help="a checkout of OpenGVLab/unmasked_teacher")
+    step.add_argument("--profile", type=int, default=0, metavar="ROWS", help="print the dearest operators of a step")
+    step.add_argument("--commit", default="", help="commit to name in the heading where there is no git")
     rows = commands.add_parser("rows", help="memory of annotations", description="Memory of annotations.")
     rows.add_argument("--rows", type=int, default=2_000_000, help="of the file that is made up")
     rows.add_argument("--workers", type=int, default=8, help="processes that read them")
     rows.add_argument("--each", type=int, default=100_000, help="rows that a process reads")
     rows.add_argument("--commit", default="", help="commit to name in the heading where there is no git")
+    bench_data.parser(commands)
     args = top.parse_args(argv)
-    if args.command == "rows":
+    if args.command == "step":
+        from tools.bench_step import complete  # wants av, which timing kernels does not
+        complete(args, step.error)
+    if args.command != "kernels":
         return args
     args.shapes_given = args.shapes is not None
     try:
@@ -699,6 +721,19 @@ def main(argv: list[str]):
     if args.command == "rows":
         banner("cpu", args.commit)
         rows_table(args)
+        return
+    if args.command == "data":
+        from tools import bench_data
+        banner("cpu", args.commit)
+        bench_data.data_tables(args)
+        return
+    if args.command == "step":
+        from tools.bench_step import step_tables
+        banner(args.device, args.commit)
+        try:
+            step_tables(args)
+        except ValueError as error:             # of the peer's folder
+            raise SystemExit(f"tools.bench: {error}") from None
         return
     banner(args.device, args.commit)
     if args.device == "cuda":
