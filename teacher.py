@@ -326,8 +326,7 @@ class SigLIP(nn.Module):
         if L > m.embeddings.position_embedding.num_embeddings:
             raise ValueError(f"this SigLIP takes {m.embeddings.position_embedding.num_embeddings} text tokens, got {L}")
         x = m.embeddings.token_embedding(ids) + m.embeddings.position_embedding.weight[:L]
-        x = m.head(m.final_layer_norm(m.encoder(x))[:, -1])
-        return nnf.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        return nnf.normalize(m.head(m.final_layer_norm(m.encoder(x))[:, -1]), dim=-1)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """captions -> ids (M, L), padded and cut to the model's length."""
