@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from io import BytesIO
 from itertools import dropwhile
 from typing import NamedTuple
 from urllib.parse import quote
@@ -31,6 +32,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
@@ -733,6 +735,7 @@ class DataConfig:
     cache: bool = True        # decode once, into a memory-mapped file beside the annotations
     cache_frames: int = 32    # frames a video kept in that cache, evenly spaced
     cache_size: int = 0       # their short side at most; 0: size
+    cache_quality: int = 0    # they are kept as JPEGs of this quality, 1 to 100; 0: as they are
     workers: int = 0          # loader processes
     on_device: bool = False   # training crops go to the device as they are, and are resized there, not by the loader
     max_bad: float = 0.1      # share of the videos asked for that may be unreadable; past it the run ends
@@ -751,6 +754,8 @@ class DataConfig:
             raise ValueError("data.frames 1 beside data.images: videos of one frame are images, give them as such")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"data.max_bad {self.max_bad}: wants a share, from 0 to 1")
+        if not 0 <= self.cache_quality <= 100:
+            raise ValueError(f"data.cache_quality {self.cache_quality}: wants 1 to 100, or 0 for no JPEGs")
         if self.cache and self.cache_frames < self.frames:
             raise ValueError(f"data.cache_frames {self.cache_frames}: wants at least data.frames, {self.frames}")
 
@@ -760,23 +765,47 @@ class DataConfig:
         return listed if images else [(self.train, self.root), *listed]
 
 
+class Jpegs:
+    """n JPEGs one after the other: jpegs[places (T,)] -> (T, 3, h, w) uint8."""
+
+    def __init__(self, data: np.ndarray, sizes: list[int]):
+        self.data, self.ends = data, np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, places: Sequence[int]) -> np.ndarray:
+        pictures = [self.data[self.ends[i]:self.ends[i + 1]].tobytes() for i in places]
+        return np.stack([np.asarray(Image.open(BytesIO(one))).transpose(2, 0, 1) for one in pictures])
+
+
+def to_jpeg(frame: np.ndarray, quality: int) -> bytes:
+    """(3, h, w) uint8 -> a file."""
+    file = BytesIO()
+    Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
 class Cache:
     """
-    Decoded videos in one memory-mapped file: cache[path] -> (n, 3, h, w) uint8 array, not a copy. ValueError for one
-    that could not be read.
+    Decoded videos in one memory-mapped file: cache[path] -> (n, 3, h, w) uint8 array, not a copy, or Jpegs. ValueError
+    for one that could not be read.
     """
 
     def __init__(self, path: str):
         self.path = path
         with open(path + ".json") as f:
-            self.index = json.load(f)              # (video, at, shape), or (video, None, what is wrong with it)
+            # (video, at, shape), (video, at, [sizes of JPEGs]), or (video, None, what is wrong with it)
+            self.index = json.load(f)
         self.place = {video: (at, shape) for video, at, shape in self.index}
         self.data = np.memmap(path + ".bin", np.uint8, mode="r")
 
-    def __getitem__(self, video: str) -> np.ndarray:
+    def __getitem__(self, video: str) -> "np.ndarray | Jpegs":
         at, shape = self.place[video]
         if at is None:
             raise ValueError(shape)
+        if isinstance(shape[0], list):
+            return Jpegs(self.data[at:at + sum(shape[0])], shape[0])
         return self.data[at:at + np.prod(shape)].reshape(shape)
 
     def __reduce__(self):                          # another process opens the file; it is not sent the pixels
@@ -799,6 +828,7 @@ def decode_cache(rows: Sequence[Row], cfg: DataConfig, folder: str) -> Cache:
     size = cfg.cache_size or cfg.size
     stats = [os.stat(video) if os.path.isfile(video) else None for video in videos]
     how = [CACHE_VERSION, cfg.cache_frames, size, *[cfg.seconds] * (cfg.seconds > 0)]
+    how += [{"quality": cfg.cache_quality}] * (cfg.cache_quality > 0)
     key = [*how, [(v, *((s.st_size, s.st_mtime_ns) if s else ())) for v, s in zip(videos, stats, strict=True)]]
     path = os.path.join(folder, "decoded_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
 
@@ -815,14 +845,14 @@ def decode_cache(rows: Sequence[Row], cfg: DataConfig, folder: str) -> Cache:
     index, at = [], 0
     try:
         with appearing(path + ".bin") as f:
-            read = partial(_read_for_cache, cfg.cache_frames, size, cfg.seconds)
+            read = partial(_read_for_cache, cfg.cache_frames, size, cfg.seconds, cfg.cache_quality)
             for video, frames in zip(videos, in_parallel(read, list(videos), "decoding"), strict=True):
                 if isinstance(frames, str):
                     index.append((video, None, frames))
                     continue
-                f.write(frames.data)
-                index.append((video, at, frames.shape))
-                at += frames.nbytes
+                jpegs = isinstance(frames, list)
+                index.append((video, at, [[*map(len, frames)]] if jpegs else frames.shape))
+                at += f.write(b"".join(frames) if jpegs else frames.data)
             check(index)
     except OSError as error:
         raise ValueError(f"{folder}: no decode cache can be written ({error.strerror}); pass --data.no-cache") from None
@@ -830,14 +860,17 @@ def decode_cache(rows: Sequence[Row], cfg: DataConfig, folder: str) -> Cache:
     return Cache(path)
 
 
-def _read_for_cache(count: int, size: int, seconds: float, video: str) -> np.ndarray | str:
-    """Frames (n, 3, h, w), or what is wrong with the video: all that fail are counted before the run stops."""
+def _read_for_cache(count: int, size: int, seconds: float, quality: int, video: str) -> np.ndarray | list[bytes] | str:
+    """
+    Frames (n, 3, h, w), or n JPEGs, or what is wrong with the video: all that fail are counted before the run stops.
+    """
     def choose(times):
         total = first_frames(times, seconds)
         return pick(min(count, total), total)
 
     try:
-        return decode(video, choose, size).numpy()
+        frames = decode(video, choose, size).numpy()
+        return [to_jpeg(frame, quality) for frame in frames] if quality else frames
     except (ValueError, OSError) as error:
         return str(error)
 
@@ -926,7 +959,7 @@ class Clips(torch.utils.data.Dataset):
             return read_frames(row.video, self.cfg.frames, sample, rng, seconds=self.cfg.seconds)
         video = self.cache[row.video]
         chosen = pick(self.cfg.frames, len(video), sample, rng)
-        return torch.from_numpy(np.asarray(video)[chosen])
+        return torch.from_numpy(np.asarray(video[chosen]))
 
     def sample(self, clip: int, view: int, video: Tensor, caption: str) -> Sample:
         row = self.rows[clip]

@@ -144,20 +144,21 @@ def test_peers_that_fail_or_read_other_frames_are_not_timed(folder, peers, capsy
 def test_a_sample_costs_what_its_parts_cost_and_cores_are_rates_over_rates(folder, peers, capsys):
     peers()
     said = tables(capsys, folder, "--rate", "1234")
-    crop, sample, cached, device = map(float, cells(said, "A training sample"))
+    crop, sample, cached, device, jpegs = map(float, cells(said, "A training sample"))
     assert min(crop, cached, *map(float, cells(said, "A batch of 64"))) > 0
     lines = [line for line in said.splitlines() if line.startswith("Cores")]
-    for said, where, clips in zip(lines, ("loader", "device"), (sample, device), strict=True):
-        assert f"1234 clips/s, no cache, resized by the {where}, T = 3: 64p, 2 s: " in said
+    ways = "no cache, resized by the loader", "no cache, resized by the device", "from a cache of JPEGs"
+    for said, way, clips in zip(lines, ways, (sample, device, jpegs), strict=True):
+        assert f"1234 clips/s, {way}, T = 3: 64p, 2 s: " in said
         assert float(said.split()[-1]) == pytest.approx(1234 / clips, rel=0.02)
 
 
 def test_cores_by_hand():
-    found = {("loader", 4, "240p, 10 s, 0.3 Mbit/s"): 25.0, ("loader", 4, "720p, 60 s, 2 Mbit/s"): 0.5,
-             ("device", 8, "240p, 10 s, 0.3 Mbit/s"): "failed: no luck"}
+    found = {("no cache", 4, "240p, 10 s, 0.3 Mbit/s"): 25.0, ("no cache", 4, "720p, 60 s, 2 Mbit/s"): 0.5,
+             ("cached", 8, "240p, 10 s, 0.3 Mbit/s"): "failed: no luck"}
     assert bench_data.cores_lines(100.0, found) == [
-        "Cores that feed a GPU of 100 clips/s, no cache, resized by the loader, T = 4: 240p, 10 s: 4; 720p, 60 s: 200",
-        "Cores that feed a GPU of 100 clips/s, no cache, resized by the device, T = 8: 240p, 10 s: failed: no luck"]
+        "Cores that feed a GPU of 100 clips/s, no cache, T = 4: 240p, 10 s: 4; 720p, 60 s: 200",
+        "Cores that feed a GPU of 100 clips/s, cached, T = 8: 240p, 10 s: failed: no luck"]
     assert len(bench_data.cores_lines(None, found)) == 1
 
 

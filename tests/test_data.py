@@ -806,6 +806,29 @@ def test_the_cache_keeps_evenly_spaced_frames_and_reduces_them(tmp_path):
     assert numbers(clips[1].video) == [0, 1, 2, 3, 4, 5, 5, 5]              # of fewer frames the last is repeated
 
 
+def test_a_cache_of_jpegs_shows_the_same_pictures_nearly_in_less_room(rows, cfg, tmp_path):
+    plain, cfg = Clips(rows, cfg, cache_folder=str(tmp_path)), replace(cfg, cache_quality=95)
+    jpegs = Clips(rows, cfg, cache_folder=str(tmp_path))
+    assert jpegs.cache.path != plain.cache.path and len(jpegs.cache.data) < len(plain.cache.data) / 4
+    for n in range(30):
+        a, b = plain[n], jpegs[n]
+        assert replace(a, video=None) == replace(b, video=None) and a.video.shape == b.video.shape
+        assert 0 < (a.video.float() - b.video.float()).abs().mean() < 4
+        assert torch.equal(b.video, pickle.loads(pickle.dumps(jpegs))[n].video)
+    video, pictures = rows[0].video, jpegs.cache[rows[0].video]
+    assert len(pictures) == len(plain.cache[video]) > 5
+    whole = pictures[range(len(pictures))]                                  # any of them, in any order, by itself
+    assert whole.dtype == np.uint8 and whole.shape == plain.cache[video].shape
+    assert np.array_equal(pictures[[5, 2, 2]], whole[[5, 2, 2]])
+    assert data.decode_cache(rows, replace(cfg, cache_quality=50), str(tmp_path)).path != jpegs.cache.path
+    with open(jpegs.cache.path + ".bin", "r+b") as f:                       # its first picture is one no more
+        f.write(bytes(16))
+    broken = Clips(rows, cfg, cache_folder=str(tmp_path))
+    with pytest.raises(data.UnreadableError, match=re.escape(rows[0].where)):
+        for view in range(20):
+            broken.view(0, view)
+
+
 def test_videos_that_cannot_be_cached_are_counted_and_leave_nothing(tmp_path):
     good = write(tmp_path / "good.mp4", n=8)
     (tmp_path / "bad.mp4").write_bytes(b"")
@@ -1051,7 +1074,7 @@ def test_the_numbers_of_images_follow_those_of_the_videos(mixed):
 
 
 @pytest.mark.parametrize("field, value", [("frames", 0), ("size", 0), ("scale", 0.0), ("scale", 1.5), ("views", -1),
-                                          ("workers", -1), ("cache_size", -1), ("cache_frames", 4), ("max_bad", -0.1),
+                                          ("workers", -1), ("cache_size", -1), ("cache_quality", 101), ("cache_frames", 4), ("max_bad", -0.1),
                                           ("max_bad", 1.1), ("max_bad", float("nan"))])
 def test_an_impossible_setting_raises_at_once(field, value):
     with pytest.raises(ValueError, match=f"data.{field} {value}"):

@@ -178,20 +178,23 @@ def read_table(args, films: dict[str, str]):
 
 
 def sample_table(args, films: dict[str, str], folder: str) -> dict[tuple[str, int, str], float | str]:
-    """Whole samples and their parts -> clips/s of whole samples, of (where they are resized, T, file kind)."""
+    """Whole samples and their parts -> clips/s of whole samples, of (way of reading, T, file kind)."""
     import data
     found = {}
     heading(f"A training sample, a crop at {SIDE}: clips/s on one core", "file", "T", "crop + resize alone",
-            "sample: read + crop + resize", "sample from the decode cache", "sample with data.on_device")
+            "sample: read + crop + resize", "sample from the decode cache", "sample with data.on_device",
+            "sample from a cache of JPEGs, quality 90")
     for (film, path), T in itertools.product(films.items(), args.frames):
         cfg = data.DataConfig(frames=T, size=SIDE, scale=0.5, views=0, cache=False, cache_frames=max(32, T))
-        kinds = [cfg, replace(cfg, cache=True), replace(cfg, on_device=True)]
+        kinds = [cfg, replace(cfg, cache=True), replace(cfg, on_device=True),
+                 replace(cfg, cache=True, cache_quality=90)]
         rows, frames = [data.Row(path, ["a caption"], None, 0)], ours(path, T, 0)
         crop = lambda n: data.train_view(frames, SIDE, 0.5, False, np.random.default_rng(n))    # noqa: B023
         clips = [data.Clips(rows, kind, cache_folder=folder).__getitem__ for kind in kinds]
         cells = rates([crop, *clips], args.rounds)
         line(film, T, *cells)
-        found |= {(where, T, film): cell for where, cell in zip(("loader", "device"), cells[1::2], strict=True)}
+        ways = "no cache, resized by the loader", "no cache, resized by the device", "from a cache of JPEGs"
+        found |= {(way, T, film): cells[i] for way, i in zip(ways, (1, 3, 4), strict=True)}
     return found
 
 
@@ -217,11 +220,11 @@ def cores_lines(rate: float | None, found: dict[tuple[str, int, str], float | st
     if not rate:
         return ["Cores that feed a GPU: not known, no --rate (clips/s of a training step) was given"]
     lines = {}
-    for (where, T, film), clips in found.items():
+    for (way, T, film), clips in found.items():
         need = clips if isinstance(clips, str) else f"{rate / clips:.3g}"
-        lines.setdefault((where, T), []).append(f"{film.rpartition(',')[0]}: {need}")
-    return [f"Cores that feed a GPU of {rate:g} clips/s, no cache, resized by the {where}, T = {T}: {'; '.join(each)}"
-            for (where, T), each in lines.items()]
+        lines.setdefault((way, T), []).append(f"{film.rpartition(',')[0]}: {need}")
+    return [f"Cores that feed a GPU of {rate:g} clips/s, {way}, T = {T}: {'; '.join(each)}"
+            for (way, T), each in lines.items()]
 
 
 def data_tables(args):
