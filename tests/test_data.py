@@ -1074,7 +1074,8 @@ def test_the_numbers_of_images_follow_those_of_the_videos(mixed):
 
 
 @pytest.mark.parametrize("field, value", [("frames", 0), ("size", 0), ("scale", 0.0), ("scale", 1.5), ("views", -1),
-                                          ("workers", -1), ("cache_size", -1), ("cache_quality", 101), ("cache_frames", 4), ("max_bad", -0.1),
+                                          ("workers", -1), ("cache_size", -1),
+                                          ("cache_quality", 101), ("cache_frames", 4), ("max_bad", -0.1),
                                           ("max_bad", 1.1), ("max_bad", float("nan"))])
 def test_an_impossible_setting_raises_at_once(field, value):
     with pytest.raises(ValueError, match=f"data.{field} {value}"):
