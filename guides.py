@@ -11,6 +11,7 @@ targets p of all tokens, whole in fp16 or as k numbers of eight bits each (--gui
 which loses as little as k numbers can of what the loss compares, (q - p)^T G (q - p) (docs/method.md).
 """
 
+import errno
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import data
 from data import Batch, Clips, UnreadableError
 from masking import keep_count, sent
 from model import stream
-from runs import BadMedia, Run, Word, same_config
+from runs import BadMedia, Run, Word, same_config, whole_state
 from teacher import Guide, SigLIP, guide
 
 CLIPS, TEXTS = 512, 4096        # of which the codes are made
@@ -74,16 +75,76 @@ def relevance_error(codes: Codes, p: Tensor, texts: Tensor) -> float:
     return (form(p - codes.decode(codes.code(p))) / form(p - p.mean(1, keepdim=True))).item()
 
 
+class Records:
+    """
+    A file with a record for each view: targets (T, N, k) int8 or (T, N, E) fp16, a bit for each token, kept or not, the
+    caption's vector (E,) fp32, and the sum of these bytes.
+    """
+
+    def __init__(self, path: str, T: int, N: int, K: int, E: int, codes: Codes | None):
+        self.shape, self.kept, self.codes = (T, N, codes.out.shape[0] if codes else E), T * K, codes
+        self.sizes = [math.prod(self.shape) * (1 if codes else 2), math.ceil(T * N / 8), 4 * E]
+        self.size = sum(self.sizes) + 4
+        # Records are read with the codes that they were written in, or not at all.
+        self.seal = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in vars(codes).values())) if codes else 0
+        self.file = open(path, "r+b", buffering=0)      # noqa: SIM115  (its owner closes it)
+
+    def sum(self, record, row: int) -> bytes:
+        return zlib.crc32(record, (row + 1) ^ self.seal).to_bytes(4, "little")
+
+    def in_numbers(self, told: Guide) -> Guide:
+        """What is told in the numbers in which it will be read."""
+        aligned = self.codes.code(told.aligned) if self.codes else told.aligned.half()
+        return Guide(told.keep, aligned, told.text.float(), self.basis())
+
+    def basis(self) -> tuple[Tensor, Tensor] | None:
+        return self.codes and (self.codes.mean, self.codes.out)
+
+    def words(self, told: Guide) -> list[Word]:
+        """The parts of the records of `in_numbers`, on their way to the host."""
+        bits = torch.zeros(len(told.keep), math.prod(self.shape[:2]), dtype=torch.bool, device=told.keep.device)
+        return [Word(told.aligned), Word(bits.scatter(1, told.keep, True)), Word(told.text)]
+
+    def write(self, rows: list[int], words: list[Word]):
+        targets, bits, text = (word.tensor().numpy() for word in words)
+        for row, *parts in zip(rows, targets, np.packbits(bits, 1), text, strict=True):
+            record = b"".join(part.tobytes() for part in parts)
+            record += self.sum(record, row)
+            if os.pwrite(self.file.fileno(), record, row * self.size) < self.size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read(self, rows: list[int], device: torch.device) -> Guide | None:
+        """None if one of the rows has no whole record."""
+        buffer = torch.empty(len(rows), self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for row, record in zip(rows, buffer.numpy(), strict=True):
+            there = os.preadv(self.file.fileno(), [record], row * self.size)
+            if there < self.size or self.sum(record[:-4], row) != record[-4:].tobytes():
+                return None
+        targets, bits, text, _ = sent(buffer, device).split([*self.sizes, 4], 1)
+        aligned = targets.contiguous().view(torch.int8 if self.codes else torch.float16).unflatten(1, self.shape)
+        bits = bits[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=device) & 1     # (B, TN / 8, 8)
+        masked = 1 - bits.flatten(1)[:, :math.prod(self.shape[:2])]
+        keep = masked.argsort(dim=1, stable=True)[:, :self.kept]
+        return Guide(keep, aligned, text.contiguous().view(torch.float32), self.basis())
+
+
 class Guides:
     """What the teacher tells the student of a step's micro-batches; see above."""
 
     def __init__(self, run: Run, teacher: SigLIP, clips: Clips, tokenizer):
         cfg = run.cfg
         self.run, self.teacher, self.views, self.bad = run, teacher, cfg.data.views, BadMedia(run.folder)
-        self.folder, self.codes, self.coming = os.path.join(run.folder, "guide"), None, []
-        again = self.views and cfg.steps * cfg.batch >= 2 * self.views * len(clips) and isinstance(clips, Clips)
+        self.folder, self.coming = os.path.join(run.folder, "guide"), []
         one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
-        self.kept = bool(again and one_host and (not cfg.mask.drawn or cfg.mask.blind))
+        why = [reason for reason, there in (
+            ("there are images", not isinstance(clips, Clips)),
+            ("views come round less than twice", cfg.steps * cfg.batch < 2 * self.views * len(clips)),
+            ("there are several hosts", not one_host),
+            (f"the mask {cfg.mask.name} draws from what it knows", cfg.mask.drawn and not cfg.mask.blind)) if there]
+        self.kept = self.views > 0 and not why
+        if cfg.guide_codes and not self.kept and run.rank == 0:
+            print(f"--guide-codes: the teacher is asked at each step, nothing is kept, as {' and '.join(why)}",
+                  flush=True)
         if self.kept:
             self.pass_ends = math.ceil(self.views * len(clips) / cfg.batch) * cfg.batch     # the sample after it
             self.met = False
@@ -109,42 +170,44 @@ class Guides:
         return guide(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio, cfg.pool, check,
                      grid)
 
-    # A record of the file: codes of the targets, bits, text, and the sum of these bytes
-
     def open(self, clips: Clips, tokenizer):
         """The file, from which a resumed run reads on; and the codes."""
         run, cfg = self.run, self.run.cfg
-        path, begun = os.path.join(self.folder, "words"), os.path.join(self.folder, "config.json")
+        words, codes, begun = (os.path.join(self.folder, name) for name in ("words", "codes.pt", "config.json"))
         if cfg.resume and os.path.isfile(begun):
             with open(begun) as f:
                 same_config(json.load(f), asdict(cfg), begun)
         run.wait()
-        if run.rank == 0 and not (cfg.resume and os.path.isfile(begun)):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.makedirs(self.folder)
-            open(path, "wb").close()
+        N, E = (cfg.data.size // cfg.model.patch) ** 2, self.teacher.cfg.vision_config.hidden_size
+        K = keep_count(N, cfg.mask.ratio)
+        if run.rank == 0:
+            if not (cfg.resume and os.path.isfile(begun)):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                os.makedirs(self.folder)
+            said = ""
+            if cfg.guide_codes and not os.path.isfile(codes):   # made once
+                run.at.update(folder=run.folder, step="asking the teacher")
+                made, lost = self.make_codes(clips, tokenizer)
+                with data.appearing(codes) as f:
+                    torch.save([*vars(made).values()], f)
+                said = f", {cfg.guide_codes} codes a target, which lose {100 * lost:.2g} % of v"
+            if not os.path.isfile(words):
+                open(words, "wb").close()
+        run.wait()
+        made = Codes(*torch.load(codes, map_location=run.device, weights_only=True)) if cfg.guide_codes else None
+        self.records = Records(words, cfg.data.frames, N, K, E, made)
+        run.closing.enter_context(self.records.file)
+        if run.rank == 0 and not os.path.isfile(begun):
+            views = self.views * len(clips)
+            total, free = self.records.size * views, shutil.disk_usage(self.folder).free
+            if total > free:
+                raise ValueError(f"{self.folder}: what the teacher says of {views} views takes {total / 1e9:.3g} GB, "
+                                 f"and {free / 1e9:.3g} GB are free; with --guide-codes it takes less")
+            if said or total > 1e9:
+                print(f"{self.folder}: {total / 1e9:.3g} GB{said}", flush=True)
             data.write_atomically(begun, json.dumps(asdict(cfg)))
-        run.wait()
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT)
-        run.closing.callback(os.close, self.file)
-        N = (cfg.data.size // cfg.model.patch) ** 2
-        E = self.teacher.cfg.vision_config.hidden_size
-        self.shape = (cfg.data.frames, N, cfg.guide_codes or E)                         # of a record's targets
-        self.sizes = [math.prod(self.shape) * (1 if cfg.guide_codes else 2), math.ceil(cfg.data.frames * N / 8), 4 * E]
-        path = os.path.join(self.folder, "codes.pt")            # made once: what they were, the records are read by
-        if cfg.guide_codes and run.rank == 0 and not os.path.isfile(path):
-            run.at.update(folder=run.folder, step="asking the teacher")
-            codes, said = self.make_codes(clips, tokenizer)
-            with data.appearing(path) as f:
-                torch.save(codes, f)
-            total = (sum(self.sizes) + 4) * self.views * len(clips) / 1e9
-            print(f"{self.folder}: {cfg.guide_codes} codes a target lose {100 * said:.2g} % of v; {total:.3g} GB",
-                  flush=True)
-        run.wait()
-        if cfg.guide_codes:
-            self.codes = Codes(*torch.load(path, map_location=run.device, weights_only=True))
 
-    def make_codes(self, clips: Clips, tokenizer, chunk: int = 32) -> tuple[list[Tensor], float]:
+    def make_codes(self, clips: Clips, tokenizer, chunk: int = 32) -> tuple[Codes, float]:
         """The codes of a sample's targets, and what such codes of half of it lose on the other half."""
         cfg, p, texts = self.run.cfg, [], []
         spaced = lambda most: torch.linspace(0, len(clips) - 1, min(len(clips), most), dtype=torch.float64).long()
@@ -168,8 +231,7 @@ class Guides:
             raise ValueError(f"guide_codes {cfg.guide_codes}: of {len(clips)} clips two are wanted that can be read")
         p, texts = torch.cat(p), torch.cat(texts)
         lost = relevance_error(fit_codes(p[::2].flatten(0, 1), texts[::2], cfg.guide_codes), p[1::2], texts[1::2])
-        codes = fit_codes(p.flatten(0, 1), texts, cfg.guide_codes)
-        return [codes.mean, codes.into, codes.out], lost
+        return fit_codes(p.flatten(0, 1), texts, cfg.guide_codes), lost
 
     def rows(self, batch: Batch) -> list[int]:
         return (batch.clip * self.views + batch.view).tolist()
@@ -179,12 +241,18 @@ class Guides:
         What the teacher says now, in the numbers in which it will be read. Its record is written once the host has it:
         at the next call, or before a state is written, which wants it to be there.
         """
-        told = self.ask(batch)
-        targets = self.codes.code(told.aligned) if self.codes else told.aligned.half()
-        bits = torch.zeros(told.keep.shape[0], math.prod(self.shape[:2]), dtype=torch.bool, device=told.keep.device)
-        self.coming.append((self.rows(batch), [Word(targets), Word(bits.scatter(1, told.keep, True)),
-                                               Word(told.text.float())]))
-        return Guide(told.keep, targets, told.text.float(), self.basis())
+        told = self.records.in_numbers(self.ask(batch))
+        self.coming.append((self.rows(batch), self.records.words(told)))
+        return told
+
+    def write_down(self):
+        try:
+            for rows, words in self.coming:
+                self.records.write(rows, words)
+        except OSError as error:
+            raise OSError(f"{self.records.file.name} could not be written ({error.strerror}); "
+                          f"{whole_state(self.run.folder)}") from None
+        self.coming = []
 
     def settle(self):
         """What all ranks were told is written: a state that goes on from here wants it to be there."""
@@ -192,41 +260,18 @@ class Guides:
         if self.kept:
             self.run.wait()
 
-    def write_down(self):
-        for rows, words in self.coming:
-            targets, bits, text = (word.tensor().numpy() for word in words)
-            for row, *parts in zip(rows, targets, np.packbits(bits, 1), text, strict=True):
-                record = b"".join(part.tobytes() for part in parts)
-                record += zlib.crc32(record, row + 1).to_bytes(4, "little")
-                os.pwrite(self.file, record, row * len(record))
-        self.coming = []
-
     def look_up(self, batch: Batch) -> Guide | None:
         """What was said of these views; None if one of them has no whole record, as when its video was unreadable."""
-        size, records, cfg = sum(self.sizes) + 4, [], self.run.cfg
-        for row in self.rows(batch):
-            record = os.pread(self.file, size, row * size)
-            if len(record) < size or zlib.crc32(record[:-4], row + 1) != int.from_bytes(record[-4:], "little"):
-                return None
-            records.append(np.frombuffer(record, np.uint8))
-        targets, bits, text = np.split(np.stack(records)[:, :-4], np.cumsum(self.sizes[:2]), 1)
-        targets = np.ascontiguousarray(targets).view(np.int8 if self.codes else np.float16)
-        there = np.unpackbits(bits, 1, count=math.prod(self.shape[:2]))                 # (B, TN)
-        device = batch.video.device
-        aligned = sent(torch.from_numpy(targets), device).unflatten(1, self.shape)
-        if cfg.mask.drawn:
-            keep = cfg.mask(aligned[..., :1].float(), keep_count(self.shape[1], cfg.mask.ratio), check=False,
-                            generator=stream(batch, 0))
-        else:
-            keep = sent(torch.from_numpy(there.nonzero()[1].reshape(len(there), -1)), device)
-        text = sent(torch.from_numpy(np.ascontiguousarray(text).view(np.float32)), device)
-        return Guide(keep, aligned, text, self.basis())
-
-    def basis(self) -> tuple[Tensor, Tensor] | None:
-        return self.codes and (self.codes.mean, self.codes.out)
+        cfg, told = self.run.cfg, self.records.read(self.rows(batch), batch.video.device)
+        if told and cfg.mask.drawn:         # of the tokens' places alone: drawn as the teacher's answer would be
+            told.keep = cfg.mask(told.aligned[..., :1].float(), keep_count(told.aligned.shape[2], cfg.mask.ratio),
+                                 check=False, generator=stream(batch, 0))
+        return told
 
     def forget(self):
         """What was kept, once nobody needs it."""
+        if self.kept:
+            self.records.file.close()
         self.run.wait()
         if self.kept and self.run.rank == 0:
             shutil.rmtree(self.folder)

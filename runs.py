@@ -4,6 +4,7 @@ A run: its processes, its folder, and what is kept there so that it can go on.
     out/NAME/lock               held by the run that writes here
     out/NAME/run.json           what must stay as it was: clips a rank holds at once, digest of the annotations
     out/NAME/state/STAGE-STEP.pt    the newest states, each whole or not there at all
+    out/NAME/guide/             what the teacher said, where views come round again (guides.py)
     out/NAME/log.jsonl          losses
     out/NAME/bad_media.jsonl    videos that could not be read, and why
 
@@ -225,9 +226,7 @@ def explain(error: RuntimeError, run: Run) -> Exception:
         what = f"rank {run.rank} has lost another rank ({text})"
     else:
         return error
-    found = states(run.at.get("folder", run.folder))
-    kept = f"{found[0]} is whole, --resume goes on from it" if found else "no state was written yet"
-    return OSError(f"{run.at.get('step', run.folder)}: {what}; {kept}")
+    return OSError(f"{run.at.get('step', run.folder)}: {what}; {whole_state(run.at.get('folder', run.folder))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,6 +240,12 @@ def states(folder: str) -> list[str]:
         if match := re.fullmatch(r"(\w+)-(\d+)\.pt", name):
             found.append((STAGES.index(match[1]), int(match[2]), os.path.join(folder, name)))
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+def whole_state(folder: str) -> str:
+    """What a run that has failed can go on from, in words."""
+    found = states(folder)
+    return f"{found[0]} is whole, --resume goes on from it" if found else "no state was written yet"
 
 
 def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer, counts: dict):

@@ -10,7 +10,8 @@ Train ClusterSTM.
 A run passes through the stages of runs.STAGES, each the same loop: a small SigLIP as teacher and the words of the text
 encoder, where no weights are given for them; masked pretraining; then a short stage on all tokens. It writes out/NAME:
 config.json, log.jsonl, model.safetensors and tokenizer.json, from which eval.py needs only the path; masked/, the model
-before the unmasked stage; state/, from which --resume goes on, and torchrun --max-restarts by itself (runs.py).
+before the unmasked stage; state/, from which --resume goes on, and torchrun --max-restarts by itself (runs.py); guide/,
+what the teacher said, while the masked stage lasts (guides.py).
 
 Fine-tuning takes its settings from the task's row and the student's folder; flags change them. It is scored on the
 validation split after each epoch, where there is one, the best epoch is kept, and that is scored on the test split.
@@ -445,14 +446,19 @@ def backward(net: nn.Module, batches: list[Batch], calls, weight: dict[str, floa
     return mean
 
 
-def prepare(model: nn.Module, cfg: Config) -> nn.Module:
-    """The model itself; its layers compiled, or computed again going backward, where cfg says so."""
+def prepare(model: nn.Module, cfg: Config, shapes_vary: bool = False) -> nn.Module:
+    """
+    The model itself; its layers compiled, or computed again going backward, where cfg says so. Pretraining steps have
+    fixed shapes; in fine-tuning they vary, as the last clips of a split are fewer, and those of a batch not yet seen.
+    """
     for name, layer in model.named_modules():
         if not isinstance(layer, (Block, BertLayer, Layer)) or "text_decoder" in name:      # that speaks word by word
             continue
         if cfg.compile:         # one program for all layers of a kind; what is drawn is what is drawn without it
             torch._dynamo.config.recompile_limit = 64
-            layer.forward = torch.compile(layer.forward, fullgraph=True, options={"fallback_random": True})
+            torch._dynamo.config.optimize_ddp = False       # it would cut each layer at the edges of DDP's buckets
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=None if shapes_vary else False,
+                                          options={"fallback_random": True})
         if cfg.activation_checkpointing and layer.training:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
@@ -712,7 +718,7 @@ def finetune(run: Run) -> nn.Module:
         if cfg.mlm:
             raise ValueError(f"--mlm {cfg.mlm:g}: {cfg.task} has no masked words, its loss is of the answers")
         model = VideoToText.from_student(model, asks=task.kind == "qa")
-    model = prepare(model.to(run.device).train(), cfg)
+    model = prepare(model.to(run.device).train(), cfg, shapes_vary=True)
 
     see = Kept(run, model) if cfg.masked else lambda batch: None
 
@@ -747,7 +753,7 @@ class Kept:
             raise ValueError("--masked wants --teacher: the student's folder names none")
         self.teacher = SigLIP.from_pretrained(cfg.teacher, torch.bfloat16 if run.device.type == "cuda"
                                               else torch.float32).to(run.device)
-        prepare(self.teacher, cfg)
+        prepare(self.teacher, cfg, shapes_vary=True)
         self.mask, self.grid = cfg.mask, model.vit.grid
         self.again = cfg.data.views and not cfg.mask.drawn
         self.seen = {}                              # (clip, view) -> ids (TK,)

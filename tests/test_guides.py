@@ -2,8 +2,10 @@
 
 import math
 import os
+import re
 import shutil
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import test_train
@@ -70,6 +72,10 @@ class Told:
         self.frames = before
         return told
 
+    @property
+    def codes(self):
+        return self.guides.records.codes if self.guides.kept else None
+
     def leave(self):
         self.run.closing.close()
 
@@ -116,7 +122,7 @@ def test_each_view_is_asked_about_once_and_read_as_it_was_said(given, flags, kep
         said, asked = a.step()
         assert asked * 4 // cfg.data.frames in (cfg.batch * (step < first), cfg.batch * (step < first) * 3 // 4)
         for batch, told in said:
-            assert_told(told, a.asked(batch), a.guides.codes)
+            assert_told(told, a.asked(batch), a.codes)
             assert told.basis is not None or not cfg.guide_codes or step < first
             for clip, view, keep in zip(batch.clip.tolist(), batch.view.tolist(), told.keep.tolist(), strict=True):
                 keeps.setdefault((clip, view), []).append(tuple(keep))
@@ -154,7 +160,7 @@ def test_nobody_waits_for_what_is_to_be_written(given):
     assert os.path.getsize("out/a/guide/words") == 0
     a.step()
     rows = os.path.getsize("out/a/guide/words")
-    record = sum(a.guides.sizes) + 4
+    record = a.guides.records.size
     with open("out/a/guide/words", "rb") as f:
         assert sum(any(f.read(record)) for _ in range(rows // record)) == B
 
@@ -199,21 +205,21 @@ def test_a_record_that_is_damaged_is_asked_anew_and_written_again(given, codes, 
     a = Told(given(f"--name a --guide-codes {codes}"))
     for _ in range(4):
         a.step()
-    record, group = sum(a.guides.sizes) + 4, next(a.groups)
+    record, group = a.guides.records.size, next(a.groups)
     whole = open("out/a/guide/words", "rb").read()
     row = group[1].clip[2].item()
-    damage("out/a/guide/words", row, record, a.guides.sizes)
+    damage("out/a/guide/words", row, record, a.guides.records.sizes)
     lost = {i for i in range(24) if open("out/a/guide/words", "rb").read()[i * record:(i + 1) * record]
             != whole[i * record:(i + 1) * record]}
     assert row in lost
     said, asked = a.step(group)
     assert asked == 4 * sum(bool(lost & {*b.clip.tolist()}) for b in group) > 0
     for batch, told in said:
-        assert_told(told, a.asked(batch), a.guides.codes)
+        assert_told(told, a.asked(batch), a.codes)
     said, asked = a.step(group)
     assert asked == 0
     for batch, told in said:
-        assert_told(told, a.asked(batch), a.guides.codes)
+        assert_told(told, a.asked(batch), a.codes)
 
 
 @pytest.mark.parametrize("flags", ["--data.views 2", "--data.views 2 --guide-codes 5",
@@ -265,6 +271,59 @@ def test_a_resumed_run_has_the_codes_it_began_with(given, monkeypatch):
     b.leave()
 
 
+def test_records_in_codes_that_are_lost_are_not_read_in_others(given):
+    a = Told(given("--name a --guide-codes 5"))
+    for _ in range(4):
+        a.step()
+    a.leave()
+    os.remove("out/a/guide/codes.pt")
+    with pytest.MonkeyPatch.context() as patch:                             # and those that are made now are others
+        patch.setattr("guides.fit_codes", lambda p, texts, k: fit_codes(-p, texts, k))
+        b = Told(given("--name a --guide-codes 5 --resume"), step=4)
+    said, asked = b.step()
+    assert asked == B
+    for batch, told in said:
+        assert torch.equal(told.keep, b.asked(batch).keep)
+    b.leave()
+
+
+@pytest.mark.parametrize("flags, why", [
+    ("--data.views 4", "views come round less than twice"), ("--mask.name umt", "the mask umt draws"),
+    ("--mask.pick random --data.views 4", "less than twice and the mask cluster_stm draws")])
+def test_where_codes_are_asked_for_and_nothing_is_kept_that_is_said(given, capsys, flags, why):
+    a = Told(given(f"--name a --guide-codes 5 {flags}"))
+    out = capsys.readouterr().out
+    assert not a.guides.kept and re.search(f"--guide-codes: the teacher is asked at each step.*{why}", out)
+
+
+def test_a_disk_without_room_is_told_before_the_first_step_and_in_the_middle(given, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("guides.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+        with pytest.raises(ValueError, match="out/a/guide: .* 24 views takes .* GB, and 1e-06 GB are free; .*-codes"):
+            Told(given("--name a"))
+    for full in (lambda *_: 100, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))):
+        a = Told(given("--name a"))
+        a.step()
+        with monkeypatch.context() as patch:
+            patch.setattr("guides.os.pwrite", full)
+            with pytest.raises(OSError, match="guide/words could not be written .No space left on device.; no state"):
+                a.step()
+        a.leave()
+
+
+def test_the_file_is_closed_before_it_is_removed(given, monkeypatch):
+    a, real = Told(given("--name a")), shutil.rmtree
+
+    def rmtree(folder):
+        assert a.guides.records.file.closed
+        real(folder)
+
+    monkeypatch.setattr("guides.shutil.rmtree", rmtree)
+    a.guides.forget()
+    assert not os.path.exists("out/a/guide")
+    a.leave()
+
+
 @pytest.mark.parametrize("flag, then, now", [
     ("--mask.quantile 0.3", "mask.quantile = 0.95", "0.3"), ("--mask.ratio 0.5", "mask.ratio = 0.75", "0.5"),
     ("--pool mean", "pool = 'map'", "'mean'"), ("--guide-codes 4", "guide_codes = 5", "4"),
@@ -283,7 +342,7 @@ def test_what_was_said_under_other_settings_is_not_read(given, sprites, first, c
     assert before > 0 and os.path.getsize("out/a/guide/words") == 0
     for _ in range(2 * 24 // B):
         for batch, told in a.step()[0]:
-            assert_told(told, a.asked(batch), a.guides.codes)
+            assert_told(told, a.asked(batch), a.codes)
     a.leave()
 
 
@@ -314,7 +373,7 @@ def test_what_could_not_be_read_in_the_first_pass_and_then_can_is_asked_about_on
         said, asked = a.step()
         seen.append(asked)
         for batch, told in said:
-            assert_told(told, a.asked(batch), a.guides.codes)
+            assert_told(told, a.asked(batch), a.codes)
         assert asked == 4 * sum(bool({3, 17} & {*b.clip.tolist()}) for b, _ in said) * (step < 6)
     assert sum(seen) in (4, 8)                      # their micro-batches
     a.leave()
@@ -333,7 +392,7 @@ def test_codes_are_made_of_what_can_be_read(given):
         assert len(f.readlines()) == 16
     for batch, _ in a.step()[0]:
         told = a.asked(batch)
-        assert relevance_error(a.guides.codes, told.aligned.flatten(1, 2), told.text) < 0.05
+        assert relevance_error(a.codes, told.aligned.flatten(1, 2), told.text) < 0.05
     a.leave()
 
 

@@ -73,8 +73,7 @@ def eager(monkeypatch):
     real, counters = torch.compile, torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(torch, "compile", lambda f, fullgraph, options: real(f, fullgraph=fullgraph,
-                                                                             backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda f, options, **how: real(f, backend="aot_eager", **how))
     yield lambda: (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
     torch._dynamo.reset()
 
@@ -416,8 +415,8 @@ def pretrain(given, flags, step, device):
         told(group)
     if told.kept:
         told.write_down()
-    if told.codes:
-        told.codes = guides.Codes(*(x.to(device) for x in vars(told.codes).values()))
+    if told.kept and told.records.codes:
+        told.records.codes = guides.Codes(*(x.to(device) for x in vars(told.records.codes).values()))
     told.teacher = told.teacher.to(device)
     cfg.model.vocab, cfg.model.mask_id, cfg.model.target = tokenizer.get_vocab_size(), 4, 16
     how = SimpleNamespace(compile=False, activation_checkpointing=True)

@@ -9,16 +9,21 @@ Weights and clips are random, shapes the paper's: 4 frames at 224 x 224, 29 of 1
 of them padding. The step is train.py's own: clips to the device, guide, losses, gradients, clipping, AdamW; weights in
 fp32, on a GPU products in bf16.
 
+The peer takes its own step on what lies on the device already; ours copies its clips there. A step with the guide
+kept runs no teacher, so it has no ratio to one that does.
+
 Time. --steps steps in turn and one wait at their end, so that what runs beside something else counts once; the median
 of --rounds, after three steps that warm up. A part is timed alone, with its backward pass; within the step it may cost
 less.
 
 Flops. A product of (a, b) and (b, c) matrices is 2abc; a transformer layer on S tokens of C channels 24SC^2 + 4S^2C.
 What is trained counts three times: forward, gradient of the inputs, gradient of the weights. The teacher counts once,
-and what is computed again to save memory not at all. Utilisation: flops over time over the rate of a large product,
+what is computed again to save memory not at all; word logits count at the places where they are formed, a tenth of
+them spare. Utilisation: flops over time over the rate of a large product,
 measured in the same run.
 """
 
+import gc
 import resource
 import statistics
 import tempfile
@@ -31,10 +36,10 @@ import torch
 
 import data
 import train
-from guides import fit_codes
-from masking import keep_count, sent
+from guides import Codes, Records, fit_codes
+from masking import keep_count
 from model import ClusterSTM, most_words, spread
-from teacher import Guide, SigLIP, SigLIPConfig, TextConfig, choose, guide
+from teacher import SigLIP, SigLIPConfig, TextConfig, choose, guide
 from tools.bench import ceilings, heading, line
 from tools.peer import umt_step
 
@@ -104,7 +109,7 @@ class Step:
     model: torch.nn.Module
     host: object                # data.Batch in (pinned) host memory
     device: torch.device
-    said: tuple | None = None   # codes, bits and text of a kept guide, on the host, and what decodes them
+    records: Records | None = None      # of a kept guide
 
     def __post_init__(self):
         groups = train.parameter_groups(self.model, self.cfg.weight_decay)
@@ -113,11 +118,9 @@ class Step:
         self.batch = self.host.to(self.device)
 
     def guide(self, batch):
-        if self.said is None:
-            return guide(self.teacher, batch, self.cfg.mask, self.cfg.mask.ratio, check=False, grid=self.grid)
-        codes, bits, text, basis = self.said
-        keep = bits.nonzero()[:, 1].view(len(bits), -1)
-        return Guide(sent(keep, self.device), sent(codes, self.device), sent(text, self.device), basis)
+        if self.records:
+            return self.records.read(batch.clip.tolist(), self.device)
+        return guide(self.teacher, batch, self.cfg.mask, self.cfg.mask.ratio, check=False, grid=self.grid)
 
     def calls(self, batches):
         return train.with_whole(self.model, batches, [self.guide(b) for b in batches])
@@ -134,16 +137,16 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def keep_guide(self):
-        """From here on the guide is read, as guides.py reads it."""
+        """From here on the guide is read from a file, which is in memory."""
         with torch.no_grad(), self.autocast():
             told = self.guide(self.batch)
         p, text = told.aligned.flatten(0, 2), told.text.float().cpu()
         p = p[::max(1, len(p) // 8192)].float().cpu()
-        codes = fit_codes(p, text, min(CODES, p.shape[1]))
-        codes.mean, codes.into, codes.out = (x.to(self.device) for x in (codes.mean, codes.into, codes.out))
-        B, T, N, _ = told.aligned.shape
-        bits = torch.zeros(B, T * N, dtype=torch.bool).scatter(1, told.keep.cpu(), True)
-        self.said = codes.code(told.aligned).cpu(), bits, text, (codes.mean, codes.out)
+        codes = Codes(*(x.to(self.device) for x in vars(fit_codes(p, text, min(CODES, p.shape[1]))).values()))
+        B, T, N, E = told.aligned.shape
+        with tempfile.NamedTemporaryFile() as f:            # open here, it stays until the records are gone
+            self.records = Records(f.name, T, N, told.keep.shape[1] // T, E, codes)
+        self.records.write(range(B), self.records.words(self.records.in_numbers(told)))
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -211,7 +214,7 @@ class Step:
             "bandwidth and mask": frozen(lambda: choose(teacher, tokens.unflatten(0, shape), cfg.mask, cfg.mask.ratio,
                                                         b.seed, self.grid, check=False)),
             "relevance target": frozen(lambda: teacher.align(tokens, self.grid)),
-        } if self.said is None else {"reading the guide": frozen(lambda: self.guide(b))}
+        } if not self.records else {"reading the guide": frozen(lambda: self.guide(b))}
         return {
             "clips to the device": lambda: self.host.to(self.device),
             **asks,
@@ -284,15 +287,21 @@ def in_turn(runs: dict[str, Callable], device: torch.device, steps: int, rounds:
     return {name: statistics.median(some) for name, some in took.items()}
 
 
-def peak(run: Callable, device: torch.device) -> float:
-    """GiB: on a GPU of a step, weights and all; on a CPU what the process has held at most so far."""
+def held(device: torch.device) -> int:
+    """Bytes of the GPU's memory, once what nobody holds is given back: compiled layers are garbage in a circle."""
+    gc.collect()
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def peak(run: Callable, device: torch.device, before: int) -> float:
+    """GiB: on a GPU of a step, weights and all, past those held before; on a CPU of the process so far."""
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     wait(device)
     torch.cuda.reset_peak_memory_stats()
     run()
     wait(device)
-    return torch.cuda.max_memory_allocated() / 2 ** 30
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
 
 
 def rate_of(device: torch.device) -> tuple[float, str]:
@@ -314,18 +323,22 @@ def step_tables(args):
         if args.peer:
             cfg = make_step(args, B, "eager").cfg
             keep = keep_count((cfg.data.size // cfg.model.patch) ** 2, cfg.mask.ratio)
+            before = held(device)
             peer, facts = umt_step(args.peer, args.device, B, cfg.data.frames, cfg.data.size, keep,
                                    cfg.model.text_length, small)
+            peer()                                          # its first step makes the state of its optimizer
+            peers = peak(peer, device, before)
         for variant in args.variants:
+            before = held(device)
             step = make_step(args, B, variant)
             runs = {"ours": step} | ({"peer": peer} if peer else {})
             took = in_turn(runs, device, args.steps, args.rounds)
             each = flops(step.cfg, step.teacher.cfg, B)
-            if step.said is not None:
+            if step.records:
                 each = {k: v for k, v in each.items() if k not in ("teacher", "bandwidth and mask", "relevance target")}
             total, s = sum(each.values()), took["ours"]
-            line(variant, 1e3 * s, B / s, total / 1e12, f"{100 * total / s / rate:.1f} %", peak(step, device),
-                 took["peer"] / s if peer and not small else None)
+            line(variant, 1e3 * s, B / s, total / 1e12, f"{100 * total / s / rate:.1f} %",
+                 peak(step, device, before), took["peer"] / s if peer and not small and not step.records else None)
             steps[variant] = each, s
             if variant in (args.variants[0], args.variants[-1]) or "kept" in variant:
                 steps[variant] = each, s, in_turn(step.parts(), device, args.steps, args.rounds)
@@ -335,7 +348,7 @@ def step_tables(args):
         if peer:
             s = took["peer"]
             name = "UMT's stage 2" + ", at widths of its own" * small
-            line(name, 1e3 * s, B / s, None, None, peak(peer, device), None)
+            line(name, 1e3 * s, B / s, None, None, peers, None)
             print("\nThe peer: " + "; ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
         for variant, (each, s, *parts) in steps.items():
             if not parts:
