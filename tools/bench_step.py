@@ -203,9 +203,9 @@ class Step:
             return loud
 
         def update():
-            self.update()
             for p in model.parameters():
                 p.grad = grads[p]
+            self.update()
 
         vit(), decoder(), rest()
         grads = {p: p.grad for p in model.parameters()}
