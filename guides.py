@@ -93,9 +93,10 @@ class Records:
         return zlib.crc32(record, (row + 1) ^ self.seal).to_bytes(4, "little")
 
     def in_numbers(self, told: Guide) -> Guide:
-        """What is told in the numbers in which it will be read."""
+        """What is told in the numbers in which it will be read. A NaN, which no code says, goes on in the text."""
         aligned = self.codes.code(told.aligned) if self.codes else told.aligned.half()
-        return Guide(told.keep, aligned, told.text.float(), self.basis())
+        text = told.text.float() + 0 * told.aligned.float().sum((1, 2, 3))[:, None]
+        return Guide(told.keep, aligned, text, self.basis())
 
     def basis(self) -> tuple[Tensor, Tensor] | None:
         return self.codes and (self.codes.mean, self.codes.out)

@@ -311,6 +311,21 @@ def test_a_disk_without_room_is_told_before_the_first_step_and_in_the_middle(giv
         a.leave()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_shows_in_codes_too_when_it_is_said_and_when_it_is_read(given, bad):
+    a = Told(given("--name a --guide-codes 5 --batch 8 --micro-batch 8"))
+    batch, = next(a.groups)
+    told = a.asked(batch)
+    told.aligned[2, 1, 3, 4] = bad
+    a.guides.ask = lambda batch: told
+    said, = a.guides([batch])
+    a.guides.write_down()
+    for found in (said, a.guides.look_up(batch)):
+        assert found.text.isfinite().all(1).tolist() == [i != 2 for i in range(8)]
+        assert torch.equal(found.text[:2], told.text[:2])
+    a.leave()
+
+
 def test_the_file_is_closed_before_it_is_removed(given, monkeypatch):
     a, real = Told(given("--name a")), shutil.rmtree
 
