@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 from data import Clips, DataConfig, Row
-from masking import MASKS, MaskConfig, keep_count
+from masking import GLOBAL, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, VideoToText, load_model
 from tasks import (
     KINDS,
@@ -553,7 +553,7 @@ def main(cfg: Config) -> dict:
             raise ValueError(f"--mask {cfg.mask} wants --teacher, a SigLIP: {cfg.checkpoint} had none")
         teacher = SigLIP.from_pretrained(cfg.teacher or trained["teacher"]).to(device)
         N = (view.size // model.cfg.patch) ** 2
-        tokens = f"{cfg.mask}, {keep_count(N, ratio)} of {N} a frame"
+        tokens = f"{cfg.mask}, {keep_count(N, ratio)} of {N} a frame{' on average' * (cfg.mask in GLOBAL)}"
         def keep(b):
             return kept(teacher, b.video, mask, mask.ratio, cfg.seed + b.seed, model.vit.grid(b.video)[1:])
 

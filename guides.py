@@ -136,6 +136,7 @@ class Guides:
         cfg = run.cfg
         self.run, self.teacher, self.views, self.bad = run, teacher, cfg.data.views, BadMedia(run.folder)
         self.folder, self.coming = os.path.join(run.folder, "guide"), []
+        self.grid = (cfg.data.size // cfg.model.patch,) * 2     # the student's: a teacher token for each of its patches
         one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
         why = [reason for reason, there in (
             ("there are images", not isinstance(clips, Clips)),
@@ -166,10 +167,9 @@ class Guides:
         cfg = self.run.cfg
         # On a GPU a NaN shows in the loss: the mask does not wait for the device to look for one.
         check = batch.video.device.type != "cuda"
-        grid = (cfg.data.size // cfg.model.patch,) * 2          # the student's: a teacher token for each of its patches
         image = cfg.data.images and batch.video.shape[1] == 1
         return guide(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio, cfg.pool, check,
-                     grid)
+                     self.grid)
 
     def open(self, clips: Clips, tokenizer):
         """The file, from which a resumed run reads on; and the codes."""
@@ -266,7 +266,7 @@ class Guides:
         cfg, told = self.run.cfg, self.records.read(self.rows(batch), batch.video.device)
         if told and cfg.mask.drawn:         # of the tokens' places alone: drawn as the teacher's answer would be
             told.keep = cfg.mask(told.aligned[..., :1].float(), keep_count(told.aligned.shape[2], cfg.mask.ratio),
-                                 check=False, generator=stream(batch, 0))
+                                 check=False, generator=stream(batch, 0), grid=self.grid)
         return told
 
     def forget(self):

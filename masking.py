@@ -1,10 +1,11 @@
 """
 Which tokens of a clip the student sees: teacher tokens in, the ids of the kept tokens out.
 
-`cluster_stm` is the method (docs/method.md); the others are what it is compared with. All are rows of MASKS and share
-one contract: tokens (B, T, N, C) and keep, the number of tokens kept a frame -> (B, T * keep) int64, the flat ids
-t * N + n, ascending, none twice. What a mask needs beside the tokens comes by keyword, is refused if missing and
-ignored if not wanted:
+`cluster_stm` is the method (docs/method.md); the others, in masks.py, are what it is compared with. All are rows of
+MASKS and share one contract: tokens (B, T, N, C) and keep, the number of tokens kept a frame -> (B, T * keep) int64,
+the flat ids t * N + n, ascending, none twice. In the rows of GLOBAL keep is the mean over the frames of a clip, in all
+others what each frame keeps. What a mask needs (NEEDS) comes by keyword, is refused if missing and ignored if not
+wanted:
 
     attention (B, T, N)   the teacher's attention over each frame      logits (B, T, N)   of a learned sampler
     text (B, E)           the caption's embedding                       grid (h, w)        N = h * w
@@ -12,7 +13,7 @@ ignored if not wanted:
 
     check                 whether values are looked at (a NaN, a d_c <= 0): on a GPU that waits for the device
 
-This file and kernels/ import nothing else of the project.
+This file, masks.py and kernels/ import nothing else of the project.
 """
 
 import math
@@ -22,11 +23,13 @@ from fractions import Fraction
 import torch
 from torch import Generator, Tensor
 
-from kernels import check_bandwidth, check_features, check_tokens
+import masks
+from kernels import check_bandwidth, check_tokens
 from kernels.bandwidth import bandwidth_ref, bandwidth_triton
 from kernels.cluster_argmax import cluster_argmax_ref, cluster_argmax_triton
 from kernels.density_peaks import check_clusters, density_peaks_cpu, density_peaks_triton
 from kernels.temporal_density import temporal_density_ref, temporal_density_triton
+from masks import flat, random, random_frame, sent, shape, tube, umt, uniform  # noqa: F401  others take them from here
 
 
 @dataclass
@@ -64,13 +67,13 @@ class MaskConfig:
 
     @property
     def blind(self) -> bool:
-        """Whether the mask asks for nothing but the shape of the tokens."""
-        return self.name in ("random", "random_frame", "tube")
+        """Whether the mask asks for nothing but the shape of the tokens, the grid among it."""
+        return NEEDS[self.name] <= {"generator", "grid"}
 
     @property
     def drawn(self) -> bool:
         """Whether the mask is drawn anew at each step, so that it cannot be stored with the clip."""
-        return self.blind or self.name == "umt" or self.name == "cluster_stm" and self.pick == "random"
+        return "generator" in NEEDS[self.name] or self.name == "cluster_stm" and self.pick == "random"
 
 
 def keep_count(N: int, ratio: float) -> int:
@@ -152,74 +155,6 @@ def _(x, keep, *how):
     return x.new_empty(x.shape[0], x.shape[1] * keep, dtype=torch.int64)
 
 
-def random(tokens: Tensor, keep: int, *, generator: Generator | None = None, check: bool = True, **aux) -> Tensor:
-    """T * keep tokens anywhere in the clip (Feichtenhofer et al., NeurIPS 2022): a frame's share varies."""
-    B, T, N = shape(tokens, keep, check)
-    return uniform((B, T * N), generator, tokens).argsort(1)[:, :T * keep].sort(1).values
-
-
-def random_frame(tokens: Tensor, keep: int, *, generator: Generator | None = None, check: bool = True, **aux) -> Tensor:
-    """keep random tokens of each frame."""
-    B, T, N = shape(tokens, keep, check)
-    return flat(uniform((B, T, N), generator, tokens).argsort(2)[..., :keep], N)
-
-
-def tube(tokens: Tensor, keep: int, *, generator: Generator | None = None, check: bool = True, **aux) -> Tensor:
-    """keep random places, the same in all frames (VideoMAE, Tong et al., NeurIPS 2022)."""
-    B, T, N = shape(tokens, keep, check)
-    return flat(uniform((B, 1, N), generator, tokens).argsort(2)[..., :keep].expand(B, T, keep), N)
-
-
-def umt(tokens: Tensor, keep: int, *, attention: Tensor | None = None, generator: Generator | None = None,
-        check: bool = True, **aux) -> Tensor:
-    """keep tokens of each frame, drawn without replacement in proportion to attention (UMT, Li et al., ICCV 2023)."""
-    B, T, N = shape(tokens, keep, check)
-    if attention is None:
-        raise ValueError("the mask umt needs attention (B, T, N), got none")
-    if attention.shape != (B, T, N):
-        raise ValueError(f"tokens {tuple(tokens.shape)} want attention ({B}, {T}, {N}), got {tuple(attention.shape)}")
-    if check and not (attention.isfinite() & (attention >= 0)).all():
-        low, high = attention.aminmax()
-        raise ValueError(f"attention wants finite values >= 0, got {low.item():g} to {high.item():g}")
-    # Gumbel top-k in fp32 is that draw in one sort; tokens of no attention at all come last, in random order.
-    log = attention.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-    gumbel = -uniform((B, T, N), generator, tokens).clamp_(1e-7, 1 - 1e-7).log().neg().log()
-    return flat((log + gumbel).argsort(2, descending=True)[..., :keep], N)
-
-
-def shape(tokens: Tensor, keep: int, check: bool) -> tuple[int, int, int]:
-    """B, T, N of tokens (B, T, N, C), which must be finite, and keep between 1 and N."""
-    check_features("a mask", tokens, 4, check)
-    B, T, N, _ = tokens.shape
-    if not 1 <= keep <= N:
-        raise ValueError(f"a mask keeps 1 to N = {N} tokens a frame, got {keep}")
-    return B, T, N
-
-
-def flat(index: Tensor, N: int) -> Tensor:
-    """Tokens kept in each frame, (B, T, K) in [0, N) in any order -> (B, TK), the flat ids t * N + n, ascending."""
-    start = torch.arange(index.shape[1], device=index.device)[:, None] * N
-    return (index.sort(-1).values + start).flatten(1)
-
-
-def uniform(size: tuple, generator: Generator | None, like: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), drawn on the generator's device: one seed, one mask, wherever `like` is."""
-    if generator is None:
-        raise ValueError("a mask that is drawn at random needs generator, got none")
-    return sent(torch.rand(size, generator=generator, device=generator.device), like.device)
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device. Memory that is pinned is copied to a GPU while the host goes on; of other memory it waits."""
-    if device.type != "cuda" or x.is_cuda:
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-MASKS = {
-    "cluster_stm": cluster_stm,
-    "random": random,
-    "random_frame": random_frame,
-    "tube": tube,
-    "umt": umt,
-}
+MASKS = {"cluster_stm": cluster_stm, **masks.MASKS}
+NEEDS = {"cluster_stm": frozenset({"tokens"}), **masks.NEEDS}
+GLOBAL = frozenset(masks.GLOBAL)        # names whose budget is the clip's: a frame's share varies

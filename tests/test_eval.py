@@ -37,7 +37,7 @@ from test_train import (  # noqa: F401  (two are fixtures)
 import data
 import eval as score
 from data import Clips, DataConfig, clean, collate
-from masking import MASKS, MaskConfig, keep_count
+from masking import MASKS, NEEDS, MaskConfig, keep_count
 from model import ClusterSTM, load_model
 from tasks import TASKS, split_files
 from teacher import SigLIP, guide
@@ -350,7 +350,7 @@ def test_masked_scores_are_those_of_the_model_given_these_tokens(trained, sprite
         assert json.load(f) == found
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", [name for name in MASKS if not NEEDS[name] & {"logits", "text"}])
 def test_every_mask_scores_alike_under_one_seed(trained, sprites, monkeypatch, mask):
     real, seen = ClusterSTM.encode_video, []
     monkeypatch.setattr(ClusterSTM, "encode_video", lambda self, video, keep: (
@@ -360,8 +360,14 @@ def test_every_mask_scores_alike_under_one_seed(trained, sprites, monkeypatch, m
     assert run(0) == run(0) and len(seen) == 4
     run(1)
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and seen[0].shape == (6, 8 * 4)
-    assert torch.equal(seen[4], seen[0]) == (mask == "cluster_stm")         # the others are drawn
-    assert not torch.equal(seen[0], seen[1])                                # and for each batch anew
+    assert torch.equal(seen[4], seen[0]) == ("generator" not in NEEDS[mask])
+    assert "generator" not in NEEDS[mask] or not torch.equal(seen[0], seen[1])          # and for each batch anew
+
+
+@pytest.mark.parametrize("mask, wants", [("adamae", "logits"), ("text_guided", "aligned")])
+def test_a_mask_that_asks_for_what_scoring_has_not_is_refused(trained, sprites, mask, wants):
+    with pytest.raises(ValueError, match=f"^the mask {mask} needs {wants} .*, got none$"):
+        score.main(score.Config(checkpoint=trained, data_root=sprites, mask=mask, out="x.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

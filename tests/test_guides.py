@@ -103,6 +103,8 @@ def assert_told(told, asked, codes=None):
     ("--data.views 2 --guide-codes 16 --mask.name tube", True),
     ("--data.views 2 --mask.name random_frame", True),
     ("--data.views 1 --mask.name random", True),
+    ("--data.views 1 --mask.name block3d", True),
+    ("--data.views 1 --mask.name divprune --guide-codes 5", True),
     ("--data.views 1 --mask.pick centre --pool mean", True),
     ("--data.views 1 --model.patch 8", True),       # whose tokens are 16 of the teacher's, put in 4
     ("--data.views 1 --data.frames 3 --model.patch 8 --mask.ratio 0.5", True),      # 12 tokens: not whole bytes

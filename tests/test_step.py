@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import guides
 import masking
+import masks
 import model as student
 import runs
 import teacher
@@ -369,7 +370,7 @@ def nothing_waits():
 
     real = torch.autocast
     with pytest.MonkeyPatch.context() as patch:
-        for module in (masking, student, teacher, guides):
+        for module in (masks, masking, student, teacher, guides):
             patch.setattr(module, "sent", send)
         patch.setattr(torch, "tensor", make)
         patch.setattr(torch, "autocast", lambda kind, *args, **how: nullcontext() if kind == "meta" else real(

@@ -22,7 +22,7 @@ import train
 from masking import MASKS, MaskConfig, keep_count
 from sprites import write_sprites
 from teacher import SigLIP
-from tools import bench, convert, demo, show
+from tools import ablate, bench, convert, demo, show
 from tools import compile as chips
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,6 +194,8 @@ def parsed(line):
         return tyro.cli(search.Config, args=args)
     if script == "tools/bench.py":
         return bench.parse(args)
+    if script == "tools/ablate.py":
+        return tyro.extras.subcommand_cli_from_dict({"masks": ablate.Masks, "quantiles": ablate.Quantiles}, args=args)
     assert script in ("tools/show.py", "tools/demo.py", "tools/compile.py", "tools/convert.py"), line
     if script == "tools/convert.py":
         return tyro.cli(convert.Config, args=args)
