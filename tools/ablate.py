@@ -44,7 +44,7 @@ from masking import MASKS, MaskConfig, keep_count
 from sprites import SIZE
 from teacher import SigLIP
 from tools.bench import attempt, banner, heading, line
-from tools.demo import objects_kept
+from tools.demo import objects_at, objects_kept
 from train import PRESETS
 
 PRESET = PRESETS["sprites"].mask
@@ -101,15 +101,6 @@ class Seen:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
-
-def objects_at(boxes: np.ndarray, size: int, patch: int) -> Tensor:
-    """boxes (B, T, objects, 4) -> (B, T, objects, N) bool: the tokens that objects_kept counts for an object."""
-    low = torch.arange(size // patch) * patch
-    x0, y0, x1, y1 = torch.as_tensor(boxes).clamp(0, size).unbind(-1)                   # (B, T, objects) each
-    along = lambda a, b: (torch.minimum(b[..., None], low + patch) - torch.maximum(a[..., None], low)).clamp_min(0)
-    overlap = (along(y0, y1)[..., :, None] * along(x0, x1)[..., None, :]).flatten(-2)   # (B, T, objects, N)
-    return overlap >= 0.25 * ((x1 - x0) * (y1 - y0)).clamp_max(patch * patch)[..., None]
-
 
 def share(of: Tensor, among: Tensor) -> float | None:
     """bool tensors of one shape -> the share of `among` that are in `of`; None where there are none."""

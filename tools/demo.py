@@ -50,23 +50,25 @@ def run(commands: list[str], environment: dict) -> None:
             raise ValueError(f"`python {command}` ended with {process.returncode}{where}")
 
 
-def objects_kept(keep: Tensor, boxes: np.ndarray, size: int, patch: int) -> float:
+def objects_at(boxes: np.ndarray, size: int, patch: int) -> Tensor:
     """
-    keep (B, TK), boxes (B, T, objects, 4) in pixels, NaN where there is none -> share of a frame's objects that keep a
-    token, over all frames: a token whose patch the box covers by a quarter, or that holds a quarter of the box.
+    boxes (B, T, objects, 4) in pixels, NaN where there is none -> (B, T, objects, N) bool: the tokens of each object,
+    those whose patch its box covers by a quarter, or that hold a quarter of the box.
     """
-    B, T, _, _ = boxes.shape
-    side = size // patch
-    box = torch.as_tensor(boxes).clamp(0, size)
-    low = torch.arange(side) * patch
+    low = torch.arange(size // patch) * patch
+    x0, y0, x1, y1 = torch.as_tensor(boxes).clamp(0, size).unbind(-1)                       # (B, T, objects) each
     along = lambda a, b: (torch.minimum(b[..., None], low + patch) - torch.maximum(a[..., None], low)).clamp_min(0)
-    x, y = along(box[..., 0], box[..., 2]), along(box[..., 1], box[..., 3])                 # (B, T, objects, side)
-    overlap = (y[..., :, None] * x[..., None, :]).flatten(-2)                               # (B, T, objects, N)
-    area = ((box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]))[..., None]
-    on = overlap >= 0.25 * area.clamp_max(patch * patch)
-    kept = torch.zeros(B, T * side * side, dtype=torch.bool).scatter(1, keep, True).view(B, T, 1, -1)
-    there = ~box[..., 0].isnan()
-    return ((on & kept).any(-1) & there).sum().item() / there.sum().item()
+    overlap = (along(y0, y1)[..., :, None] * along(x0, x1)[..., None, :]).flatten(-2)       # (B, T, objects, N)
+    return overlap >= 0.25 * ((x1 - x0) * (y1 - y0)).clamp_max(patch * patch)[..., None]
+
+
+def objects_kept(keep: Tensor, boxes: np.ndarray, size: int, patch: int) -> float:
+    """keep (B, TK), boxes as above -> share of a frame's objects that keep a token, over all frames."""
+    B, T, _, _ = boxes.shape
+    N = (size // patch) ** 2
+    kept = torch.zeros(B, T * N, dtype=torch.bool).scatter(1, keep, True).view(B, T, 1, N)
+    there = ~torch.as_tensor(boxes)[..., 0].isnan()
+    return ((objects_at(boxes, size, patch) & kept).any(-1) & there).sum().item() / there.sum().item()
 
 
 @torch.no_grad()
