@@ -21,11 +21,11 @@ SHAPE = (48, 64)
 
 def film(path, n=120, codec="libx264", pix_fmt="yuv420p", rate=25, at=lambda i: i, container=None, skip=(), **options):
     """n frames of noise that moves over blocks: no two are alike, and each has need of others. `at`: their times."""
-    H, W = SHAPE
+    H, W = (72, 64) if codec == "libsvtav1" else SHAPE              # older ones make no picture below 64
     draw, noise = np.random.default_rng(7), np.random.default_rng(8).integers(0, 256, (3 * H, 3 * W, 3), np.uint8)
     with av.open(str(path), "w", options=container or {}) as out:
         stream = out.add_stream(codec, rate=rate, options={k.replace("_", "-"): v for k, v in options.items()})
-        (stream.height, stream.width), stream.pix_fmt = SHAPE, pix_fmt
+        stream.height, stream.width, stream.pix_fmt = H, W, pix_fmt
         stream.codec_context.thread_count = 1
         for i in range(n):
             if i % 40 == 0:
