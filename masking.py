@@ -68,12 +68,17 @@ class MaskConfig:
     @property
     def blind(self) -> bool:
         """Whether the mask asks for nothing but the shape of the tokens, the grid among it."""
-        return NEEDS[self.name] <= {"generator", "grid"}
+        return self.needs <= {"generator", "grid"}
 
     @property
     def drawn(self) -> bool:
         """Whether the mask is drawn anew at each step, so that it cannot be stored with the clip."""
-        return "generator" in NEEDS[self.name] or self.name == "cluster_stm" and self.pick == "random"
+        return "generator" in self.needs or self.name == "cluster_stm" and self.pick == "random"
+
+    @property
+    def needs(self) -> frozenset:
+        """Its row of NEEDS; of a function that was put into MASKS as it is all may be true."""
+        return NEEDS.get(self.name, frozenset({"tokens", "generator"}))
 
 
 def keep_count(N: int, ratio: float) -> int:

@@ -261,9 +261,7 @@ def save_state(run: Run, stage: str, step: int, model: nn.Module, optimizer, cou
     except (OSError, RuntimeError) as error:
         while not isinstance(error, OSError) and error.__context__:     # torch's writer covers it with its own
             error = error.__context__
-        there = states(run.folder)
-        raise OSError(f"{path} could not be written ({one_line(error)}); "
-                      + (f"{there[0]} is whole" if there else "there is none before it")) from None
+        raise OSError(f"{path} could not be written ({one_line(error)}); {whole_state(run.folder)}") from None
     for old in states(run.folder)[run.cfg.keep:]:
         os.remove(old)
 

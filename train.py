@@ -451,12 +451,13 @@ def prepare(model: nn.Module, cfg: Config, shapes_vary: bool = False) -> nn.Modu
     The model itself; its layers compiled, or computed again going backward, where cfg says so. Pretraining steps have
     fixed shapes; in fine-tuning they vary, as the last clips of a split are fewer, and those of a batch not yet seen.
     """
+    if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.optimize_ddp = False           # it would cut each layer at the edges of DDP's buckets
     for name, layer in model.named_modules():
         if not isinstance(layer, (Block, BertLayer, Layer)) or "text_decoder" in name:      # that speaks word by word
             continue
         if cfg.compile:         # one program for all layers of a kind; what is drawn is what is drawn without it
-            torch._dynamo.config.recompile_limit = 64
-            torch._dynamo.config.optimize_ddp = False       # it would cut each layer at the edges of DDP's buckets
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=None if shapes_vary else False,
                                           options={"fallback_random": True})
         if cfg.activation_checkpointing and layer.training:

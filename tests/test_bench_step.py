@@ -53,6 +53,14 @@ def test_flops_of_the_paper_s_step_by_hand():
     assert bench_step.flops(cfg, bench_step.SigLIPConfig(), 128)["teacher"] == 2 * said["teacher"]
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_a_variant_is_what_its_name_says_whatever_the_preset(small):
+    for name in bench_step.VARIANTS:
+        cfg = bench_step.settings(settings(small=small), 4, name)
+        assert cfg.compile == name.startswith("compiled")
+        assert cfg.activation_checkpointing == ("checkpointing" in name)
+
+
 def test_parts_leave_the_model_as_it_was_but_for_the_optimizer():
     step = bench_step.make_step(settings(), 4, "eager")
     parts, before = step.parts(), {k: v.clone() for k, v in step.model.state_dict().items()}

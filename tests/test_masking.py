@@ -587,3 +587,9 @@ def test_the_config_refuses_a_mask_there_is_not_and_a_ratio_that_cannot_be():
         MaskConfig(name="block")
     with pytest.raises(ValueError, match=r"mask ratio is in \[0, 1\), got 1.0"):
         MaskConfig(ratio=1.0)
+
+
+def test_a_function_that_is_put_into_masks_as_it_is_can_be_named_and_is_taken_for_drawn(monkeypatch):
+    monkeypatch.setitem(MASKS, "mine", lambda tokens, keep, **aux: MASKS["evs"](tokens, keep))
+    cfg = MaskConfig("mine")
+    assert cfg.drawn and not cfg.blind and cfg(torch.randn(1, 2, 4, 3), 2).shape == (1, 4)

@@ -560,8 +560,8 @@ def test_the_newest_states_are_kept_whatever_their_stage(given):
     assert states("out/run") == [f"out/run/state/{name}" for name in names]
 
 
-@pytest.mark.parametrize("step, kept", [(5, "out/run/state/pretrain-0000004.pt is whole"),
-                                        (1, "there is none before it")])
+@pytest.mark.parametrize("step, kept", [(5, "out/run/state/pretrain-0000004.pt is whole, --resume goes on from it"),
+                                        (1, "no state was written yet")])
 def test_a_full_disk_is_said_in_one_line_and_leaves_what_was_there(given, whole, step, kept):
     limit = 30_000                                  # bytes a file: less than a state, more than the log
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from test_train import assert_one_line, command
 
 import data
-from masking import MASKS, MaskConfig
+from masking import MASKS, NEEDS, MaskConfig
 from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
 from tools import show
 
@@ -242,8 +242,9 @@ def test_masks_are_given_text_aligned_tokens_and_log_attention(teacher, video, s
         given.update(text=text, aligned=aligned)
         return MASKS["known"](tokens, keep)
 
-    monkeypatch.setitem(MASKS, "sampled", sampled)
-    monkeypatch.setitem(MASKS, "told", told)
+    for mask, needs in ((sampled, {"logits"}), (told, {"text", "aligned"})):
+        monkeypatch.setitem(MASKS, mask.__name__, mask)
+        monkeypatch.setitem(NEEDS, mask.__name__, needs)
     path = video(48, 96, 3)
     draw(teacher, path, mask=("sampled", "told"), caption="a red square")
     assert [line for *_, line in seen[1]].count("by log attention") == 1

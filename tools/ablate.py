@@ -41,6 +41,7 @@ import data
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
 from masking import MASKS, MaskConfig, keep_count
+from masks import log
 from sprites import SIZE
 from teacher import SigLIP
 from tools.bench import attempt, banner, heading, line
@@ -184,7 +185,7 @@ def look(cfg: Masks) -> Seen:
     samples = [clips[i] for i in range(cfg.count)]
     tokens = torch.stack([teacher.tokens(teacher.pixels(s.video)) for s in samples])    # (B, T, N, C)
     attention = torch.stack([teacher.attend(x) for x in tokens])                        # (B, T, N)
-    more = {"attention": attention, "logits": attention.clamp_min(torch.finfo(attention.dtype).tiny).log(),
+    more = {"attention": attention, "logits": log(attention),
             "text": teacher.encode_text(teacher.tokenize([s.caption for s in samples])),            # (B, E)
             "aligned": torch.stack([teacher.align(x, teacher.grid) for x in tokens])}               # (B, T, N, E)
     return Seen(tokens, more, boxes * (vision.image_size / SIZE), vision.image_size, vision.patch_size)

@@ -225,12 +225,17 @@ class Step:
         }
 
 
-def make_step(args, B: int, variant: str) -> Step:
-    device = torch.device(args.device)
-    cfg = deepcopy(train.PRESETS["sprites" if args.small else "base"])
-    cfg = replace(cfg, batch=B, **VARIANTS[variant])
+def settings(args, B: int, variant: str = "eager") -> train.Config:
+    """The preset, with what command line and variant change."""
+    how = dict(compile=False, activation_checkpointing=False) | VARIANTS[variant]       # not the preset's
+    cfg = replace(deepcopy(train.PRESETS["sprites" if args.small else "base"]), batch=B, **how)
     cfg.data = replace(cfg.data, frames=args.frames or cfg.data.frames, size=args.size or cfg.data.size)
     cfg.mask = replace(cfg.mask, ratio=args.ratio or cfg.mask.ratio)
+    return cfg
+
+
+def make_step(args, B: int, variant: str) -> Step:
+    device, cfg = torch.device(args.device), settings(args, B, variant)
     torch.manual_seed(0)
     T, S, L = cfg.data.frames, cfg.data.size, cfg.model.text_length
     captions = [" ".join(f"word{int(w)}" for w in torch.randint(500, (12,))) for _ in range(B)]
@@ -321,13 +326,13 @@ def step_tables(args):
                 "utilisation", "GiB at most", "times the peer")
         peer, steps = None, {}
         if args.peer:
-            cfg = make_step(args, B, "eager").cfg
+            cfg = settings(args, B)
             keep = keep_count((cfg.data.size // cfg.model.patch) ** 2, cfg.mask.ratio)
             before = held(device)
             peer, facts = umt_step(args.peer, args.device, B, cfg.data.frames, cfg.data.size, keep,
                                    cfg.model.text_length, small)
             peer()                                          # its first step makes the state of its optimizer
-            peers = peak(peer, device, before)
+            peer_peak = peak(peer, device, before)
         for variant in args.variants:
             before = held(device)
             step = make_step(args, B, variant)
@@ -348,7 +353,7 @@ def step_tables(args):
         if peer:
             s = took["peer"]
             name = "UMT's stage 2" + ", at widths of its own" * small
-            line(name, 1e3 * s, B / s, None, None, peers, None)
+            line(name, 1e3 * s, B / s, None, None, peer_peak, None)
             print("\nThe peer: " + "; ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
         for variant, (each, s, *parts) in steps.items():
             if not parts:

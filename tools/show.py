@@ -6,7 +6,6 @@ Pictures for people: what masks keep of a clip, and how runs went.
     python -m tools.show run out/demo/seed0/cluster_stm out/demo/seed0/random_frame --out run.png
 """
 
-import inspect
 import json
 import os
 import textwrap
@@ -28,7 +27,8 @@ from torch import Tensor
 import data
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
-from masking import MASKS, MaskConfig, keep_count
+from masking import NEEDS, MaskConfig, keep_count
+from masks import log as logarithm
 from teacher import SigLIP, choose
 
 DEMO = "out/demo/seed0/teacher"
@@ -91,7 +91,7 @@ def kept(video: Tensor, teacher: SigLIP, configs: dict[str, MaskConfig], cluster
     labels, centres, _ = density_peaks(tokens, keep_count(N, clusters.ratio), bandwidth(tokens, clusters.quantile),
                                        clusters.density, clusters.assign)
     aux = {"aligned": teacher.align(tokens, grid)[None],
-           "logits": teacher.attend(tokens).clamp_min(torch.finfo(torch.float32).tiny).log()[None],
+           "logits": logarithm(teacher.attend(tokens))[None],
            "text": teacher.encode_text(teacher.tokenize([caption])) if caption else None}
     masks, took = {}, {}
     for name, cfg in configs.items():
@@ -104,16 +104,11 @@ def kept(video: Tensor, teacher: SigLIP, configs: dict[str, MaskConfig], cluster
             for _ in range(2):                                          # the first time some of it is set up
                 ids = choose(teacher, tokens[None], timed, cfg.ratio, seed, grid, **aux)[0]
         except ValueError as error:
-            if caption or not wants(cfg.name, "text"):
+            if caption or "text" not in NEEDS.get(cfg.name, ()):
                 raise
             raise ValueError(f"{error}; --caption gives the text") from None
         masks[name] = torch.zeros(T * N, dtype=torch.bool).scatter(0, ids, True).view(T, N).numpy()
     return Kept(grid, *(x.numpy() for x in followed(tokens, labels, centres)), masks, took)
-
-
-def wants(mask: str, what: str) -> bool:
-    """Whether a row of MASKS names the keyword."""
-    return what in inspect.signature(MASKS[mask]).parameters
 
 
 def followed(tokens: Tensor, labels: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,7 +294,7 @@ def side_by_side(video: Tensor, seconds: list[float], found: Kept, configs: dict
     columns = [Column("frame", (f"{found.grid[0]} x {found.grid[1]} tokens",), frames),
                Column("clusters", (f"{found.centres.shape[1]} a frame", "dot: centre"), grey(tinted))]
     for name, cfg in configs.items():
-        note = ("by log attention",) if wants(cfg.name, "logits") else ()
+        note = ("by log attention",) if "logits" in NEEDS.get(cfg.name, ()) else ()
         bright = outlined(dimmed(light, found.masks[name], found.grid), found.masks[name], found.grid)
         columns.append(Column(name, (*found.figures(name), *note), grey(bright)))
     T = len(frames)
