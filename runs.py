@@ -309,13 +309,18 @@ def damage(path: str) -> str:
         return "" if f.read() == whole.digest() else "has another sum than was written with it"
 
 
+def forget_unfinished(folder: str):
+    """Remove what a killed process was writing; a score may be another's, who is writing it now."""
+    for part in (folder, *(os.path.join(folder, name) for name in ("state", "masked", "guide"))):
+        for name in os.listdir(part) if os.path.isdir(part) else []:
+            if name.endswith(".tmp") and not name.startswith("eval-"):
+                os.remove(os.path.join(part, name))
+
+
 def load_state(run: Run, stage: str, model: nn.Module, optimizer) -> tuple[int, dict]:
     """-> the step to go on from, with its counts, model and optimizer as they were; 0 if the newest is of another."""
-    if run.rank == 0:                           # what a killed process was writing
-        folder = os.path.join(run.folder, "state")
-        for name in os.listdir(folder) if os.path.isdir(folder) else []:
-            if name.endswith(".tmp"):
-                os.remove(os.path.join(folder, name))
+    if run.rank == 0:
+        forget_unfinished(run.folder)
     path = newest_state(run) if run.cfg.resume else ""
     if not path:
         return 0, {}

@@ -545,12 +545,18 @@ def parts(x, name=""):
         yield name, x.tolist() if isinstance(x, torch.Tensor) else x
 
 
-def test_what_a_killed_process_was_writing_is_removed(given, whole):
+@pytest.mark.parametrize("left", ["state/pretrain-0000006.pt.x1y2z3.tmp", "config.json.x1y2z3.tmp",
+                                  "masked/config.json.x1y2z3.tmp", "guide/config.json.x1y2z3.tmp"])
+def test_what_a_killed_process_was_writing_is_removed(given, whole, left):
     interrupt(given(SHORT))
-    left = "out/run/state/pretrain-0000006.pt.x1y2z3.tmp"
-    shutil.copy(states("out/run")[0], left)
+    beside = "out/run/eval-sprites-all.json.x1y2z3.tmp"             # another process may be writing it
+    left = os.path.join("out/run", left)
+    os.makedirs(os.path.dirname(left), exist_ok=True)
+    for path in (left, beside):
+        shutil.copy(states("out/run")[0], path)
     train.main(given(f"{SHORT} --resume"))
     assert not os.path.exists(left)
+    os.remove(beside)
     assert_ends_as(whole())
 
 
