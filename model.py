@@ -51,6 +51,7 @@ class ModelConfig:
     target: int = 0              # width of the teacher's joint space (E); 0: as the teacher has
     umt_vtc: bool = False        # VTC's gradient to the encoders divided by the number of ranks, as UMT's gather does
     relevance: str = "batch"     # MRM: relevance to the texts of the batch, to the clip's own, or none (regression)
+    objective: str = "relevance"  # beside VTC, VTM, MLM: relevance (MRM), visible (UMT's alignment) or pixels (MAE's)
 
     def __post_init__(self):
         for width, heads in ((self.width, self.heads), (self.text_width, self.text_heads),
@@ -59,7 +60,8 @@ class ModelConfig:
                 raise ValueError(f"{width} channels do not divide into {heads} heads")
         for name, value, known_values in (("positions", self.positions, ("1d", "3d")),
                                           ("decoder", self.decoder, ("cross", "joint")),
-                                          ("relevance", self.relevance, ("batch", "own", "none"))):
+                                          ("relevance", self.relevance, ("batch", "own", "none")),
+                                          ("objective", self.objective, ("relevance", "visible", "pixels"))):
             if value not in known_values:
                 raise ValueError(f"{name} wants to be one of {', '.join(known_values)}, is {value!r}")
         if not 0 < self.fusion < self.text_depth:
@@ -159,18 +161,18 @@ class ViT(nn.Module):
         """(T, h, w) of a video (B, T, 3, H, W)."""
         return video.shape[1], video.shape[3] // self.patch, video.shape[4] // self.patch
 
+    def pixels(self, video: Tensor, ids: Tensor | None) -> Tensor:
+        """video (B, T, 3, H, W) uint8, ids (B, S) flat or None for all tokens -> their pixels (B, S, 3 patch^2)."""
+        x = patches(video.flatten(0, 1), self.patch).view(len(video), -1, self.embed.in_features)
+        if ids is not None:         # before anything is computed from pixels
+            x = x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
+        return (x.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+
     def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
         """video (B, T, 3, H, W) uint8, keep (B, S) flat ids or None for all tokens -> (B, S, C)."""
-        B, T = video.shape[:2]
-        x = patches(video.flatten(0, 1), self.patch).view(B, -1, self.embed.in_features)    # (B, TN, 3 patch^2)
         positions = sinusoids(self.grid(video), self.embed.out_features, self.positions, video.device)
-        if keep is None:
-            positions = positions.expand(B, *positions.shape)
-        else:       # the pixels of the kept patches, before anything is computed from pixels
-            x = x.gather(1, keep[..., None].expand(*keep.shape, x.shape[-1]))               # (B, S, 3 patch^2)
-            positions = positions[keep]
-        x = (x.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
-        x = self.embed(x) + positions
+        positions = positions.expand(len(video), *positions.shape) if keep is None else positions[keep]
+        x = self.embed(self.pixels(video, keep)) + positions
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -493,23 +495,23 @@ def most_words(places: int) -> int:
 # Decoder
 
 class Decoder(nn.Module):
-    """Encoded visible tokens -> what masked tokens are about, vectors in the teacher's joint space."""
+    """Encoded visible tokens -> what masked tokens are about, vectors in the teacher's joint space; or their pixels."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.kind, self.positions = cfg.decoder, cfg.positions
+        self.kind, self.positions, self.draws = cfg.decoder, cfg.positions, cfg.objective == "pixels"
         C = cfg.decoder_width
         self.embed = nn.Linear(cfg.width, C)
         self.query = nn.Parameter(torch.empty(C))
         cross = cfg.decoder == "cross"
         self.blocks = nn.ModuleList(Block(C, cfg.decoder_heads, cross=cross) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(C, eps=1e-6)
-        self.proj = nn.Linear(C, cfg.target)
+        self.proj = nn.Linear(C, 3 * cfg.patch ** 2 if self.draws else cfg.target)
         self.apply(xavier)
         nn.init.normal_(self.query, std=0.02)
 
     def forward(self, visible: Tensor, keep: Tensor, wanted: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """visible (B, S, C) at the ids keep (B, S); wanted (B, Q) flat ids -> (B, Q, E), unit length."""
+        """visible (B, S, C) at the ids keep (B, S); wanted (B, Q) flat ids -> (B, Q, E), unit length, or pixels."""
         positions = sinusoids(grid, self.query.shape[0], self.positions, visible.device)
         visible = self.embed(visible) + positions[keep]
         x = self.query + positions[wanted]
@@ -517,7 +519,23 @@ class Decoder(nn.Module):
             x = torch.cat([visible, x], 1)
         for block in self.blocks:
             x = block(x) if self.kind == "joint" else block(x, visible)
-        return nnf.normalize(self.proj(self.norm(x[:, -wanted.shape[1]:])).float(), dim=-1)
+        x = self.proj(self.norm(x[:, -wanted.shape[1]:])).float()
+        return x if self.draws else nnf.normalize(x, dim=-1)
+
+
+class LinearDecoder(nn.Module):
+    """UMT's, on the last layer alone: visible tokens -> what they are about, vectors in the teacher's joint space."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.positions = cfg.positions
+        self.head, self.norm = nn.Linear(cfg.width, cfg.target), nn.LayerNorm(cfg.target)
+        self.apply(xavier)
+
+    def forward(self, visible: Tensor, keep: Tensor, wanted: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """visible (B, S, C) at the ids keep (B, S), which are those wanted -> (B, S, E), unit length."""
+        x = visible + sinusoids(grid, visible.shape[-1], self.positions, visible.device)[keep]
+        return nnf.normalize(self.norm(self.head(x)).float(), dim=-1)
 
 
 # Losses
@@ -579,7 +597,7 @@ class Whole:
     scale: float                # of VTC's gradient: the parts' gradients are averaged, and it is a sum over them
     index: int                  # this micro-batch among them
     corrupted: tuple | None     # ids and labels of the masked words
-    wanted: Tensor | None       # (B, Q) flat ids of the masked tokens that are predicted
+    wanted: Tensor | None       # (B, Q) flat ids of the tokens that are predicted
     others: tuple | None = None     # video (parts, B, E), text (parts, B, E), media (parts, B), if already known
 
 
@@ -596,7 +614,7 @@ class ClusterSTM(nn.Module):
         self.bert = text or Bert(bert_config(cfg))
         if self.bert.cfg != bert_config(cfg):
             raise ValueError(f"the text encoder is {self.bert.cfg}, the config wants {bert_config(cfg)}")
-        self.decoder = Decoder(cfg)
+        self.decoder = LinearDecoder(cfg) if cfg.objective == "visible" else Decoder(cfg)
         self.pool_norm = nn.LayerNorm(cfg.width, eps=1e-6)
         self.vision_proj = nn.Linear(cfg.width, cfg.embed)
         self.text_proj = nn.Linear(cfg.text_width, cfg.embed)
@@ -648,7 +666,12 @@ class ClusterSTM(nn.Module):
         return corrupt(batch.ids, self.cfg.vocab, self.cfg.mask_id, stream(batch, 1))
 
     def wanted(self, batch, guide: Guide) -> Tensor:
-        """The masked tokens to be predicted: (B, Q) flat ids; all of them, or a share drawn anew each step."""
+        """
+        The tokens to be predicted: (B, Q) flat ids; the masked ones, all of them or a share drawn anew each step, or
+        the visible ones.
+        """
+        if self.cfg.objective == "visible":
+            return guide.keep
         B, T, N, _ = guide.aligned.shape
         Q = T * N - guide.keep.shape[1]
         draw = sent(torch.rand(B, T * N, generator=stream(batch, 2)), guide.keep.device)
@@ -663,6 +686,18 @@ class ClusterSTM(nn.Module):
         if self.cfg.relevance == "own":
             return lambda e: (e @ guide.text.float()[..., None]).squeeze(-1).square()
         return lambda e: e.square().sum(-1)
+
+    def reconstruct(self, batch, guide: Guide, whole: Whole, q: Tensor) -> dict[str, Tensor]:
+        """The loss of what the decoder says of the wanted tokens, q (B, Q, E), or of their pixels (B, Q, 3 patch^2)."""
+        if self.cfg.objective == "pixels":
+            x = self.vit.pixels(batch.video, whole.wanted).float()
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+            return {"pixels": (q - x).square().mean()}
+        p = guide.at(whole.wanted)
+        if self.cfg.objective == "visible":
+            return {"align": 2 - 2 * nnf.cosine_similarity(q, p, -1).mean()}
+        form = self.relevance(guide, whole.gram)
+        return {"mrm": form(q - p).mean() / whole.variance.clamp_min(1e-8)}
 
     @torch.no_grad()
     def whole(self, batches: list, guides: list[Guide | None]) -> list[Whole]:
@@ -681,6 +716,7 @@ class ClusterSTM(nn.Module):
         wanted = [None] * len(batches)
         if guides[0] is not None and guides[0].aligned is not None:
             wanted = [self.wanted(b, g) for b, g in zip(batches, guides, strict=True)]
+        if wanted[0] is not None and self.cfg.objective == "relevance":
             with torch.autocast(words.device.type, enabled=False):
                 texts = [g.text.float() for g in guides]
                 gram = total(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
@@ -703,7 +739,8 @@ class ClusterSTM(nn.Module):
         batch: video (B, T, 3, H, W) uint8, ids (B, L), media (B,), seed -> the losses by name.
 
         The mean of a loss over the micro-batches of a batch, and over the ranks, is that loss of the batch, and so is
-        its gradient. Without a guide, the unmasked stage: all tokens, and no MRM; nor where it has no targets.
+        its gradient. Without a guide, the unmasked stage: all tokens, and no MRM nor what stands in its place; nor
+        where the guide has no targets.
         """
         if whole is None:
             whole, = self.whole([batch], [guide])
@@ -716,8 +753,7 @@ class ClusterSTM(nn.Module):
         if whole.wanted is not None and whole.wanted.numel():
             q = self.decoder(tokens, guide.keep, whole.wanted, self.vit.grid(batch.video))
             with torch.autocast(tokens.device.type, enabled=False):
-                form = self.relevance(guide, whole.gram)
-                losses["mrm"] = form(q - guide.at(whole.wanted)).mean() / whole.variance.clamp_min(1e-8)
+                losses |= self.reconstruct(batch, guide, whole, q)
 
         # The features of the other micro-batches are constants, own ones carry the gradient: summed over the parts.
         others = whole.others or (gather(video), gather(text), gather(batch.media))
@@ -749,12 +785,15 @@ class ClusterSTM(nn.Module):
     def start_from(self, folder: str):
         """The weights of a folder that tools/convert.py or train.py wrote, but for what its config.json calls new."""
         config, saved = read_folder(folder, "a student")
-        for name in ("heads", "text_heads", "positions"):           # no shape tells of these
+        new = tuple(config.get("new", ()))
+        trained = {"objective": "relevance"} | config.get("model", {})          # older runs had no other
+        if "decoder.".startswith(new):
+            del trained["objective"]
+        for name in ("heads", "text_heads", "positions", "objective"):          # no shape need tell of these
             wanted = getattr(self.cfg, name)
-            have = config.get("model", {}).get(name, wanted)
+            have = trained.get(name, wanted)
             if have != wanted:
                 raise ValueError(f"{folder}/config.json: model.{name} is {have!r}, wanted {wanted!r}")
-        new = tuple(config.get("new", ()))
         kept = {key: value for key, value in self.state_dict().items() if key.startswith(new)}
         load_weights(self, kept | {key: value for key, value in saved.items() if not key.startswith(new)}, folder)
 

@@ -348,7 +348,7 @@ class SigLIP(nn.Module):
         Each token pooled over its 3 x 3 neighbourhood into the joint space: tokens (F, N, C) -> (F, N, E), unit length.
 
         pool "map": by the MAP head restricted to the window; "mean": by plain averaging, then the MAP head on that one
-        vector.
+        vector; "token": not at all, the MAP head on the token alone.
         """
         F, N, C = tokens.shape
         if grid[0] * grid[1] != N:
@@ -356,10 +356,12 @@ class SigLIP(nn.Module):
         head = self.vision_model.head
         if pool == "map":
             return nnf.normalize(head.windows(tokens, grid), dim=-1)
-        if pool != "mean":
-            raise ValueError(f"align pools by 'map' or 'mean', got {pool!r}")
-        x = tokens.transpose(1, 2).reshape(F, C, *grid)
-        x = nnf.avg_pool2d(x, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)      # (F, N, C)
+        if pool not in ("mean", "token"):
+            raise ValueError(f"align pools by 'map', 'mean' or 'token', got {pool!r}")
+        x = tokens
+        if pool == "mean":
+            x = x.transpose(1, 2).reshape(F, C, *grid)
+            x = nnf.avg_pool2d(x, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)  # (F, N, C)
         return nnf.normalize(head.finish(head.attention.values(x)), dim=-1)
 
     def forward(self, frames: Tensor, ids: Tensor) -> dict[str, Tensor]:

@@ -131,11 +131,11 @@ class Config:
     warmup: float = 0.1           # share of a stage's steps
     weight_decay: float = 0.02    # of matrices; embeddings, norms, biases and the temperature have none
     clip_grad: float = 3.0        # largest norm of the gradient; 0: any
-    mrm: float = 1.0              # weight of masked relevance modelling
+    mrm: float = 1.0              # weight of masked relevance modelling, or of model.objective in its place; 0: none
     vtc: float = 1.0              # weight of the video-text contrast
     vtm: float = 1.0              # weight of video-text matching
     mlm: float = 1.0              # weight of masked language modelling
-    pool: Literal["map", "mean"] = "map"    # how the teacher pools a token's neighbourhood
+    pool: Literal["map", "mean", "token"] = "map"       # how the teacher pools a token's neighbourhood; or not at all
     guide_codes: int = 0          # numbers of 8 bits kept of each target where views come round again; 0: all, in fp16
     compile: bool = False         # torch.compile for the layers of teacher and student
     activation_checkpointing: bool = False      # keep of a layer its input alone, and compute it again going backward
@@ -288,8 +288,9 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
     os.makedirs(run.folder, exist_ok=True)
     # Parameters that a stage has no use for get no gradient, and DDP must not wait for one.
     N = (cfg.data.size // cfg.model.patch) ** 2
-    nothing_hidden = stage == "unmasked" or stage == "pretrain" and keep_count(N, cfg.mask.ratio) == N
-    idle = ["crossattention"] * (stage == "text") + [r"^decoder\."] * (stage == "finetune" or nothing_hidden)
+    all_shown = keep_count(N, cfg.mask.ratio) == N and cfg.model.objective != "visible"
+    idle = ["crossattention"] * (stage == "text")
+    idle += [r"^decoder\."] * (stage in ("unmasked", "finetune") or stage == "pretrain" and (all_shown or not cfg.mrm))
     idle += [r"^bert\.cls\."] * (stage == "finetune" and cfg.mlm == 0)
     for name, p in model.named_parameters():
         p.requires_grad_(not any(re.search(pattern, name) for pattern in idle))
@@ -306,7 +307,8 @@ def fit(run: Run, stage: str, model: nn.Module, clips: Clips | Mix, tokenizer, b
         net.broadcast_buffers = False           # they are constants
     model.train()
 
-    weight = {"mrm": cfg.mrm, "vtc": cfg.vtc, "vtm": cfg.vtm, "mlm": cfg.mlm if stage != "text" else 1.0}
+    weight = {**dict.fromkeys(("mrm", "align", "pixels"), cfg.mrm), "vtc": cfg.vtc, "vtm": cfg.vtm,
+              "mlm": cfg.mlm if stage != "text" else 1.0}
     save = lambda step: (before_saving(), run.rank == 0 and save_state(run, stage, step, model, optimizer, counts))
     loader = run.closing.enter_context(closing(micro_batches(run, clips, tokenizer, stage, batch, micro, step, steps)))
     bar = tqdm(total=steps, initial=step, desc=f"{cfg.name} {stage}", disable=run.rank > 0, mininterval=1)

@@ -18,6 +18,7 @@ from model import (
     ClusterSTM,
     Decoder,
     ModelConfig,
+    VideoToText,
     ViT,
     bert_config,
     corrupt,
@@ -37,6 +38,7 @@ N, KEEP = 6, 2
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}
 FP32 = {"rtol": 2e-5, "atol": 2e-6}                                 # where the code itself computes in fp32
 CPU = torch.device("cpu")
+OBJECTIVES = {"relevance": "mrm", "visible": "align", "pixels": "pixels"}               # what their losses are called
 
 
 @pytest.fixture(autouse=True)
@@ -388,8 +390,9 @@ def test_a_text_is_its_first_state_projected_to_unit_length():
 
 @pytest.mark.parametrize("kind", ["cross", "joint"])
 @pytest.mark.parametrize("positions", ["1d", "3d"])
-def test_the_decoder_is_what_it_says_one_clip_and_one_head_at_a_time(kind, positions):
-    decoder = shaken(Decoder(replace(CFG, decoder=kind, positions=positions)))
+@pytest.mark.parametrize("objective", ["relevance", "pixels"])
+def test_the_decoder_is_what_it_says_one_clip_and_one_head_at_a_time(kind, positions, objective):
+    decoder = shaken(Decoder(replace(CFG, decoder=kind, positions=positions, objective=objective)))
     visible, keep = torch.randn(3, 4, 16, dtype=torch.float64), random_keep(3)
     wanted = masked(keep)[:, torch.randperm(8)]
     table = sinusoids((T, 2, 3), 16, positions, CPU).double()
@@ -403,7 +406,8 @@ def test_the_decoder_is_what_it_says_one_clip_and_one_head_at_a_time(kind, posit
             for block in decoder.blocks:
                 x = block_by_hand(block, x, seen if kind == "cross" else None)
             x = layer_norm(x[:8], decoder.norm) @ decoder.proj.weight.T + decoder.proj.bias
-            torch.testing.assert_close(found[b].double(), x / x.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+            x = x if objective == "pixels" else x / x.norm(dim=1, keepdim=True)
+            torch.testing.assert_close(found[b].double(), x, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cross", "joint"])
@@ -599,11 +603,93 @@ def test_mrm_is_1_for_each_clips_mean_and_0_for_the_truth(relevance, kind):
     assert said(lambda p: p) == pytest.approx(0, abs=1e-12)
 
 
-def test_a_guide_that_keeps_all_tokens_asks_for_no_mrm():
-    model, (batch, told) = student(), random_batch(3)
+@pytest.mark.parametrize("objective", ["relevance", "pixels"])
+def test_a_guide_that_keeps_all_tokens_asks_for_no_mrm(objective):
+    model, (batch, told) = student(objective=objective), random_batch(3)
     told.keep = torch.arange(T * N).expand(3, -1)
     losses = model(batch, told)
     assert [*losses] == ["vtc", "vtm", "mlm"] and all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_objective_stands_beside_vtc_vtm_and_mlm_and_none_where_there_are_no_targets(objective):
+    model, (batch, told) = student(objective=objective), random_batch(3)
+    rest = ["vtc", "vtm", "mlm"]
+    assert [*model(batch, told)] == [OBJECTIVES[objective], *rest]
+    assert [*model(batch, None)] == [*model(batch, Guide(told.keep))] == rest
+
+
+def align_by_hand(model, parts):
+    """UMT's, a visible token at a time: its place once more, linear, LayerNorm, 2 - 2 cos."""
+    head, norm, cost = model.decoder.head, model.decoder.norm, []
+    table = sinusoids((T, 2, 3), 16, model.cfg.positions, CPU).double()
+    for batch, told in parts:
+        for b, tokens in enumerate(model.vit(batch.video, told.keep)):
+            for token, i in zip(tokens, told.keep[b].tolist(), strict=True):
+                x = head.weight @ (token + table[i]) + head.bias
+                x = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias
+                p = told.aligned[b, i // N, i % N]
+                cost.append(2 - 2 * (x @ p) / (x.norm() * p.norm()))
+    return torch.stack(cost).mean()
+
+
+def pixels_by_hand(model, parts):
+    """MAE's, a pixel at a time."""
+    mean, std, cost = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), []
+    for batch, told in parts:
+        wanted = model.wanted(batch, told)
+        q = model.decoder(model.vit(batch.video, told.keep), told.keep, wanted, model.vit.grid(batch.video)).double()
+        for b, video in enumerate(batch.video.double()):
+            for said, i in zip(q[b], wanted[b].tolist(), strict=True):
+                t, top, left = i // N, i % N // 3 * 4, i % 3 * 4
+                x = [(video[t, c, top + y, left + x].item() / 255 - mean[c]) / std[c]
+                     for c in range(3) for y in range(4) for x in range(4)]
+                middle = sum(x) / 48
+                spread = sum((v - middle) ** 2 for v in x) / 47
+                cost += [(say - (v - middle) / math.sqrt(spread + 1e-6)) ** 2 for say, v in zip(said, x, strict=True)]
+    return torch.stack(cost).mean()
+
+
+@pytest.mark.parametrize("positions", ["1d", "3d"])
+def test_align_is_umts_2_minus_2_cos_of_each_visible_token(positions):
+    model, (batch, told) = student(objective="visible", positions=positions), random_batch(4)
+    told.aligned = told.aligned * 1.1                               # what codes give back has not quite unit length
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch, told)["align"].double(), align_by_hand(model, [(batch, told)]), **FP32)
+
+
+@pytest.mark.parametrize("kind", ["cross", "joint"])
+def test_pixels_is_maes_squared_error_of_each_wanted_patch(kind):
+    model, (batch, told) = student(objective="pixels", decoder=kind), random_batch(3)
+    flat = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]              # their variance is near eps
+    batch.video[:, 1, :, :4] = flat
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch, told)["pixels"].double(), pixels_by_hand(model, [(batch, told)]),
+                                   rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_are_those_of_the_patch_channel_row_and_column_in_their_order():
+    model, (batch, told) = student(objective="pixels", decoder="joint"), random_batch(2)
+    mean, std = (x.view(3, 16)[:, :1, None].float() for x in (model.vit.pixel_mean, model.vit.pixel_std))
+    truth = nnf.unfold((batch.video.flatten(0, 1) / 255 - mean) / std, 4, stride=4).mT                  # (F, N, 48)
+    truth = (truth - truth.mean(-1, keepdim=True)) / truth.std(-1, keepdim=True)
+    truth = truth.view(2, T, 2, 3, 3, 4, 4)                         # clip, frame, patch's row and column, channel, y, x
+
+    def cost(order):
+        drawn = truth.permute(order).reshape(2, T * N, 48)
+        model.decoder.forward = lambda visible, keep, wanted, grid: drawn[torch.arange(2)[:, None], wanted]
+        with torch.no_grad():
+            return model(batch, told)["pixels"].item()
+
+    assert cost((0, 1, 2, 3, 4, 5, 6)) < 1e-6
+    for order in ((1, 0, 2, 3, 4, 5, 6), (0, 1, 3, 2, 4, 5, 6), (0, 1, 2, 3, 4, 6, 5), (0, 1, 2, 3, 5, 6, 4)):
+        assert cost(order) > 0.5
+
+
+def test_pixels_want_nothing_of_the_teacher_but_what_is_kept():
+    model, (batch, told) = student(objective="pixels"), random_batch(3)
+    found = model(batch, told)["pixels"]
+    assert torch.equal(found, model(batch, Guide(told.keep, told.aligned * torch.nan))["pixels"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -667,6 +753,16 @@ def test_mrm_in_micro_batches_has_the_texts_and_the_spread_of_the_batch(relevanc
     check_same_gradients(found, gradients(expected, model))
 
 
+@pytest.mark.parametrize("objective", ["visible", "pixels"])
+def test_what_stands_in_mrms_place_is_the_batchs_in_micro_batches(objective):
+    model, parts = student(objective=objective).train(), two_parts()
+    each, found = in_parts(model, parts, OBJECTIVES[objective])
+    expected = {"visible": align_by_hand, "pixels": pixels_by_hand}[objective](model, parts)
+    assert each[0] != each[1] and found["vit.embed.weight"].any()
+    torch.testing.assert_close(each.mean(), expected.detach(), **FP32)
+    check_same_gradients(found, gradients(expected, model))
+
+
 def test_vtm_in_micro_batches_draws_its_negatives_from_its_own():
     model, parts = student(), two_parts()
     each, found = in_parts(model, parts, "vtm")
@@ -725,14 +821,16 @@ def test_similarities_are_fp32_under_autocast():
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole student
 
-def test_every_parameter_learns():
-    model, part = student().train(), random_batch(4)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_parameter_learns(objective):
+    model, part = student(objective=objective).train(), random_batch(4)
     sum(model(*part).values()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_without_a_guide_there_is_no_mrm_and_the_decoder_rests():
-    model, (batch, _) = student().train(), random_batch(4)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_without_a_guide_there_is_no_mrm_and_the_decoder_rests(objective):
+    model, (batch, _) = student(objective=objective).train(), random_batch(4)
     losses = model(batch, None)
     assert [*losses] == ["vtc", "vtm", "mlm"]
     sum(losses.values()).backward()
@@ -757,10 +855,11 @@ def test_the_temperature_stays_in_bounds(temp, clamped):
     assert model.temp.item() == pytest.approx(clamped)
 
 
-@pytest.mark.parametrize("kind", ["cross", "joint"])
-def test_twenty_steps_on_one_batch_lower_every_loss(kind):
+@pytest.mark.parametrize("changes", [{"decoder": "cross"}, {"decoder": "joint"}, {"objective": "visible"},
+                                     {"objective": "pixels"}], ids=str)
+def test_twenty_steps_on_one_batch_lower_every_loss(changes):
     torch.manual_seed(0)
-    model, part = ClusterSTM(replace(CFG, decoder=kind)).train(), random_batch(4)
+    model, part = ClusterSTM(replace(CFG, **changes)).train(), random_batch(4)
     optimizer, history = torch.optim.AdamW(model.parameters(), 5e-3), []
     for _ in range(21):
         losses = model(*part)
@@ -769,7 +868,7 @@ def test_twenty_steps_on_one_batch_lower_every_loss(kind):
         sum(losses.values()).backward()
         optimizer.step()
     assert sum(history[-1].values()) < 0.7 * sum(history[0].values())
-    assert all(history[-1][name] < history[0][name] for name in ("mrm", "vtc", "mlm"))
+    assert all(history[-1][name] < history[0][name] for name in history[0] if name != "vtm")
 
 
 def test_evaluation_in_inference_mode_leaves_training_possible():
@@ -814,6 +913,51 @@ def test_a_student_starts_from_a_folder_but_for_what_its_config_calls_new(tmp_pa
         model.start_from(str(tmp_path))
 
 
+def test_weights_of_before_there_were_objectives_are_those_of_relevance(tmp_path):
+    model = student().float()
+    block = [f"{part}.{p}" for part in ("norm1", "norm_kv", "q", "kv", "proj", "norm2", "fc1", "fc2")
+             for p in ("weight", "bias")]
+    assert {key[8:] for key in model.state_dict() if key.startswith("decoder.")} == {
+        "query", *(f"{part}.{p}" for part in ("embed", "norm", "proj") for p in ("weight", "bias")),
+        *(f"blocks.{i}.{key}" for i in range(2) for key in block)}
+    assert model.decoder.proj.weight.shape == (CFG.target, CFG.decoder_width)
+    old = {key: value for key, value in asdict(CFG).items() if key != "objective"}
+    model.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": old}))
+    assert ClusterSTM.from_pretrained(str(tmp_path)).cfg == CFG
+    student().start_from(str(tmp_path))
+
+
+@pytest.mark.parametrize("objective", ["visible", "pixels"])
+def test_a_student_starts_with_anothers_decoder_only_if_they_learned_the_same(tmp_path, objective):
+    model, other = student(objective=objective, target=48), student(target=48)          # a patch has 48 pixels, too
+    for wanted, there, told in ((model, other, asdict(other.cfg)), (other, model, asdict(model.cfg)),
+                                (model, other, {k: v for k, v in asdict(other.cfg).items() if k != "objective"})):
+        there.save(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model": told}))
+        with pytest.raises(ValueError) as error:
+            wanted.start_from(str(tmp_path))
+        assert str(error.value) == (f"{tmp_path}/config.json: model.objective is {there.cfg.objective!r}, wanted "
+                                    f"{wanted.cfg.objective!r}")
+    mine = model.decoder.state_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"model": asdict(other.cfg), "new": ["decoder."]}))
+    other.save(tmp_path)
+    model.start_from(str(tmp_path))
+    assert all(torch.equal(value, mine[key]) for key, value in model.decoder.state_dict().items())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_student_of_any_objective_comes_back_and_can_be_fine_tuned(tmp_path, objective):
+    model, part = student(objective=objective).float(), random_batch(4)
+    model.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": asdict(model.cfg)}))
+    again = ClusterSTM.from_pretrained(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(model(*part).values(), again(*part).values(), strict=True))
+    student(objective=objective).start_from(str(tmp_path))
+    speaks = VideoToText.from_student(again, asks=True)
+    assert torch.equal(speaks.vit.embed.weight, model.vit.embed.weight)
+
+
 def test_a_folder_that_holds_no_student_is_refused_in_one_line(tmp_path):
     folder = str(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
@@ -838,6 +982,7 @@ def test_a_folder_that_holds_no_student_is_refused_in_one_line(tmp_path):
     ({"decoder_width": 7}, "7 channels do not divide into 2 heads"),
     ({"positions": "2d"}, "positions wants to be one of 1d, 3d, is '2d'"),
     ({"decoder": "none"}, "decoder wants to be one of cross, joint, is 'none'"),
+    ({"objective": "none"}, "objective wants to be one of relevance, visible, pixels, is 'none'"),
     ({"relevance": "all"}, "relevance wants to be one of batch, own, none, is 'all'"),
     ({"fusion": 3}, "of 3 text layers 1 to 2 can fuse, got 3"),
     ({"fusion": 0}, "of 3 text layers 1 to 2 can fuse, got 0"),

@@ -228,6 +228,18 @@ def test_align_by_mean_runs_the_map_head_on_each_windows_mean(grid):
     torch.testing.assert_close(found, nnf.normalize(expected, dim=-1), **TIGHT)
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_align_by_token_runs_the_map_head_on_each_token_alone(grid):
+    model, x = siglip(), random_tokens(2, grid)
+    with torch.no_grad():
+        expected = torch.stack([torch.stack([map_head(model.vision_model.head, token[None])[0] for token in frame])
+                                for frame in x])
+        found = model.align(x, grid, "token")
+        one = model.align(x.reshape(-1, 1, 16), (1, 1), "map").view_as(x)               # frames of one token
+    torch.testing.assert_close(found, nnf.normalize(expected, dim=-1), **TIGHT)
+    torch.testing.assert_close(found, one, **TIGHT)
+
+
 def test_a_window_whose_scores_are_far_below_the_frames_best_does_not_underflow():
     model, grid = siglip(), (6, 7)
     x = random_tokens(2, grid) * 200
@@ -253,7 +265,7 @@ def test_align_refuses_a_grid_that_the_tokens_do_not_fill_and_an_unknown_pooling
     model, x = siglip(), random_tokens(1, (3, 3))
     with pytest.raises(ValueError, match=r"^9 tokens a frame are no 2 x 4 grid$"):
         model.align(x, (2, 4))
-    with pytest.raises(ValueError, match=r"^align pools by 'map' or 'mean', got 'max'$"):
+    with pytest.raises(ValueError, match=r"^align pools by 'map', 'mean' or 'token', got 'max'$"):
         model.align(x, (3, 3), "max")
 
 
