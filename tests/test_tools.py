@@ -195,7 +195,7 @@ def parsed(line):
     if script == "tools/bench.py":
         return bench.parse(args)
     if script == "tools/ablate.py":
-        return tyro.extras.subcommand_cli_from_dict({"masks": ablate.Masks, "quantiles": ablate.Quantiles}, args=args)
+        return tyro.extras.subcommand_cli_from_dict(ablate.KINDS, args=args)
     assert script in ("tools/show.py", "tools/demo.py", "tools/compile.py", "tools/convert.py"), line
     if script == "tools/convert.py":
         return tyro.cli(convert.Config, args=args)

@@ -44,6 +44,7 @@ from masking import MASKS, MaskConfig, keep_count
 from masks import log
 from sprites import SIZE
 from teacher import SigLIP
+from tools import variants
 from tools.bench import attempt, banner, heading, line
 from tools.demo import objects_at, objects_kept
 from train import PRESETS
@@ -276,6 +277,13 @@ def main(cfg: Masks):
         raise ValueError(f"{', '.join(map(str, dict.fromkeys(failed)))} failed: see the tables")
 
 
+KINDS = {"masks": Masks, "quantiles": Quantiles, "train": variants.Train, "table": variants.Show}
+
+
+def run_command():
+    cfg = tyro.extras.subcommand_cli_from_dict(KINDS)
+    {variants.Train: variants.run, variants.Show: variants.show}.get(type(cfg), main)(cfg)
+
+
 if __name__ == "__main__":
-    kinds = {"masks": Masks, "quantiles": Quantiles}
-    data.command("tools.ablate", lambda: main(tyro.extras.subcommand_cli_from_dict(kinds)))
+    data.command("tools.ablate", run_command)

@@ -89,12 +89,18 @@ def attempt(run: Callable, *args):
         return f"failed: {type(e).__name__}: {next(iter(str(e).splitlines()), '')[:90]}".replace("|", "/")
 
 
-def banner(device: str, commit: str, tool: str = "bench"):
+def current_commit() -> str:
+    """Of the code; the documents may be in the middle of being written."""
     git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        commit = commit or git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)docs")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        return "unknown"
+
+
+def banner(device: str, commit: str, tool: str = "bench"):
+    commit = commit or current_commit()
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, Triton {triton.__version__}, commit {commit}, "
           f"`python -m tools.{tool} {' '.join(sys.argv[1:])}`", flush=True)

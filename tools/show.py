@@ -329,9 +329,10 @@ def read_log(folder: str) -> list[dict]:
         return [json.loads(line) for line in f]
 
 
-LOSSES = ("sigmoid", "mrm", "vtc", "vtm", "mlm", "lm")
-TITLES = {"mrm": "MRM (1 = the clip's mean)", "clips/s": "clips a second", "wait": "share of time waiting for data",
-          "lr": "learning rate", "grad_norm": "norm of the gradient"}
+LOSSES = ("sigmoid", "mrm", "align", "pixels", "vtc", "vtm", "mlm", "lm")
+TITLES = {"mrm": "MRM (1 = the clip's mean)", "align": "visible tokens", "pixels": "pixels",
+          "clips/s": "clips a second", "wait": "share of time waiting for data", "lr": "learning rate",
+          "grad_norm": "norm of the gradient"}
 
 
 def losses(folders: dict[str, str], out: str, more: tuple[str, ...] = ()):
