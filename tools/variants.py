@@ -65,7 +65,7 @@ CHUNK = 64                  # clips put to the teacher, or to a mask, at once
 
 # The embedded run, made smaller still: a quarter of the work.
 REDUCED = Config(
-    steps=200, unmasked_steps=40, unmasked_batch=16, unmasked_lr=0.5, lr=2e-3, log_every=20, save_every=10 ** 9, keep=1,
+    steps=200, unmasked_steps=40, unmasked_batch=16, unmasked_lr=0.1, lr=2e-3, log_every=20, save_every=10 ** 9, keep=1,
     data=DataConfig(frames=8, size=64), mask=MaskConfig(quantile=0.95),
     model=ModelConfig(patch=8, width=64, depth=3, heads=2, drop_path=0.0, positions="3d", text_width=64, text_depth=2,
                       text_heads=2, fusion=1, dropout=0.0, text_length=34, embed=64, decoder_width=64, decoder_depth=1,
@@ -162,6 +162,11 @@ COLUMNS = ("form", "task", "variant", "seed", "settings",
            "qa by kind", "masked seconds", "seconds", "commit", "device", "torch")
 
 
+def differs(now: dict, usual: dict) -> dict:
+    """What is not as usual: a setting that train.py gets tomorrow makes no other students of those of today."""
+    return {k: differs(v, usual[k]) if isinstance(v, dict) else v for k, v in now.items() if v != usual[k]}
+
+
 def digest(*of) -> str:
     return hashlib.sha1(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -208,7 +213,8 @@ class Job:
 
     def digest(self, **without) -> str:
         """Of what the result is a function of; rows of other settings are other rows."""
-        return digest(asdict(self.settings()) | without, *([ANSWERS] if self.task == "qa" else []))
+        said = differs(asdict(self.settings()) | without, asdict(Config()))
+        return digest(said, *([ANSWERS] if self.task == "qa" else []))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,10 +495,13 @@ def work(job: Job, device: str, commit: str) -> dict:
                     "torch": torch.__version__}
 
 
-def quiet(numbers):
-    """What a worker begins with: one thread, one of the GPUs."""
+def worker(numbers):
+    """What a worker begins with: one thread, one of the GPUs; what it says goes to a file."""
     data.ordinary()
     number = numbers.get()
+    said = os.open(os.path.join("out", "ablate", f"worker{number}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(said, stream)
     if torch.cuda.is_available():
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
 
@@ -609,16 +618,16 @@ def run(cfg: Train):
                 if (job.digest(), str(seed)) not in there:
                     wanted.setdefault(job.digest(), job)        # under several names it is one student
     wanted = list(wanted.values())
-    print(f"{len(wanted)} students to train, {count} at once", flush=True)
+    print(f"{len(wanted)} students to train, {count} at once; they speak in out/ablate/worker*.log", flush=True)
+    os.makedirs(os.path.join("out", "ablate"), exist_ok=True)
     for seed in dict.fromkeys(job.seed for job in wanted):
         prepare(Job("retrieval", "{}", seed, cfg.full), data.cores())
     context = get_context("spawn")
     numbers = context.Queue()
     for i in range(count):
         numbers.put(i)
-    os.environ["TQDM_DISABLE"] = "1"                # in the workers, which read it as they begin
     failed = []
-    with ProcessPoolExecutor(count, context, quiet, (numbers,)) as pool:
+    with ProcessPoolExecutor(count, context, worker, (numbers,)) as pool:
         jobs = {pool.submit(work, job, "cuda" if cuda else "cpu", commit): job for job in wanted}
         for future in tqdm(as_completed(jobs), "students", total=len(jobs), disable=None):
             job = jobs[future]
