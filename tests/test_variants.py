@@ -7,7 +7,12 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, replace
 
@@ -770,3 +775,36 @@ def test_the_command_prepares_trains_and_shows(here, monkeypatch, capsys):
     table, = tables(out)
     assert table[0][:6] == ["", "seeds", "own", "random", "before", "after"] and table[0][-1] == "after − first"
     assert [cells[:2] for cells in table[1:]] == [["base", "1"], ["other", "1"]]
+
+
+WORKER = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+if __name__ == "__main__":
+    from tools import variants
+    context = get_context("spawn")
+    numbers = context.Queue()
+    numbers.put(0)
+    with ProcessPoolExecutor(1, context, variants.worker, (numbers,)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    os.makedirs(tmp_path / "out" / "ablate")
+    (tmp_path / "run.py").write_text(WORKER)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with subprocess.Popen([sys.executable, "run.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": root}) as process:
+        worker = int(process.stdout.readline())
+        process.kill()
+    end = time.time() + 20
+    with suppress(ProcessLookupError):
+        while time.time() < end:
+            os.kill(worker, 0)
+            time.sleep(0.1)
+        os.kill(worker, signal.SIGKILL)
+        raise AssertionError("a worker outlived its run")

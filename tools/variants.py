@@ -37,7 +37,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 import numpy as np
 import torch
@@ -496,8 +497,9 @@ def work(job: Job, device: str, commit: str) -> dict:
 
 
 def worker(numbers):
-    """What a worker begins with: one thread, one of the GPUs; what it says goes to a file."""
+    """What a worker begins with: one thread, one of the GPUs, an end with its parent; what it says goes to a file."""
     data.ordinary()
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     number = numbers.get()
     said = os.open(os.path.join("out", "ablate", f"worker{number}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
