@@ -89,7 +89,7 @@ class Protocol:
     workers: int = 0
     quick: bool = False               # captioning: CIDEr alone
     skip: bool = False                # go on without videos that do not decode, which `failed` then names
-    keep: object = None               # keep(batch) -> ids (B, TK), the tokens to look at; None: all
+    keep: object = None               # keep(batch) -> Guide, whose tokens are looked at; None: all
     answers: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)     # video, what is wrong with it
 
@@ -220,7 +220,8 @@ def encoded(model, clips: Clips, which: list[int], tokenizer, how: Protocol):
         if rows:
             b = batch.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                yield rows, *model.encode_video(b.video, how.keep and how.keep(b))
+                told = how.keep and how.keep(b)
+                yield rows, *model.encode_video(b.video, told and told.keep, told and told.size)
 
 
 def encode_texts(model: ClusterSTM, tokenizer, captions: list[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -555,7 +556,8 @@ def main(cfg: Config) -> dict:
         N = (view.size // model.cfg.patch) ** 2
         tokens = f"{cfg.mask}, {keep_count(N, ratio)} of {N} a frame{' on average' * (cfg.mask in GLOBAL)}"
         def keep(b):
-            return kept(teacher, b.video, mask, mask.ratio, cfg.seed + b.seed, model.vit.grid(b.video)[1:])
+            return kept(teacher, b.video, mask, mask.ratio, cfg.seed + b.seed, model.vit.grid(b.video)[1:],
+                        model.cfg.proportional)
 
     usual = 128 if cfg.data else task.rerank
     how = Protocol(

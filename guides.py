@@ -3,8 +3,9 @@ The teacher's word: asked, or asked once and kept.
 
 A clip with V fixed views (--data.views) shows them again and again. Each is put to the teacher in the first pass over
 them, and what it said is read from then on, so that later passes never run it. A view's record in
-out/NAME/guide/words has what the student needs: a bit for each token, kept or not; the caption's vector in fp32; the
-targets p of all tokens, whole in fp16 or as k numbers of eight bits each (--guide-codes k),
+out/NAME/guide/words has what the student needs: a bit for each token, kept or not; the caption's vector in fp32; of
+each kept token how many it stands for, where that counts; the targets p of all tokens, whole in fp16 or as k numbers of
+eight bits each (--guide-codes k),
 
     p ~ mean + W^-1 U U^T W (p - mean),    W = (mean of s s^T over texts)^1/2,  U: k principal axes of W (p - mean),
 
@@ -78,12 +79,13 @@ def relevance_error(codes: Codes, p: Tensor, texts: Tensor) -> float:
 class Records:
     """
     A file with a record for each view: targets (T, N, k) int8 or (T, N, E) fp16, a bit for each token, kept or not, the
-    caption's vector (E,) fp32, and the sum of these bytes.
+    caption's vector (E,) fp32, how many tokens each of the kept stands for (TK,) int16 if sized, and the sum of these
+    bytes.
     """
 
-    def __init__(self, path: str, T: int, N: int, K: int, E: int, codes: Codes | None):
-        self.shape, self.kept, self.codes = (T, N, codes.out.shape[0] if codes else E), T * K, codes
-        self.sizes = [math.prod(self.shape) * (1 if codes else 2), math.ceil(T * N / 8), 4 * E]
+    def __init__(self, path: str, T: int, N: int, K: int, E: int, codes: Codes | None, sized: bool = False):
+        self.shape, self.kept, self.codes, self.sized = (T, N, codes.out.shape[0] if codes else E), T * K, codes, sized
+        self.sizes = [math.prod(self.shape) * (1 if codes else 2), math.ceil(T * N / 8), 4 * E, 2 * T * K * sized]
         self.size = sum(self.sizes) + 4
         # Records are read with the codes that they were written in, or not at all.
         self.seal = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in vars(codes).values())) if codes else 0
@@ -96,7 +98,7 @@ class Records:
         """What is told in the numbers in which it will be read. A NaN, which no code says, goes on in the text."""
         aligned = self.codes.code(told.aligned) if self.codes else told.aligned.half()
         text = told.text.float() + 0 * told.aligned.float().sum((1, 2, 3))[:, None]
-        return Guide(told.keep, aligned, text, self.basis())
+        return Guide(told.keep, aligned, text, self.basis(), told.size)
 
     def basis(self) -> tuple[Tensor, Tensor] | None:
         return self.codes and (self.codes.mean, self.codes.out)
@@ -104,11 +106,12 @@ class Records:
     def words(self, told: Guide) -> list[Word]:
         """The parts of the records of `in_numbers`, on their way to the host."""
         bits = torch.zeros(len(told.keep), math.prod(self.shape[:2]), dtype=torch.bool, device=told.keep.device)
-        return [Word(told.aligned), Word(bits.scatter(1, told.keep, True)), Word(told.text)]
+        size = [Word(told.size.to(torch.int16))] if self.sized else []
+        return [Word(told.aligned), Word(bits.scatter(1, told.keep, True)), Word(told.text), *size]
 
     def write(self, rows: list[int], words: list[Word]):
-        targets, bits, text = (word.tensor().numpy() for word in words)
-        for row, *parts in zip(rows, targets, np.packbits(bits, 1), text, strict=True):
+        targets, bits, *others = (word.tensor().numpy() for word in words)
+        for row, *parts in zip(rows, targets, np.packbits(bits, 1), *others, strict=True):
             record = b"".join(part.tobytes() for part in parts)
             record += self.sum(record, row)
             if os.pwrite(self.file.fileno(), record, row * self.size) < self.size:
@@ -121,12 +124,15 @@ class Records:
             there = os.preadv(self.file.fileno(), [record], row * self.size)
             if there < self.size or self.sum(record[:-4], row) != record[-4:].tobytes():
                 return None
-        targets, bits, text, _ = sent(buffer, device).split([*self.sizes, 4], 1)
-        aligned = targets.contiguous().view(torch.int8 if self.codes else torch.float16).unflatten(1, self.shape)
+        # Copies, as a part of a lone record may begin at a byte where no number may.
+        targets, bits, text, size, _ = (part.clone(memory_format=torch.contiguous_format)
+                                        for part in sent(buffer, device).split([*self.sizes, 4], 1))
+        aligned = targets.view(torch.int8 if self.codes else torch.float16).unflatten(1, self.shape)
         bits = bits[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=device) & 1     # (B, TN / 8, 8)
         masked = 1 - bits.flatten(1)[:, :math.prod(self.shape[:2])]
         keep = masked.argsort(dim=1, stable=True)[:, :self.kept]
-        return Guide(keep, aligned, text.contiguous().view(torch.float32), self.basis())
+        size = size.view(torch.int16).float() if self.sized else None
+        return Guide(keep, aligned, text.view(torch.float32), self.basis(), size)
 
 
 class Guides:
@@ -142,7 +148,8 @@ class Guides:
             ("there are images", not isinstance(clips, Clips)),
             ("views come round less than twice", cfg.steps * cfg.batch < 2 * self.views * len(clips)),
             ("there are several hosts", not one_host),
-            (f"the mask {cfg.mask.name} draws from what it knows", cfg.mask.drawn and not cfg.mask.blind)) if there]
+            (f"the mask {cfg.mask.name} draws from what it knows", cfg.mask.drawn and not cfg.mask.blind),
+            ("what a drawn token stands for is asked anew", cfg.mask.drawn and cfg.model.proportional)) if there]
         self.kept = self.views > 0 and not why
         if cfg.guide_codes and not self.kept and run.rank == 0:
             print(f"--guide-codes: the teacher is asked at each step, nothing is kept, as {' and '.join(why)}",
@@ -169,7 +176,7 @@ class Guides:
         check = batch.video.device.type != "cuda"
         image = cfg.data.images and batch.video.shape[1] == 1
         return guide(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio, cfg.pool, check,
-                     self.grid)
+                     self.grid, cfg.model.proportional)
 
     def open(self, clips: Clips, tokenizer):
         """The file, from which a resumed run reads on; and the codes."""
@@ -196,7 +203,7 @@ class Guides:
                 open(words, "wb").close()
         run.wait()
         made = Codes(*torch.load(codes, map_location=run.device, weights_only=True)) if cfg.guide_codes else None
-        self.records = Records(words, cfg.data.frames, N, K, E, made)
+        self.records = Records(words, cfg.data.frames, N, K, E, made, cfg.model.proportional)
         run.closing.enter_context(self.records.file)
         if run.rank == 0 and not os.path.isfile(begun):
             views = self.views * len(clips)

@@ -88,6 +88,22 @@ def keep_count(N: int, ratio: float) -> int:
     return max(1, math.floor(N * (1 - Fraction(str(ratio))) + Fraction(1, 2)))
 
 
+def sizes(tokens: Tensor, keep: Tensor) -> Tensor:
+    """
+    How many tokens a kept one stands for: tokens (B, T, N, C), keep (B, S) flat ids -> (B, S) fp32, itself among them.
+
+    Each hidden token is stood for by the kept token of its frame that is nearest (cosine; of those as near, the first).
+    Where a frame keeps any, its sizes sum to N.
+    """
+    B, T, N, C = tokens.shape
+    x = torch.nn.functional.normalize(tokens.float().flatten(1, 2), dim=-1)                 # (B, TN, C)
+    y = x.gather(1, keep[..., None].expand(-1, -1, C))                                      # (B, S, C)
+    own = torch.arange(T * N, device=keep.device)[:, None] // N == keep[:, None] // N       # (B, TN, S)
+    near = (x @ y.mT).masked_fill(~own, -torch.inf).argmax(-1)                              # (B, TN)
+    near.scatter_(1, keep, torch.arange(keep.shape[1], device=keep.device).expand_as(keep))
+    return torch.zeros(keep.shape, device=keep.device).scatter_add(1, near, own.any(-1).float())
+
+
 def cluster_stm(
     tokens: Tensor, keep: int, *, d_c=None, d_c_time=None, quantile: float = 0.02, quantile_time: float = 0.1,
     density: str = "exp", assign: str = "nearest", pick: str = "density", generator: Generator | None = None,

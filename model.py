@@ -50,6 +50,7 @@ class ModelConfig:
     decoder_share: float = 0.25  # cross: share of the masked tokens that is predicted, drawn anew each step
     target: int = 0              # width of the teacher's joint space (E); 0: as the teacher has
     umt_vtc: bool = False        # VTC's gradient to the encoders divided by the number of ranks, as UMT's gather does
+    proportional: bool = False   # a kept token counts as the tokens it stands for, in ViT's attention and mean (ToMe)
     relevance: str = "batch"     # MRM: relevance to the texts of the batch, to the clip's own, or none (regression)
     objective: str = "relevance"  # beside VTC, VTM, MLM: relevance (MRM), visible (UMT's alignment) or pixels (MAE's)
 
@@ -125,14 +126,15 @@ class Block(nn.Module):
         stay = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
         return x * stay / (1 - self.drop_path)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, S, C), context (B, S', C) for a cross block -> (B, S, C)."""
+    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x (B, S, C), context (B, S', C) for a cross block, bias (B, 1, 1, S) of the logits -> (B, S, C)."""
         y = self.norm1(x)
         if context is None:
             q, k, v = self.split(self.qkv(y), 3)
         else:
             (q,), (k, v) = self.split(self.q(y), 1), self.split(self.kv(self.norm_kv(context)), 2)
-        x = x + self.drop(self.proj(attend(q, k, v).transpose(1, 2).flatten(2)))
+        bias = None if bias is None else bias.to(q.dtype)
+        x = x + self.drop(self.proj(attend(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)))
         return x + self.drop(self.fc2(nnf.gelu(self.fc1(self.norm2(x)))))
 
 
@@ -168,13 +170,19 @@ class ViT(nn.Module):
             x = x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
         return (x.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
-    def forward(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
-        """video (B, T, 3, H, W) uint8, keep (B, S) flat ids or None for all tokens -> (B, S, C)."""
+    def forward(self, video: Tensor, keep: Tensor | None = None, size: Tensor | None = None) -> Tensor:
+        """
+        video (B, T, 3, H, W) uint8, keep (B, S) flat ids or None for all tokens -> (B, S, C).
+
+        size (B, S): a token attracts as much attention as that many of its kind would (Bolya et al., Token Merging,
+        arXiv 2210.09461, proportional attention).
+        """
         positions = sinusoids(self.grid(video), self.embed.out_features, self.positions, video.device)
         positions = positions.expand(len(video), *positions.shape) if keep is None else positions[keep]
         x = self.embed(self.pixels(video, keep)) + positions
+        bias = None if size is None else size.log()[:, None, None]                          # (B, 1, 1, S)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, bias=bias)
         return self.norm(x)
 
 
@@ -625,16 +633,22 @@ class ClusterSTM(nn.Module):
 
     # What a video and a caption are: used alike in training and evaluation.
 
-    def encode_video(self, video: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """video (B, T, 3, H, W) uint8 -> tokens (B, S, C), feature (B, E): the mean over frames of unit vectors."""
+    def encode_video(self, video: Tensor, keep: Tensor | None = None,
+                     size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        video (B, T, 3, H, W) uint8, keep and size (B, S) as the ViT's -> tokens (B, S, C), feature (B, E): the mean
+        over frames of unit vectors.
+        """
         T, h, w = self.vit.grid(video)
-        tokens = self.vit(video, keep)
+        tokens = self.vit(video, keep, size)
         if keep is None:
             weight = torch.ones(len(tokens), T, device=tokens.device)
             frames = tokens.view(len(tokens), T, h * w, -1).mean(2)                 # (B, T, C)
         else:       # a mask of the whole clip may leave a frame few tokens, or none: that frame does not count
             member = keep[..., None] // (h * w) == torch.arange(T, device=keep.device)
             member = member.to(tokens.dtype)                                        # (B, S, T)
+            if size is not None:
+                member = member * size[..., None].to(tokens.dtype)
             count = member.sum(1)                                                   # (B, T)
             weight = (count > 0).float()
             frames = member.mT @ tokens / count.clamp_min(1)[..., None]
@@ -657,7 +671,7 @@ class ClusterSTM(nn.Module):
 
     def encode(self, batch, guide: Guide | None, corrupted: tuple | None):
         """What forward begins with, and what `whole` needs beforehand for VTC."""
-        tokens, video = self.encode_video(batch.video, guide and guide.keep)
+        tokens, video = self.encode_video(batch.video, guide and guide.keep, guide and guide.size)
         ids = torch.cat([batch.ids, corrupted[0]]) if corrupted else batch.ids
         states = self.bert.text(ids)                                                # (2B, L, D), without MLM (B, L, D)
         return tokens, video, states, self.text_feature(states[:len(batch.ids)])
@@ -846,9 +860,10 @@ class VideoToText(nn.Module):
         model.text_decoder.load_state_dict(state)
         return model
 
-    def encode_video(self, video: Tensor, keep: Tensor | None = None) -> tuple[Tensor, None]:
+    def encode_video(self, video: Tensor, keep: Tensor | None = None,
+                     size: Tensor | None = None) -> tuple[Tensor, None]:
         """video (B, T, 3, H, W) uint8 -> tokens (B, S, C); no feature, as it compares nothing."""
-        return self.vit(video, keep), None
+        return self.vit(video, keep, size), None
 
     def ask(self, tokens: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """
@@ -877,7 +892,8 @@ class VideoToText(nn.Module):
         The cost of the answers by name, in nats: summed over pieces, weighted over answers, mean over questions. With a
         guide the ViT sees the tokens that it keeps.
         """
-        memory, there = self.ask(self.vit(batch.video, guide and guide.keep), batch.ids, batch.rows)
+        tokens = self.vit(batch.video, guide and guide.keep, guide and guide.size)
+        memory, there = self.ask(tokens, batch.ids, batch.rows)
         told = batch.asked if self.bert else batch.rows[batch.asked]                # a question's states, or a clip
         cost = -self.log_likelihood(batch.answers, told, memory, there).sum(1)      # (A,)
         return {"lm": (cost * batch.weight).sum() / len(batch.ids)}

@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from torch import Tensor, nn
 
 from kernels.window_attention import window_attention
-from masking import keep_count, sent
+from masking import keep_count, sent, sizes
 
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: nnf.gelu(x, approximate="tanh"),
@@ -604,11 +604,12 @@ def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias:
 
 @dataclass
 class Guide:
-    """What the student is told about a batch; in fine-tuning the ids alone."""
+    """What the student is told about a batch; in fine-tuning what to look at alone."""
     keep: Tensor                    # (B, TK) int64, flat ids of the kept tokens, ascending
     aligned: Tensor | None = None   # (B, T, N, E), every token pooled over its neighbourhood, unit length
     text: Tensor | None = None      # (B, E), the captions in the same joint space, unit length
     basis: tuple[Tensor, Tensor] | None = None      # mean (E), rows (k, E): then aligned is (B, T, N, k), along these
+    size: Tensor | None = None      # (B, TK) fp32, how many tokens each of the kept stands for, where that counts
 
     def at(self, ids: Tensor) -> Tensor:
         """What the tokens at flat ids (B, Q) are about: (B, Q, E) fp32."""
@@ -619,9 +620,10 @@ class Guide:
 
 @torch.no_grad()
 def guide(teacher: SigLIP, batch, mask, ratio: float, pool: str = "map", check: bool = True,
-          grid: tuple[int, int] | None = None) -> Guide:
+          grid: tuple[int, int] | None = None, sized: bool = False) -> Guide:
     """
-    The teacher's word on a batch: what to keep, what every token is about, what the captions are about.
+    The teacher's word on a batch: what to keep, what every token is about, what the captions are about; if sized, also
+    how many tokens each of the kept stands for.
 
     batch: video (B, T, 3, H, W) uint8, captions, seed. mask: a function like those in masking.MASKS; check: whether it
     looks for a NaN in the tokens, for which it waits for the device. grid: the student's patches of a frame (h, w), to
@@ -634,9 +636,9 @@ def guide(teacher: SigLIP, batch, mask, ratio: float, pool: str = "map", check: 
         tokens = teacher.tokens(pixels)                                             # (F, N, C)
         text = teacher.encode_text(teacher.tokenize(batch.captions))
         aligned = teacher.align(tokens, grid, pool).unflatten(0, (B, T))            # (B, T, N, E)
-        keep = choose(teacher, tokens.unflatten(0, (B, T)), mask, ratio, batch.seed, grid, text=text, aligned=aligned,
-                      check=check)
-    return Guide(keep, aligned, text)
+        tokens = tokens.unflatten(0, (B, T))
+        keep = choose(teacher, tokens, mask, ratio, batch.seed, grid, text=text, aligned=aligned, check=check)
+        return Guide(keep, aligned, text, size=sizes(tokens, keep) if sized else None)
 
 
 @torch.no_grad()
@@ -649,8 +651,10 @@ def choose(teacher: SigLIP, tokens: Tensor, mask, ratio: float, seed: int, grid:
 
 
 @torch.no_grad()
-def kept(teacher: SigLIP, video: Tensor, mask, ratio: float, seed: int, grid: tuple[int, int]) -> Tensor:
-    """video (B, T, 3, H, W) uint8, in patches of the student's grid (h, w) -> the ids that `mask` keeps, (B, TK)."""
+def kept(teacher: SigLIP, video: Tensor, mask, ratio: float, seed: int, grid: tuple[int, int],
+         sized: bool = False) -> Guide:
+    """video (B, T, 3, H, W) uint8, in patches of the student's grid (h, w) -> what `mask` keeps, if sized how much."""
     with torch.autocast(video.device.type, enabled=False):
-        tokens = teacher.tokens(teacher.pixels(video.flatten(0, 1), grid))
-        return choose(teacher, tokens.unflatten(0, video.shape[:2]), mask, ratio, seed, grid)
+        tokens = teacher.tokens(teacher.pixels(video.flatten(0, 1), grid)).unflatten(0, video.shape[:2])
+        keep = choose(teacher, tokens, mask, ratio, seed, grid)
+        return Guide(keep, size=sizes(tokens, keep) if sized else None)

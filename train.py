@@ -757,22 +757,25 @@ class Kept:
         self.teacher = SigLIP.from_pretrained(cfg.teacher, torch.bfloat16 if run.device.type == "cuda"
                                               else torch.float32).to(run.device)
         prepare(self.teacher, cfg, shapes_vary=True)
-        self.mask, self.grid = cfg.mask, model.vit.grid
+        self.mask, self.grid, self.sized = cfg.mask, model.vit.grid, cfg.model.proportional
         self.again = cfg.data.views and not cfg.mask.drawn
-        self.seen = {}                              # (clip, view) -> ids (TK,)
+        self.seen = {}                              # (clip, view) -> ids (TK,), and sizes where they count
 
-    def ask(self, video: torch.Tensor, seed: int) -> torch.Tensor:
-        return kept(self.teacher, video, self.mask, self.mask.ratio, seed, self.grid(video)[1:])
+    def ask(self, video: torch.Tensor, seed: int) -> Guide:
+        return kept(self.teacher, video, self.mask, self.mask.ratio, seed, self.grid(video)[1:], self.sized)
 
     def __call__(self, batch: Batch) -> Guide:
         if not self.again:                          # and nothing waits for the device to tell its clips
-            return Guide(self.ask(batch.video, batch.seed))
+            return self.ask(batch.video, batch.seed)
         views = list(zip(batch.clip.tolist(), batch.view.tolist(), strict=True))
         new = {view: i for i, view in enumerate(views) if view not in self.seen}
         if new:
             places = sent(torch.tensor([*new.values()]), batch.video.device)
-            self.seen.update(zip(new, self.ask(batch.video[places], batch.seed), strict=True))
-        return Guide(torch.stack([self.seen[view] for view in views]))
+            told = self.ask(batch.video[places], batch.seed)
+            parts = (told.keep, told.size) if self.sized else (told.keep,)
+            self.seen.update(zip(new, zip(*parts, strict=True), strict=True))
+        keep, *size = map(torch.stack, zip(*(self.seen[view] for view in views), strict=True))
+        return Guide(keep, size=size[0] if size else None)
 
 
 class Choice:
@@ -792,7 +795,7 @@ class Choice:
         self.how = scoring.Protocol(length=task.length, answer_length=task.answer_length, rerank=task.rerank,
                                     workers=cfg.data.workers, quick=True)
         if cfg.masked:
-            self.how.keep = lambda batch: see(replace(batch, clip=-1 - batch.clip)).keep        # another split's rows
+            self.how.keep = lambda batch: see(replace(batch, clip=-1 - batch.clip))             # another split's rows
         if task.kind == "qa":
             self.how.answers = read_answers(find_file(task.answers, data_root(task, cfg.data_root)))
 

@@ -4,16 +4,16 @@ import json
 import re
 from dataclasses import asdict, replace
 from functools import lru_cache
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import CFG, FP32, TIGHT, random_batch, random_ids, random_keep, random_video, student, two_parts
+from test_model import CFG, FP32, TIGHT, heavy, random_batch, random_ids, random_keep, random_video, student, two_parts
 from test_teacher import hugging_face, shaken
 
 import data
 from data import Question, Sample
 from model import Bert, ClusterSTM, VideoToText, load_model, save_weights
+from teacher import Guide
 
 CLS, SEP = 2, 3
 # Answers of every length, the shortest of [SEP] alone, the longest cut, so without one; [CLS] and [UNK] may be said.
@@ -240,16 +240,17 @@ def samples(captions=False):
 
 
 @KINDS
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "kept"])
-def test_the_loss_is_summed_over_pieces_weighted_over_answers_and_averaged_over_questions(asks, masked, tokenizer):
+@pytest.mark.parametrize("told", [None, Guide(random_keep(3)), heavy(Guide(random_keep(3)))],
+                         ids=["all", "kept", "sized"])
+def test_the_loss_is_summed_over_pieces_weighted_over_answers_and_averaged_over_questions(asks, told, tokenizer):
     model, clips = speaker(asks, vocab=tokenizer.get_vocab_size()), samples(captions=not asks)
     batch = data.collate(clips, tokenizer, 6, 0, answer_length=6)
-    guide = SimpleNamespace(keep=random_keep(3)) if masked else None
     with torch.no_grad():
-        loss = model(batch, guide)
+        loss = model(batch, told)
         cost, count = 0.0, 0
         for b, clip in enumerate(clips):
-            tokens = model.vit(clip.video[None], guide and guide.keep[b:b + 1])[0]
+            part = [x if x is None else x[b:b + 1] for x in (told.keep, told.size)] if told else []
+            tokens = model.vit(clip.video[None], *part)[0]
             for question in clip.questions:
                 memory, count = tokens, count + 1
                 if asks:

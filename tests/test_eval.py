@@ -41,6 +41,7 @@ from masking import MASKS, NEEDS, MaskConfig, keep_count
 from model import ClusterSTM, load_model
 from tasks import TASKS, split_files
 from teacher import SigLIP, guide
+from teacher import kept as teachers_choice
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -353,8 +354,8 @@ def test_masked_scores_are_those_of_the_model_given_these_tokens(trained, sprite
 @pytest.mark.parametrize("mask", [name for name in MASKS if not NEEDS[name] & {"logits", "text"}])
 def test_every_mask_scores_alike_under_one_seed(trained, sprites, monkeypatch, mask):
     real, seen = ClusterSTM.encode_video, []
-    monkeypatch.setattr(ClusterSTM, "encode_video", lambda self, video, keep: (
-        seen.append(keep), real(self, video, keep))[1])
+    monkeypatch.setattr(ClusterSTM, "encode_video", lambda self, video, keep, size: (
+        seen.append(keep), real(self, video, keep, size))[1])
     run = lambda seed: score.main(score.Config(checkpoint=trained, data_root=sprites, batch=6, rerank=3, mask=mask,
                                                seed=seed, out="x.json"))
     assert run(0) == run(0) and len(seen) == 4
@@ -362,6 +363,22 @@ def test_every_mask_scores_alike_under_one_seed(trained, sprites, monkeypatch, m
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and seen[0].shape == (6, 8 * 4)
     assert torch.equal(seen[4], seen[0]) == ("generator" not in NEEDS[mask])
     assert "generator" not in NEEDS[mask] or not torch.equal(seen[0], seen[1])          # and for each batch anew
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+def test_what_a_token_stands_for_is_told_where_it_counts(trained, sprites, monkeypatch, proportional):
+    config, real, seen = read(f"{trained}/config.json"), ClusterSTM.encode_video, []
+    config["model"]["proportional"] = proportional
+    write(f"{trained}/config.json", config)
+    monkeypatch.setattr(ClusterSTM, "encode_video", lambda self, *args: (seen.append(args), real(self, *args))[1])
+    for mask in ("cluster_stm", ""):
+        score.main(score.Config(checkpoint=trained, data_root=sprites, batch=5, rerank=0, mask=mask, out="x.json"))
+    teacher, mask = SigLIP.from_pretrained(config["teacher"]), MaskConfig(**config["mask"])
+    for video, keep, size in seen[:3]:
+        told = teachers_choice(teacher, video, mask, mask.ratio, 0, (4, 4), True)
+        assert torch.equal(keep, told.keep) and told.size.max() > 1
+        assert torch.equal(size, told.size) if proportional else size is None
+    assert [args[1:] for args in seen[3:]] == [(None, None)] * 3
 
 
 @pytest.mark.parametrize("mask, wants", [("adamae", "logits"), ("text_guided", "aligned")])
@@ -554,8 +571,8 @@ def test_of_a_long_video_only_the_first_seconds_are_looked_at(models, root, monk
         write(f"root/anno_downstream/{name}.json", read("own.json"))
     monkeypatch.setattr(score, "split_files", lambda *_: ("own.json", "long"))
     seen, real = [], ClusterSTM.encode_video
-    monkeypatch.setattr(ClusterSTM, "encode_video", lambda self, video, keep: (
-        seen.append(video), real(self, video, keep))[1])
+    monkeypatch.setattr(ClusterSTM, "encode_video", lambda self, video, keep, size: (
+        seen.append(video), real(self, video, keep, size))[1])
     score.main(settings(models, root, task))
     frames = seen[0].double().mean((2, 3, 4))                               # (1, 4)
     assert (frames / 5 - 2).round().long().tolist() == [wanted]

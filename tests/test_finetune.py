@@ -131,26 +131,33 @@ def test_the_loss_falls(tune, task, monkeypatch):
     assert sum(row[name] for row in rows[-3:]) < 0.8 * sum(row[name] for row in rows[:3])
 
 
-@pytest.mark.parametrize("task", ["sprites", "sprites-qa"])
-def test_masked_tuning_sees_the_kept_tokens_and_asks_the_teacher_once(tune, sprites, task, monkeypatch, capsys):
-    asked, seen = [], []
+@pytest.mark.parametrize("task, flags", [
+    ("sprites", ""), ("sprites-qa", ""), ("sprites", "--model.proportional"), ("sprites-qa", "--model.proportional")])
+def test_masked_tuning_sees_the_kept_tokens_and_asks_the_teacher_once(tune, sprites, task, flags, monkeypatch, capsys):
+    """And where it counts, what each token of each clip stands for."""
+    asked, seen, given = [], [], []
     plain, look = train.kept, ViT.forward
     def kept(teacher, video, *more):
         asked.append(len(video))
+        given[:] = teacher, *more
         return plain(teacher, video, *more)
-    def forward(self, video, keep=None):
-        x = look(self, video, keep)
+    def forward(self, video, keep=None, size=None):
+        x = look(self, video, keep, size)
         seen.append(x.shape[1] / (video.shape[1] * 16))                     # of 16 patches a frame
+        if flags and keep is not None:
+            told = plain(given[0], video, *given[1:-1], True)
+            assert torch.equal(keep, told.keep) and torch.equal(size, told.size) and size.max() > 1
+        assert (size is None) == (not flags or keep is None)
         return x
     monkeypatch.setattr(train, "kept", kept)
     monkeypatch.setattr(ViT, "forward", forward)
-    train.main(tune(task, "--name tuned --epochs 4"))
+    train.main(tune(task, f"--name tuned --epochs 4 {flags}"))
     clips = len(read_rows(TASKS[task], *split_files(TASKS[task], "train", sprites), train=True))
     assert sum(asked) == clips + 6 and set(seen) == {0.25}                  # 6 of the validation split; r = 0.75
     result = read(f"out/tuned/eval-{task}-cluster_stm.json")
     assert result["tokens"] == "cluster_stm, 4 of 16 a frame" and "cluster_stm, 4 of 16" in capsys.readouterr().out
     asked.clear(), seen.clear()
-    train.main(tune(task, "--name open --epochs 1 --no-masked"))
+    train.main(tune(task, f"--name open --epochs 1 --no-masked {flags}"))
     assert not asked and set(seen) == {1.0} and os.path.isfile(f"out/open/eval-{task}-all.json")
 
 

@@ -68,7 +68,8 @@ class Told:
     def asked(self, batch):
         """What the teacher says, on a side channel."""
         cfg, before = self.run.cfg, self.frames
-        told = guide(self.teacher, batch, cfg.mask, cfg.mask.ratio, cfg.pool, grid=(16 // cfg.model.patch,) * 2)
+        told = guide(self.teacher, batch, cfg.mask, cfg.mask.ratio, cfg.pool, grid=(16 // cfg.model.patch,) * 2,
+                     sized=cfg.model.proportional)
         self.frames = before
         return told
 
@@ -83,6 +84,7 @@ class Told:
 def assert_told(told, asked, codes=None):
     """To fp16, or to the codes."""
     assert torch.equal(told.keep, asked.keep) and told.keep.dtype == torch.int64
+    assert told.size is asked.size is None or torch.equal(told.size, asked.size) and told.size.max() > 1
     torch.testing.assert_close(told.text, asked.text, rtol=0, atol=1e-6)
     assert told.text.dtype == torch.float32
     every = torch.arange(asked.aligned[0, ..., 0].numel()).expand(len(asked.keep), -1)
@@ -109,6 +111,11 @@ def assert_told(told, asked, codes=None):
     ("--data.views 1 --model.patch 8", True),       # whose tokens are 16 of the teacher's, put in 4
     ("--data.views 1 --data.frames 3 --model.patch 8 --mask.ratio 0.5", True),      # 12 tokens: not whole bytes
     ("--data.views 1 --mask.ratio 0", True),
+    ("--data.views 1 --model.proportional", True),
+    ("--data.views 2 --model.proportional --guide-codes 5 --mask.name dynamic", True),
+    ("--data.views 1 --model.proportional --data.frames 3 --model.patch 8 --mask.ratio 0.5 --micro-batch 1", True),
+    ("--data.views 2 --model.proportional --mask.name random_frame", False),            # what is drawn is not measured
+    ("--data.views 1 --model.proportional --mask.name tube --guide-codes 5", False),
     ("--data.views 1 --batch 10 --micro-batch 5", True),                            # a pass ends within a step
     ("--data.views 1 --mask.pick random", False),   # the teacher's clusters, drawn from anew
     ("--data.views 1 --mask.name umt", False),
@@ -143,14 +150,15 @@ def test_what_a_mix_of_videos_and_images_shows_is_not_kept(given):
     assert not mix.kept and not os.path.exists("out/a/guide")
 
 
-@pytest.mark.parametrize("codes, frames, patch", [(0, 4, 4), (5, 4, 4), (16, 3, 8), (1, 1, 8)])
-def test_a_record_is_as_long_as_it_is_said_to_be(given, capsys, codes, frames, patch):
+@pytest.mark.parametrize("codes, frames, patch, sized", [
+    (0, 4, 4, False), (5, 4, 4, False), (16, 3, 8, False), (1, 1, 8, False), (0, 4, 4, True), (5, 3, 8, True)])
+def test_a_record_is_as_long_as_it_is_said_to_be(given, capsys, codes, frames, patch, sized):
     a = Told(given(f"--name a --guide-codes {codes} --data.frames {frames} --model.patch {patch} --data.views 2 "
-                   "--mask.ratio 0.5"))
+                   f"--mask.ratio 0.5 {'--model.proportional' * sized}"))
     for _ in range(7):                              # one past the first pass, whose last records it writes
         a.step()
     tokens = frames * (16 // patch) ** 2
-    size = tokens * (codes or 2 * E) + math.ceil(tokens / 8) + 4 * E + 4
+    size = tokens * (codes or 2 * E) + math.ceil(tokens / 8) + 4 * E + 2 * (tokens // 2) * sized + 4
     assert os.path.getsize("out/a/guide/words") == size * 2 * 24
     said = capsys.readouterr().out
     assert (f"{size * 48 / 1e9:.3g} GB" in said and f"{codes} codes a target" in said) == bool(codes)
@@ -225,18 +233,20 @@ def test_a_record_that_is_damaged_is_asked_anew_and_written_again(given, codes, 
 
 
 @pytest.mark.parametrize("flags", ["--data.views 2", "--data.views 2 --guide-codes 5",
-                                   "--data.views 2 --mask.name tube --guide-codes 3"])
+                                   "--data.views 2 --mask.name tube --guide-codes 3",
+                                   "--data.views 2 --guide-codes 5 --model.proportional"])
 def test_a_resumed_run_reads_on_and_asks_about_what_was_not_written(given, flags):
     a = Told(given(f"--name a {flags}"))
     said = [a.step()[0] for _ in range(9)]          # 6 of them ask
     a.leave()
-    cfg = given(f"--name a --resume {flags}")
+    cfg, parts = given(f"--name a --resume {flags}"), ["keep", "aligned", "text"]
+    parts += ["size"] * cfg.model.proportional
     b = Told(cfg, step=7)
     for step in (7, 8):
         again, asked = b.step()
         assert asked == 0
         for (_, one), (_, other) in zip(said[step], again, strict=True):
-            assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("keep", "aligned", "text"))
+            assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in parts)
     b.leave()
     c = Told(cfg, step=4)                           # from a state of the first pass, whose steps ask again
     assert [c.step()[1] for _ in range(4)] == [B, B, 0, 0]
@@ -291,11 +301,13 @@ def test_records_in_codes_that_are_lost_are_not_read_in_others(given):
 
 @pytest.mark.parametrize("flags, why", [
     ("--data.views 4", "views come round less than twice"), ("--mask.name umt", "the mask umt draws"),
-    ("--mask.pick random --data.views 4", "less than twice and the mask cluster_stm draws")])
+    ("--mask.pick random --data.views 4", "less than twice and the mask cluster_stm draws"),
+    ("--mask.name tube --model.proportional", "as what a drawn token stands for is asked anew")])
 def test_where_codes_are_asked_for_and_nothing_is_kept_that_is_said(given, capsys, flags, why):
     a = Told(given(f"--name a --guide-codes 5 {flags}"))
     out = capsys.readouterr().out
     assert not a.guides.kept and re.search(f"--guide-codes: the teacher is asked at each step.*{why}", out)
+    assert not Told(given(f"--name b {flags}")).guides.kept and not capsys.readouterr().out
 
 
 def test_a_disk_without_room_is_told_before_the_first_step_and_in_the_middle(given, monkeypatch):

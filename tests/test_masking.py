@@ -14,7 +14,7 @@ from test_temporal_density import recurrence
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
 from kernels.temporal_density import temporal_density
-from masking import GLOBAL, MASKS, NEEDS, MaskConfig, cluster_stm, keep_count, keep_ref, keep_triton
+from masking import GLOBAL, MASKS, NEEDS, MaskConfig, cluster_stm, keep_count, keep_ref, keep_triton, sizes
 
 DRAWN = ["random", "random_frame", "tube", "block3d", "umt", "umt_global", "smaug_style", "adamae", "everest",
          "mgmae_style"]
@@ -555,6 +555,49 @@ def test_pick_random_gives_every_token_of_a_cluster_the_same_odds():
     check_odds(keep, [1 / 3, 1 / 4, 1 / 3, 1 / 4, 1 / 3, 1 / 4, 1 / 4], 7)
     same = cluster_stm(x, 2, d_c=0.1, pick="random", generator=seeded(25))
     assert keep.equal(same) and not keep.equal(cluster_stm(x, 2, d_c=0.1, pick="random", generator=seeded(26)))
+
+
+# What a kept token stands for.
+
+def sizes_by_hand(tokens, keep):
+    """One token at a time."""
+    (T, N), found = tokens.shape[1:3], torch.zeros(keep.shape)
+    for b, ids in enumerate(keep.tolist()):
+        x = [v / (v.norm() or 1) for v in tokens[b].double().flatten(0, 1)]
+        for i in range(T * N):
+            own = [s for s, k in enumerate(ids) if k // N == i // N]
+            if own:
+                found[b, ids.index(i) if i in ids else max(own, key=lambda s: x[i] @ x[ids[s]])] += 1
+    return found
+
+
+def signs(*shape, seed=0):
+    """Each token one of six or zero, of a length that is a power of two: cosines are exact, and most are ties."""
+    words = torch.randint(2, (6, 16), generator=seeded(seed)) * 2.0 - 1
+    words = torch.cat([words * 2.0 ** torch.arange(-3, 3)[:, None], torch.zeros(1, 16)])
+    return words[torch.randint(7, shape[:3], generator=seeded(seed + 1))]
+
+
+@pytest.mark.parametrize("make", [unkind, signs])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (3, 4, 1, 16), (2, 1, 20, 16), (2, 5, 33, 16)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 1.0])
+def test_a_hidden_token_is_counted_with_the_nearest_kept_one_of_its_frame(make, shape, share):
+    """Of the whole clip some are kept, so that frames keep many, few or none; of the first clip, the first of all."""
+    (B, T, N, _), x = shape, make(*shape, seed=5)
+    keep = torch.rand(B, T * N, generator=seeded(6)).argsort(1)[:, :max(1, round(share * T * N))].sort(1).values
+    keep[0] = torch.arange(keep.shape[1])
+    found = sizes(x, keep)
+    assert found.dtype == torch.float32 and torch.equal(found, sizes_by_hand(x, keep))
+    assert found.min() >= 1 and (share < 1 or (found == 1).all())
+    frames = torch.zeros(B, T).scatter_add(1, keep // N, found)
+    assert torch.equal(frames, N * (torch.zeros(B, T).scatter_add(1, keep // N, torch.ones_like(found)) > 0))
+    low = x.bfloat16()
+    assert torch.equal(sizes(low, keep), sizes(low.float(), keep))
+
+
+def test_each_frame_counts_its_own_however_alike_the_others():
+    x, keep = torch.randn(1, 1, 6, 4, generator=seeded(7)).expand(1, 3, 6, 4), torch.tensor([[0, 5, 7, 8, 9]])
+    assert sizes(x, keep)[0, :2].sum() == sizes(x, keep)[0, 2:].sum() == 6
 
 
 # MaskConfig.

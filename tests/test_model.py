@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from safetensors.torch import save_file
 from test_teacher import hugging_face, shaken
 
+from masking import sizes
 from model import (
     Bert,
     BertConfig,
@@ -163,6 +164,41 @@ def test_the_vit_is_umts(size, masked):
 def test_keeping_all_tokens_is_keeping_none_back():
     vit, video = ViT(4, 16, 2, 2), random_video(2)
     assert torch.equal(vit(video), vit(video, torch.arange(T * N).expand(2, -1)))
+
+
+@pytest.mark.parametrize("keep", [[[0, 3, 7, 8], [1, 2, 9, 11]], [[5, 6, 7, 10], [0, 1, 3, 8]]], ids=str)
+def test_a_kept_token_counts_as_those_it_stands_for(keep, monkeypatch):
+    """Where the hidden patches are copies of kept ones, and no place tells them apart: as if all had been looked at."""
+    monkeypatch.setattr("model.sinusoids", lambda grid, C, *_: torch.zeros(math.prod(grid), C))
+    model, keep = student(), torch.tensor(keep)
+    patches = random_video(2).unflatten(3, (2, 4)).unflatten(5, (3, 4)).permute(0, 1, 3, 5, 2, 4, 6).flatten(1, 3)
+    count = torch.zeros(2, 4, dtype=torch.float64)
+    for b, ids in enumerate(keep.tolist()):
+        for i in range(T * N):
+            own = [s for s, k in enumerate(ids) if k // N == i // N]
+            s = ids.index(i) if i in ids else own[(i * i + b) % len(own)]
+            count[b, s] += 1
+            patches[b, i] = patches[b, ids[s]]
+    assert torch.equal(count, sizes(patches.flatten(2).double().unflatten(1, (T, N)) - 128, keep)) and count.max() > 2
+    video = patches.unflatten(1, (T, 2, 3)).permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+    with torch.no_grad():
+        (every, feature), (found, pooled) = model.encode_video(video), model.encode_video(video, keep, count)
+        torch.testing.assert_close(found, every.gather(1, keep[..., None].expand_as(found)), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(pooled, feature, rtol=1e-6, atol=1e-6)
+        tokens, other = model.encode_video(video, keep)
+        assert (tokens - found).abs().max() > 1e-3 and (other - pooled).abs().max() > 1e-3
+        assert torch.equal(VideoToText.encode_video(model, video, keep, count)[0], found)
+
+
+def test_tokens_that_stand_for_themselves_alone_change_nothing(monkeypatch):
+    model, video, keep, biases = student(), random_video(2), random_keep(2), []
+    monkeypatch.setattr("model.attend", lambda *qkv, attn_mask=None, real=nnf.scaled_dot_product_attention: (
+        biases.append(attn_mask), real(*qkv, attn_mask=attn_mask))[1])
+    with torch.no_grad():
+        plain, sized = (model.encode_video(video, keep, size) for size in (None, torch.ones(2, T * KEEP)))
+    for a, b in zip(plain, sized, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert biases[:2] == [None] * 2 and [b.shape for b in biases[2:]] == [(2, 1, 1, T * KEEP)] * 2
 
 
 @pytest.mark.parametrize("positions", ["1d", "3d"])
@@ -354,18 +390,22 @@ def test_corruption_is_a_function_of_its_generator():
 # Pooling
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
-def test_a_video_is_the_mean_over_frames_of_unit_vectors_and_empty_frames_do_not_count(ragged):
+@pytest.mark.parametrize("sized", [False, True], ids=["alike", "sized"])
+def test_a_video_is_the_mean_over_frames_of_unit_vectors_and_empty_frames_do_not_count(ragged, sized):
     model, video = student(), random_video(2, T=3)
     keep = torch.tensor([[0, 3, 5, 12], [1, 8, 9, 14]] if ragged else [[0, 3, 6, 7, 12, 17], [1, 5, 8, 9, 14, 15]])
     with torch.no_grad():
-        tokens, found = model.encode_video(video, keep)
-        torch.testing.assert_close(tokens, model.vit(video, keep), **TIGHT)
+        size = torch.randint(1, 9, keep.shape, generator=seeded()).float() if sized else None
+        tokens, found = model.encode_video(video, keep, size)
+        torch.testing.assert_close(tokens, model.vit(video, keep, size), **TIGHT)
+        n = torch.ones(keep.shape) if size is None else size
         for b in range(2):
             vectors = []
             for t in range(3):
-                own = [tokens[b, s] for s in range(keep.shape[1]) if keep[b, s] // N == t]
+                own = [s for s in range(keep.shape[1]) if keep[b, s] // N == t]
                 if own:
-                    x = model.vision_proj(layer_norm(sum(own) / len(own), model.pool_norm))
+                    mean = sum(n[b, s] * tokens[b, s] for s in own) / sum(n[b, s] for s in own)
+                    x = model.vision_proj(layer_norm(mean, model.pool_norm))
                     vectors.append(x / x.norm())
             assert len(vectors) == (2 if ragged and b == 0 else 3)
             torch.testing.assert_close(found[b].double(), sum(vectors) / len(vectors), rtol=1e-6, atol=1e-6)
@@ -713,17 +753,42 @@ def in_parts(model, parts, name):
     return torch.stack(losses), mean
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_vtc_in_micro_batches_is_vtc_of_the_batch_and_so_is_its_gradient(masked):
+def heavy(told, seed=0):
+    """The guide of tokens that stand for one to eight."""
+    return replace(told, size=torch.randint(1, 9, told.keep.shape, generator=seeded(seed)).float())
+
+
+@pytest.mark.parametrize("masked, sized", [(True, False), (False, False), (True, True)])
+def test_vtc_in_micro_batches_is_vtc_of_the_batch_and_so_is_its_gradient(masked, sized):
     model, parts = student().train(), two_parts()
+    if sized:
+        parts = [(batch, heavy(told, i)) for i, (batch, told) in enumerate(parts)]
     whole, guide = cat(parts)
+    size = torch.cat([told.size for _, told in parts]) if sized else None
     each, found = in_parts(model, parts if masked else [(batch, None) for batch, _ in parts], "vtc")
-    _, video = model.encode_video(whole.video, guide.keep if masked else None)
+    _, video = model.encode_video(whole.video, guide.keep if masked else None, size)
     _, text = model.encode_text(whole.ids)
     expected = vtc_by_hand(video.double(), text.double(), whole.media.tolist(), model.temp)
     torch.testing.assert_close(each, expected.detach().expand(2), **FP32)
     assert found["temp"] != 0 and found["vit.embed.weight"].any() and found["text_proj.weight"].any()
     check_same_gradients(found, gradients(expected, model))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_loss_hears_what_the_tokens_stand_for_in_bf16_too(objective):
+    model, (batch, told) = student(objective=objective), random_batch(4)
+    with torch.no_grad():
+        plain, ones, found = (model(batch, g) for g in (told, replace(told, size=torch.ones(4, 4)), heavy(told)))
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            low, light = (model(batch, replace(g, aligned=g.aligned.float(), text=g.text.float()))
+                          for g in (heavy(told), told))
+    assert [*found] == [OBJECTIVES[objective], "vtc", "vtm", "mlm"]
+    for name, loss in found.items():
+        torch.testing.assert_close(ones[name], plain[name], rtol=1e-6, atol=0)
+        assert abs(loss / plain[name] - 1) > 1e-4, name
+        assert low[name] == pytest.approx(loss.item(), rel=0.03), name
+    assert sum(abs(low[name] - light[name]) for name in low) > 0
 
 
 def test_mlm_in_micro_batches_divides_by_the_masked_words_of_the_batch():

@@ -16,7 +16,7 @@ import test_answers
 import test_train
 import torch
 import torch.nn.functional as nnf
-from test_model import KEEP, N, T, random_batch, random_ids, random_video
+from test_model import KEEP, N, T, heavy, random_batch, random_ids, random_video
 from test_train import Killed, first_run, kill, log, small_sprites  # noqa: F401  (two are fixtures)
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,7 +44,7 @@ STEPS, MASKED = 20, 14                              # the others see all tokens
 # ---------------------------------------------------------------------------------------------------------------------
 # The same losses
 
-def losses(parts=1, **how):
+def losses(parts=1, sized=False, **how):
     """Of each step, with the norm of its gradient."""
     torch.manual_seed(0)
     model = ClusterSTM(CFG).train()
@@ -53,6 +53,8 @@ def losses(parts=1, **how):
     for step in range(STEPS):
         batches, told = zip(*(random_batch(seed=step * parts + i) for i in range(parts)), strict=True)
         told = [replace(g, aligned=g.aligned.float(), text=g.text.float()) if step < MASKED else None for g in told]
+        if sized:
+            told = [g and heavy(g, seed=step) for g in told]
         mean = train.backward(model, batches, lambda b, g=told: train.with_whole(model, b, g), {"mlm": 0.7})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         optimizer.step()
@@ -79,16 +81,17 @@ def eager(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_computing_layers_again_changes_nothing(parts):
-    assert losses(parts, activation_checkpointing=True) == losses(parts)
+@pytest.mark.parametrize("parts, sized", [(1, False), (3, False), (2, True)])
+def test_computing_layers_again_changes_nothing(parts, sized):
+    assert losses(parts, sized, activation_checkpointing=True) == losses(parts, sized)
 
 
 @pytest.mark.parametrize("parts, how", [
-    (1, {"compile": True}), (2, {"compile": True, "activation_checkpointing": True})],
-    ids=["compiled", "and computed again, in two micro-batches"])
+    (1, {"compile": True}), (2, {"compile": True, "activation_checkpointing": True}),
+    (1, {"compile": True, "sized": True})],
+    ids=["compiled", "and computed again, in two micro-batches", "tokens that stand for others"])
 def test_compiled_layers_have_the_same_losses_and_share_their_programs(eager, parts, how):
-    assert_close(losses(parts, **how), losses(parts), 1e-5)
+    assert_close(losses(parts, **how), losses(parts, how.get("sized", False)), 1e-5)
     graphs, breaks = eager()
     # Blocks with and without drop path, in the decoder, layers of text, those that fuse; each again as the number of
     # tokens changes, and without gradient where there are other micro-batches.
@@ -110,7 +113,7 @@ def old_formulas(patch):
         words = labels != -100
         return nnf.cross_entropy(self.words(states[words]).float(), labels[words], reduction="sum")
 
-    def encode_video(self, video, keep=None, real=ClusterSTM.encode_video):
+    def encode_video(self, video, keep=None, size=None, real=ClusterSTM.encode_video):
         if keep is None:
             return real(self, video)
         T, h, w = self.vit.grid(video)
@@ -322,7 +325,9 @@ RUNS = pytest.mark.parametrize("flags, step", [
     ("--data.views 0 --mask.name random --mrm 0", 0),
     ("--data.views 1 --guide-codes 5", 0),          # what is said is kept
     ("--data.views 1 --guide-codes 5", 3),          # and read
-    ("--data.views 1 --mask.name tube", 3)])
+    ("--data.views 1 --mask.name tube", 3),
+    ("--data.views 0 --model.proportional", 0),
+    ("--data.views 1 --guide-codes 5 --model.proportional", 3)])
 KINDS = pytest.mark.parametrize("kind", ["retrieval", "qa", "caption"])
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
-from masking import MASKS, NEEDS, cluster_stm, keep_count
+from masking import MASKS, NEEDS, cluster_stm, keep_count, sizes
 from teacher import (
     PixelConfig,
     SigLIP,
@@ -23,6 +23,7 @@ from teacher import (
     VisionConfig,
     choose,
     guide,
+    kept,
     patches,
     resized,
     sigmoid_loss,
@@ -733,6 +734,23 @@ def test_a_mask_is_offered_all_that_it_may_ask_for():
     assert seen["text"] is told.text and seen["aligned"] is told.aligned and seen["generator"].initial_seed() == 11
     expected = model.attend(seen["tokens"].flatten(0, 1)).view(3, 2, 9).detach()
     assert torch.equal(seen["attention"], expected)
+
+
+@pytest.mark.parametrize("mask", [cluster_stm, MASKS["evs"]])
+def test_a_guide_says_how_many_tokens_each_kept_one_stands_for_in_fp32(mask):
+    model, batch = siglip(size=64), random_batch()
+    batch.video = torch.randint(0, 256, (3, 2, 3, 64, 64), generator=torch.Generator().manual_seed(1)).byte()
+    tokens = model.tokens(model.pixels(batch.video.flatten(0, 1))).unflatten(0, (3, 2)).detach()
+    told, seen = (guide(model, batch, mask, 0.8, sized=sized) for sized in (True, False))
+    assert seen.size is None and torch.equal(told.keep, seen.keep) and torch.equal(told.aligned, seen.aligned)
+    assert torch.equal(told.size, sizes(tokens, told.keep)) and told.size.max() > 4
+    for bf16 in (False, True):                                              # as a step is on a GPU
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            asked = (guide(model, batch, mask, 0.8, sized=True),
+                     kept(model, batch.video, mask, 0.8, 11, (16, 16), True))
+        assert all(torch.equal(x.keep, told.keep) and torch.equal(x.size, told.size) for x in asked)
+    plain = kept(model, batch.video, mask, 0.8, 11, (16, 16))
+    assert torch.equal(plain.keep, told.keep) and plain.size is plain.aligned is plain.text is None
 
 
 @pytest.mark.parametrize("name", [name for name in MASKS if "logits" not in NEEDS[name]])       # no teacher has such

@@ -322,6 +322,7 @@ def unbroken(sprites, first, tmp_path_factory):
 
 
 STORED, ASKED, DRAWN = "--data.views 1", "--data.views 0", "--data.views 1 --mask.name random_frame"
+SIZED = "--data.views 1 --model.proportional --guide-codes 5"
 
 
 @pytest.mark.parametrize("stage, step, flags", [
@@ -329,6 +330,7 @@ STORED, ASKED, DRAWN = "--data.views 1", "--data.views 0", "--data.views 1 --mas
     ("pretrain", 8, ASKED),         # just after one
     ("pretrain", 2, STORED),        # before any
     ("pretrain", 13, DRAWN),
+    ("pretrain", 10, SIZED),
     ("masked", None, STORED),       # between the stages
     ("unmasked", 1, ASKED),         # the masked model is written, the state is still that of its last step
     ("unmasked", 5, STORED),

@@ -25,7 +25,7 @@ from test_train import assert_one_line, assert_same, command
 import data
 import train
 from data import Clips, DataConfig
-from masking import GLOBAL, MASKS, MaskConfig, keep_count
+from masking import GLOBAL, MASKS, MaskConfig, keep_count, sizes
 from masks import log
 from model import ModelConfig
 from sprites import write_sprites
@@ -129,7 +129,7 @@ def test_each_row_changes_what_it_says_and_nothing_else(name, full):
             Config(**vars(one.settings()))                                  # which refuses nothing
         assert one.digest() not in digests, f"{title} is {digests[one.digest()]} by another name"
         digests[one.digest()] = title
-    first = next(iter(table.rows.values()))
+    first = {k: v for k, v in next(iter(table.rows.values())).items() if k != "steps *" or "longer" not in name}
     assert Job(table.task, canonical(first), 2, full).settings() == Job(table.task, "{}", 2, full).settings()
 
 
@@ -256,6 +256,38 @@ def test_a_mask_that_draws_is_drawn_anew_each_epoch_and_is_what_it_was_when_aske
         assert np.array_equal(Told(of.folder, seed, of.teacher).keep(mask, "map", 1), second) == (seed == 0)
 
 
+def test_sizes_are_those_of_the_stored_tokens_and_of_what_is_kept_in_that_epoch(here):
+    of, found = told("train"), []
+    for mask in (TINY.mask, MaskConfig("dynamic", 0.75), MaskConfig("random_frame", 0.75)):
+        for epoch in (0, 1):
+            wanted = sizes(stored(of)[0], torch.from_numpy(np.array(of.keep(mask, "map", epoch))))
+            found.append(np.array(of.size(mask, "map", epoch)))
+            assert np.array_equal(found[-1], wanted) and found[-1].max() > 1
+            assert np.array_equal(told("train", teacher=False).size(mask, "map", epoch), wanted)        # read
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[2], found[3])
+    assert (found[4] != found[5]).any() and len([f for f in os.listdir(of.folder) if f.startswith("size")]) == 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_proportional": True},
+                                     {"model_proportional": True, "mask_name": "random_frame"}], ids=str)
+def test_a_student_is_told_what_the_tokens_of_its_own_clips_stand_for(here, changes):
+    s = begin(job(**changes))
+    wanted = {split: stored(of)[0] for split, of in s.told.items()}
+
+    def check(split, b, g):
+        assert (g.size is not None) == bool(changes)
+        if changes:
+            assert g.size.dtype == torch.float32 and torch.equal(g.size, sizes(wanted[split][b.clip], g.keep))
+
+    for group in train.micro_batches(s.run, s.clips["train"], s.tokenizer, "pretrain", 8, 4, 0, 4):
+        for b, g in zip(group, s.guides(group), strict=True):
+            check("train", b, g)
+    for split in ("seen", "test"):
+        for b in batches_of(s.clips[split], s.tokenizer):
+            check(split, b, s.seeing(split, s.cfg.mask)(b))
+    assert any(f.startswith("size") for f in os.listdir(s.told["test"].folder)) == bool(changes)
+
+
 def test_masks_of_other_settings_are_other_files(here):
     of = told("test")
     masks = [MaskConfig(ratio=0.75, quantile=0.95), MaskConfig(ratio=0.5), MaskConfig("kmeans", 0.75),
@@ -337,7 +369,7 @@ def test_retrieval_is_scored_with_the_tokens_that_the_mask_keeps_of_each_clip(he
     assert s.model.training and how[1].keep is None
     s.model.eval()
     for b in batches_of(s.clips[split], s.tokenizer):
-        assert_kept(how[0].keep(b), asked(b))
+        assert_kept(how[0].keep(b).keep, asked(b))
     for keep, scores in ((asked, found), (None, every)):
         with torch.no_grad():
             video = torch.cat([s.model.encode_video(b.video, keep and keep(b))[1]
@@ -472,7 +504,8 @@ def test_all_students_of_a_seed_begin_with_one_that_saw_no_clip_settings_are_cho
             assert any(not torch.equal(v, start[k]) for k, v in new.state_dict().items() if k.startswith(part)), part
 
 
-@pytest.mark.parametrize("changes", [{}, {"steps": 0}], ids=["masked", "not pretrained"])
+@pytest.mark.parametrize("changes", [{}, {"steps": 0}, {"model_proportional": True}],
+                         ids=["masked", "not pretrained", "proportional"])
 def test_a_student_answers_questions_with_the_tokens_of_its_own_clips(here, stages, videos, changes, monkeypatch):
     teacher, asked, real = SigLIP.from_pretrained(BASE.settings().teacher), [], variants.scoring.score
     own = lambda b: guide(teacher, replace(b, captions=["a"] * len(b.video)), TINY.mask, 0.75).keep
@@ -482,6 +515,7 @@ def test_a_student_answers_questions_with_the_tokens_of_its_own_clips(here, stag
             told = calls(batches)
             for b, g in told:
                 assert_kept(g.keep, own(b))
+                assert (g.size is not None) == ("model_proportional" in changes)
                 asked.append(len(b.video))
             return told
         return real(run, stage, model, clips, *args, calls=checked if stage == "finetune" else calls, **kwargs)
@@ -489,7 +523,8 @@ def test_a_student_answers_questions_with_the_tokens_of_its_own_clips(here, stag
     def score(model, task, rows, view, tokenizer, how):
         assert not model.training and how.answers and len(rows) == 8
         for b in batches_of(Clips(rows, replace(view, cache=False), train=False), tokenizer):
-            assert_kept(how.keep(b), own(b))
+            assert_kept(how.keep(b).keep, own(b))
+            assert (how.keep(b).size is not None) == ("model_proportional" in changes)
         return real(model, task, rows, view, tokenizer, how)
 
     monkeypatch.setattr(Student, "fit", lambda self, stage, steps, batch, lr, calls, after=None: fit(
@@ -497,10 +532,10 @@ def test_a_student_answers_questions_with_the_tokens_of_its_own_clips(here, stag
     monkeypatch.setattr(variants.scoring, "score", score)
     row = variants.work(job("qa", **changes), "cpu", "")
     assert row.keys() - {"curve", "loss", "masked seconds"} == {*COLUMNS} - {*SCORED, "curve", "loss", "masked seconds"}
-    assert ("curve" in row) == (not changes) and sum(asked) == 3 * 8
+    assert ("curve" in row) == ("steps" not in changes) and sum(asked) == 3 * 8
     kinds = dict(part.split(":") for part in row["qa by kind"].split())
     assert 0 <= row["qa"] <= 100 and len(kinds) > 2 and all(0 <= float(x) <= 100 for x in kinds.values())
-    assert [stage for stage, _ in stages] == ["pretrain"] * (not changes) + ["finetune"]
+    assert [stage for stage, _ in stages] == ["pretrain"] * ("steps" not in changes) + ["finetune"]
     assert not {r.video for r in variants.rows_of(BASE.settings(), "seen")} & set(videos)
 
 

@@ -50,7 +50,7 @@ import data
 import eval as scoring
 import train
 from data import Clips, DataConfig
-from masking import MaskConfig, keep_count
+from masking import MaskConfig, keep_count, sizes
 from masks import log
 from model import Bert, ClusterSTM, ModelConfig, VideoToText, bert_config, save_weights
 from runs import Run
@@ -117,6 +117,8 @@ TABLES = {
     "bandwidth": Table("d_c of the clusters as a quantile of a frame's distances; of recurrence across frames",
                        {"0.95, 0.1": {}} | {f"{q:g}, 0.1": {"mask.quantile": q} for q in (0.02, 0.9, 0.98)}
                        | {f"0.95, {q:g}": {"mask.quantile_time": q} for q in (0.02, 0.5)}),
+    "targets, longer": Table("the same, three times the masked steps", {
+        title: {**changes, "steps *": 3} for title, changes in TARGETS.items() if title != "pixels (MAE)"}),
     "pooling": Table("how the teacher pools a token's neighbourhood for the target",
                      {"3 x 3, its head": {}, "3 x 3, mean": {"pool": "mean"}, "the token alone": {"pool": "token"}}),
     "text": Table("texts to which relevance is reconstructed",
@@ -132,6 +134,14 @@ TABLES = {
         f"{title}{of}": {**({"steps *": times} if times != 1 else {}), **change}
         for of, change in (("", {}), (", random", mask("random_frame")))
         for title, times in (("half", 0.5), ("as they are", 1), ("three times", 3)) if of or times != 1}),
+    "ours": Table("a kept token counts as the tokens it stands for (model.proportional), or as one", {
+        f"{name}{', proportional' * counts}": {**({} if name == "cluster_stm" else mask(name)),
+                                               **({"model.proportional": True} if counts else {})}
+        for name in ("cluster_stm", "kmeans", "umt", "random_frame") for counts in (False, True)}),
+    "ours, longer": Table("the same, three times the masked steps", {
+        f"{name}{', proportional' * counts}": {"steps *": 3, **({} if name == "cluster_stm" else mask(name)),
+                                               **({"model.proportional": True} if counts else {})}
+        for name in ("cluster_stm", "random_frame") for counts in (False, True)}),
     "answers": Table("question answering, fine-tuned and asked with the tokens of the student's own mask", {
         **TARGETS, "random_frame": mask("random_frame"), "kmeans": mask("kmeans"),
         "pick random": {"mask.pick": "random"}, "not pretrained": {"steps": 0}}, "qa"),
@@ -187,8 +197,8 @@ class Job:
     @property
     def home(self) -> str:
         """What is computed once for it, and for nothing else."""
-        cfg = FULL if self.full else REDUCED
-        base = [asdict(x) for x in (cfg.data, cfg.small, cfg.model)]
+        base = differs(asdict(FULL if self.full else REDUCED), asdict(Config()))
+        base = [base.get(part) for part in ("data", "small", "model")]
         of = digest(VERSION, CLIPS[self.full], TEST, SEEN, BEGIN, *base)
         return os.path.join("out", "ablate", f"{self.form}-seed{self.seed}-{of}")
 
@@ -272,6 +282,17 @@ class Told:
                 generator = torch.Generator().manual_seed((self.seed * 1000 + epoch) * 10 ** 6 + at)
                 yield mask(x, keep_count(x.shape[2], mask.ratio), generator=generator, **more).cpu()
         return self.made(f"keep-{of}-{epoch}", make)
+
+    @torch.no_grad()
+    def size(self, mask: MaskConfig, pool: str, epoch: int = 0) -> np.ndarray:
+        """(n, TK), how many tokens each of these stands for."""
+        def make():
+            tokens, keep = self.array("tokens"), self.keep(mask, pool, epoch)
+            for at in range(0, len(tokens), CHUNK):
+                ids = self.tensor(keep[at:at + CHUNK]).long()
+                yield sizes(self.tensor(tokens[at:at + CHUNK]), ids).short().cpu()
+        epoch = epoch if mask.drawn else 0
+        return self.made(f"size-{digest(asdict(mask), pool)}-{epoch}", make)
 
 
 def rows_of(cfg: Config, split: str) -> list:
@@ -381,14 +402,24 @@ class Student:
             load_weights(self.model, {k: x for k, x in start.items() if not k.startswith("decoder.")} | own, job.home)
         self.model.to(run.device).train()
 
-    def ids(self, split: str, mask: MaskConfig, epoch: int = 0):
-        """rows -> the ids that the mask keeps of these clips (B, TK)."""
-        keep = self.told[split].keep(mask, self.cfg.pool, epoch)
-        return lambda rows: torch.from_numpy(np.array(keep[rows])).to(self.run.device)
+    def seeing(self, split: str, mask: MaskConfig, epoch: int = 0):
+        """batch -> what the mask keeps of its clips."""
+        told, sized = self.told[split], self.cfg.model.proportional
+        parts = [told.keep(mask, self.cfg.pool, epoch)] + [told.size(mask, self.cfg.pool, epoch)] * sized
+
+        def see(batch) -> Guide:
+            keep, *size = (torch.from_numpy(np.array(x[batch.clip.numpy()])).to(self.run.device) for x in parts)
+            return Guide(keep, size=size[0].float() if sized else None)
+        return see
 
     def guides(self, batches: list) -> list[Guide]:
-        """Of a training step's micro-batches, from what the teacher said."""
-        return [Guide(self.kept(b), *(self.words(b) if self.cfg.mrm else ())) for b in batches]
+        """Of a training step's micro-batches, from what the teacher said; what is drawn, by the epoch."""
+        guides = []
+        for b in batches:
+            told = self.seeing("train", self.cfg.mask, b.n // len(self.clips["train"]))(b)
+            aligned, text = self.words(b) if self.cfg.mrm else (None, None)
+            guides.append(replace(told, aligned=aligned, text=text))
+        return guides
 
     def words(self, batch) -> tuple[Tensor, Tensor]:
         """Of a training step's clips: the targets (B, T, N, E), the captions (B, E)."""
@@ -396,15 +427,9 @@ class Student:
         return tuple(torch.from_numpy(np.array(x[batch.clip.numpy()])).to(self.run.device)
                      for x in (told.aligned(self.cfg.pool), told.array("text")))
 
-    def kept(self, batch) -> Tensor:
-        """Of a training step's clips, what the mask keeps (B, TK); what it draws, by the epoch of the first."""
-        return self.ids("train", self.cfg.mask, batch.n // len(self.clips["train"]))(batch.clip.numpy())
-
     def retrieval(self, split: str, mask: MaskConfig | None) -> dict[str, float]:
         """R@1 of T2V and V2T with the tokens that the mask keeps; None: all."""
-        ids = mask and self.ids(split, mask)
-        how = scoring.Protocol(length=self.cfg.model.text_length, batch=CHUNK,
-                               keep=mask and (lambda batch: ids(batch.clip.numpy())))
+        how = scoring.Protocol(length=self.cfg.model.text_length, batch=CHUNK, keep=mask and self.seeing(split, mask))
         found = scoring.retrieval(self.model.eval(), self.clips[split], self.tokenizer, how)["scores"]["similarity"]
         self.model.train()
         return {way: found[way]["R@1"] for way in ("T2V", "V2T")}
@@ -468,10 +493,10 @@ class Student:
         self.model = VideoToText.from_student(self.model, asks=True).to(self.run.device).train()
         self.run.cfg = replace(cfg, task="sprites-qa", stage="finetune", mlm=0.0, steps=ANSWERS["steps"])
         self.run.micro["finetune"] = ANSWERS["batch"]
-        self.fit("finetune", calls=lambda batches: [(b, Guide(self.kept(b))) for b in batches], **ANSWERS)
-        ids, answers = self.ids("test", cfg.mask), read_answers(find_file(task.answers, folder))
+        self.fit("finetune", calls=lambda batches: list(zip(batches, self.guides(batches), strict=True)), **ANSWERS)
+        answers = read_answers(find_file(task.answers, folder))
         how = scoring.Protocol(length=task.length, answer_length=task.answer_length, batch=CHUNK, answers=answers,
-                               keep=lambda batch: ids(batch.clip.numpy()))
+                               keep=self.seeing("test", cfg.mask))
         scores = scoring.question_answering(self.model.eval(), self.clips["test"], self.tokenizer, how)["scores"]
         ranked = next(iter(scores.values()))
         return found | {"qa": ranked.pop("all"), "qa by kind": " ".join(f"{k}:{x:.1f}" for k, x in ranked.items())}
@@ -563,11 +588,12 @@ def values(row: dict) -> dict[str, float]:
     return found
 
 
-def mean_se(xs: list[float]) -> str:
+def mean_se(xs: list[float], digits: int = 1) -> str:
     """The mean, and its standard error where there are several."""
     if not xs:
         return ""
-    return f"{statistics.fmean(xs):.1f}" + (f" ± {statistics.stdev(xs) / len(xs) ** 0.5:.1f}" if len(xs) > 1 else "")
+    error = f" ± {statistics.stdev(xs) / len(xs) ** 0.5:.{digits}f}" if len(xs) > 1 else ""
+    return f"{statistics.fmean(xs):.{digits}f}{error}"
 
 
 def print_table(name: str, table: Table, rows: list[dict], full: bool):
@@ -586,7 +612,7 @@ def print_table(name: str, table: Table, rows: list[dict], full: bool):
     against = [c for c in ("own", "after", "qa") if c in columns]
     heading(f"{name}: {table.about}", "", "seeds", *columns, *(f"{c} − first" for c in against))
     for title, of in found.items():
-        cells = [mean_se([row[c] for row in of.values() if c in row]) for c in columns]
+        cells = [mean_se([row[c] for row in of.values() if c in row], 1 + (c == "loss")) for c in columns]
         pairs = [[row[c] - first[seed][c] for seed, row in of.items() if seed in first and c in row] for c in against]
         line(title, len(of), *cells, *("" if of is first else mean_se(pair) for pair in pairs))
 
