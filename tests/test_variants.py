@@ -581,7 +581,7 @@ def test_tables_have_means_standard_errors_and_differences_seed_by_seed(by_hand,
     found = shown(capsys)
     base, other = found["base"], found["other"]
     # own: 11, 22, 33, 40: mean 26.5, deviations -15.5 -4.5 6.5 13.5, sqrt(485 / 3) / 2 = 6.36
-    assert (base["seeds"], base["own"], base["after"], base["loss"]) == ("4", "26.5 ± 6.4", "50.0 ± 0.0", "0.8 ± 0.1")
+    assert (base["seeds"], base["own"], base["after"], base["loss"]) == ("4", "26.5 ± 6.4", "50.0 ± 0.0", "0.80 ± 0.13")
     assert (base["seen at 25 %"], base["seen at 100 %"]) == ("4.0 ± 1.3", "6.0 ± 3.8")
     # own: 14, 22, 90: mean 42, sqrt((784 + 400 + 2304) / 2 / 3) = 24.1; of seeds 0 and 1: 3 and 0, 1.5 either side
     assert (other["seeds"], other["own"], other["after"], other["loss"]) == ("3", "42.0 ± 24.1", "53.0 ± 0.0", "")

@@ -405,7 +405,7 @@ class Student:
     def seeing(self, split: str, mask: MaskConfig, epoch: int = 0):
         """batch -> what the mask keeps of its clips."""
         told, sized = self.told[split], self.cfg.model.proportional
-        parts = [told.keep(mask, self.cfg.pool, epoch)] + [told.size(mask, self.cfg.pool, epoch)] * sized
+        parts = [of(mask, self.cfg.pool, epoch) for of in (told.keep, told.size)[:1 + sized]]
 
         def see(batch) -> Guide:
             keep, *size = (torch.from_numpy(np.array(x[batch.clip.numpy()])).to(self.run.device) for x in parts)
