@@ -457,8 +457,8 @@ def test_the_masked_stage_is_shared_by_those_that_differ_after_it_and_by_no_othe
     ({"mask_ratio": 0.0, "mask_name": "random_frame"}, None), ({"model_decoder": "joint", "mask_name": "umt"}, "mrm"),
 ], ids=str)
 def test_students_of_all_objectives_train_and_their_loss_is_the_mean_of_the_last_rows(here, changes, loss, monkeypatch):
-    real, logged = variants.steps_taken, []
-    monkeypatch.setattr(variants, "steps_taken", lambda path: logged.extend(real(path)) or logged)
+    real, logged = variants.read_log, []
+    monkeypatch.setattr(variants, "read_log", lambda folder: logged.extend(real(folder)) or logged)
     row = variants.work(job(**changes), "cpu", "")
     assert ("loss" in row) == (loss is not None) and row.keys() - {"loss"} == {*COLUMNS} - {"qa", "qa by kind", "loss"}
     assert not loss or row["loss"] == pytest.approx(np.mean([r[loss] for r in logged[1:]])) and len(logged) == 4
@@ -468,7 +468,7 @@ def test_own_and_random_are_scored_before_the_unmasked_stage_and_the_curve_withi
     asked = []
 
     def retrieval(self, split, mask):
-        rows = variants.steps_taken(f"{self.run.folder}/log.jsonl")
+        rows = variants.read_log(self.run.folder)
         asked.append((split, mask, rows[-1]["stage"], rows[-1]["step"]))
         return {"T2V": len(asked), "V2T": len(asked)}
 
@@ -821,9 +821,9 @@ if __name__ == "__main__":
     from tools import variants
     context = get_context("spawn")
     numbers = context.Queue()
-    numbers.put(0)
+    numbers.put((0, "3"))
     with ProcessPoolExecutor(1, context, variants.worker, (numbers,)) as pool:
-        print(pool.submit(os.getpid).result(), flush=True)
+        print(pool.submit(os.getpid).result(), pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result(), flush=True)
         pool.submit(time.sleep, 600).result()
 """
 
@@ -834,8 +834,9 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     with subprocess.Popen([sys.executable, "run.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": root}) as process:
-        worker = int(process.stdout.readline())
+        worker, gpu = map(int, process.stdout.readline().split())
         process.kill()
+    assert gpu == 3
     end = time.time() + 20
     with suppress(ProcessLookupError):
         while time.time() < end:

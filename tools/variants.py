@@ -58,6 +58,7 @@ from sprites import VERSION, write_sprites
 from tasks import find_file, find_task, read_answers, read_rows, split_files
 from teacher import Guide, SigLIP, load_weights, read_folder
 from tools.bench import current_commit, heading, line
+from tools.show import read_log
 from train import Config
 
 TEST, SEEN = 512, 512       # held-out clips; clips drawn as the training clips are, on which settings are chosen
@@ -93,8 +94,14 @@ class Table:
     task: str = "retrieval"             # or qa: the masked student, fine-tuned for question answering on its own tokens
 
 
-def mask(name: str, **more) -> dict:
-    return {"mask.name": name, **{f"mask.{key}": value for key, value in more.items()}}
+def mask(name: str) -> dict:
+    return {"mask.name": name} if name != "cluster_stm" else {}
+
+
+def counted(*names: str, **changes) -> dict[str, dict]:
+    """Rows of masks whose tokens count as one, and as those that they stand for."""
+    return {f"{name}{', proportional' * counts}": {**mask(name), **({"model.proportional": True} if counts else {}),
+                                                   **changes} for name in names for counts in (False, True)}
 
 
 FRAME_MASKS = ("random_frame", "tube", "umt", "attention_high", "kmeans", "farthest_points", "dpcknn_centres",
@@ -134,14 +141,10 @@ TABLES = {
         f"{title}{of}": {**({"steps *": times} if times != 1 else {}), **change}
         for of, change in (("", {}), (", random", mask("random_frame")))
         for title, times in (("half", 0.5), ("as they are", 1), ("three times", 3)) if of or times != 1}),
-    "ours": Table("a kept token counts as the tokens it stands for (model.proportional), or as one", {
-        f"{name}{', proportional' * counts}": {**({} if name == "cluster_stm" else mask(name)),
-                                               **({"model.proportional": True} if counts else {})}
-        for name in ("cluster_stm", "kmeans", "umt", "random_frame") for counts in (False, True)}),
-    "ours, longer": Table("the same, three times the masked steps", {
-        f"{name}{', proportional' * counts}": {"steps *": 3, **({} if name == "cluster_stm" else mask(name)),
-                                               **({"model.proportional": True} if counts else {})}
-        for name in ("cluster_stm", "random_frame") for counts in (False, True)}),
+    "ours": Table("a kept token counts as the tokens it stands for (model.proportional), or as one",
+                  counted("cluster_stm", "kmeans", "umt", "random_frame")),
+    "ours, longer": Table("the same, three times the masked steps",
+                          counted("cluster_stm", "random_frame", **{"steps *": 3})),
     "answers": Table("question answering, fine-tuned and asked with the tokens of the student's own mask", {
         **TARGETS, "random_frame": mask("random_frame"), "kmeans": mask("kmeans"),
         "pick random": {"mask.pick": "random"}, "not pretrained": {"steps": 0}}, "qa"),
@@ -196,7 +199,7 @@ class Job:
 
     @property
     def home(self) -> str:
-        """What is computed once for it, and for nothing else."""
+        """Folder of what is computed once for all students of its form and seed."""
         base = differs(asdict(FULL if self.full else REDUCED), asdict(Config()))
         base = [base.get(part) for part in ("data", "small", "model")]
         of = digest(VERSION, CLIPS[self.full], TEST, SEEN, BEGIN, *base)
@@ -376,11 +379,6 @@ def begin(job: Job):
 # ---------------------------------------------------------------------------------------------------------------------
 # A student
 
-def steps_taken(path: str) -> list[dict]:
-    with open(path) as f:
-        return [json.loads(line) for line in f]
-
-
 class Student:
     """One variant and seed: what it sees, and how it is scored."""
 
@@ -456,7 +454,7 @@ class Student:
             calls = lambda batches: train.with_whole(self.model, batches, self.guides(batches))
             self.fit("pretrain", cfg.steps, cfg.batch, cfg.lr, calls, {at: partial(look, at) for at in points})
             look(cfg.steps)
-            last = [row for row in steps_taken(f"{self.run.folder}/log.jsonl") if row["stage"] == "pretrain"][-3:]
+            last = [row for row in read_log(self.run.folder) if row["stage"] == "pretrain"][-3:]
             name = {"relevance": "mrm", "visible": "align"}.get(cfg.model.objective, cfg.model.objective)
             if name in last[0]:
                 found["loss"] = statistics.fmean(row[name] for row in last)
@@ -502,8 +500,6 @@ class Student:
         return found | {"qa": ranked.pop("all"), "qa by kind": " ".join(f"{k}:{x:.1f}" for k, x in ranked.items())}
 
 
-
-
 def work(job: Job, device: str, commit: str) -> dict:
     """The row of one student; in a process of its own."""
     begun, cfg = time.perf_counter(), job.settings()
@@ -525,12 +521,12 @@ def worker(numbers):
     """What a worker begins with: one thread, one of the GPUs, an end with its parent; what it says goes to a file."""
     data.ordinary()
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    number = numbers.get()
+    number, gpu = numbers.get()
+    if gpu is not None:         # before CUDA is asked for anything: it reads this once
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     said = os.open(os.path.join("out", "ablate", f"worker{number}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(said, stream)
-    if torch.cuda.is_available():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,8 +648,9 @@ def run(cfg: Train):
         prepare(Job("retrieval", "{}", seed, cfg.full), data.cores())
     context = get_context("spawn")
     numbers = context.Queue()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     for i in range(count):
-        numbers.put(i)
+        numbers.put((i, gpus.split(",")[i % torch.cuda.device_count()] if cuda else None))
     failed = []
     with ProcessPoolExecutor(count, context, worker, (numbers,)) as pool:
         jobs = {pool.submit(work, job, "cuda" if cuda else "cpu", commit): job for job in wanted}
