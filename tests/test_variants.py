@@ -129,7 +129,8 @@ def test_each_row_changes_what_it_says_and_nothing_else(name, full):
             Config(**vars(one.settings()))                                  # which refuses nothing
         assert one.digest() not in digests, f"{title} is {digests[one.digest()]} by another name"
         digests[one.digest()] = title
-    first = {k: v for k, v in next(iter(table.rows.values())).items() if k != "steps *" or "longer" not in name}
+    shared = set.intersection(*(set(of.items()) for of in table.rows.values() if of.get("steps") != 0))
+    first = dict(set(next(iter(table.rows.values())).items()) - shared)
     assert Job(table.task, canonical(first), 2, full).settings() == Job(table.task, "{}", 2, full).settings()
 
 
@@ -406,6 +407,7 @@ def videos(monkeypatch):
     return found
 
 
+ASKED = {"qa", "qa by kind", "qa seen", "qa seen by kind"}
 SCORED = [f"{name} {way}" for name in variants.SCORES for way in ("T2V", "V2T")]
 TIMES = {"seconds", "masked seconds"}
 
@@ -416,7 +418,7 @@ def untimed(row):
 
 def test_the_row_of_a_student_is_whole_and_the_same_again_and_nothing_else_is_left(here, stages, videos):
     row = variants.work(BASE, "cpu", "c0")
-    assert row.keys() == {*COLUMNS} - {"qa", "qa by kind"}
+    assert row.keys() == {*COLUMNS} - ASKED
     assert untimed(row).items() >= {"form": "reduced", "task": "retrieval", "variant": "{}", "seed": 0, "commit": "c0",
                                     "settings": BASE.digest(), "device": "cpu", "torch": torch.__version__}.items()
     assert all(0 <= row[name] <= 100 and (row[name] / 12.5) % 1 == 0 for name in SCORED)
@@ -460,7 +462,7 @@ def test_students_of_all_objectives_train_and_their_loss_is_the_mean_of_the_last
     real, logged = variants.read_log, []
     monkeypatch.setattr(variants, "read_log", lambda folder: logged.extend(real(folder)) or logged)
     row = variants.work(job(**changes), "cpu", "")
-    assert ("loss" in row) == (loss is not None) and row.keys() - {"loss"} == {*COLUMNS} - {"qa", "qa by kind", "loss"}
+    assert ("loss" in row) == (loss is not None) and row.keys() - {"loss"} == {*COLUMNS} - ASKED - {"loss"}
     assert not loss or row["loss"] == pytest.approx(np.mean([r[loss] for r in logged[1:]])) and len(logged) == 4
 
 
@@ -507,7 +509,8 @@ def test_all_students_of_a_seed_begin_with_one_that_saw_no_clip_settings_are_cho
 @pytest.mark.parametrize("changes", [{}, {"steps": 0}, {"model_proportional": True}],
                          ids=["masked", "not pretrained", "proportional"])
 def test_a_student_answers_questions_with_the_tokens_of_its_own_clips(here, stages, videos, changes, monkeypatch):
-    teacher, asked, real = SigLIP.from_pretrained(BASE.settings().teacher), [], variants.scoring.score
+    teacher, real = SigLIP.from_pretrained(BASE.settings().teacher), variants.scoring.question_answering
+    asked, answered = [], []
     own = lambda b: guide(teacher, replace(b, captions=["a"] * len(b.video)), TINY.mask, 0.75).keep
 
     def fit(run, stage, model, clips, *args, calls, real=train.fit, **kwargs):
@@ -520,21 +523,25 @@ def test_a_student_answers_questions_with_the_tokens_of_its_own_clips(here, stag
             return told
         return real(run, stage, model, clips, *args, calls=checked if stage == "finetune" else calls, **kwargs)
 
-    def score(model, task, rows, view, tokenizer, how):
-        assert not model.training and how.answers and len(rows) == 8
-        for b in batches_of(Clips(rows, replace(view, cache=False), train=False), tokenizer):
+    def score(model, clips, tokenizer, how):
+        assert not model.training and how.answers and not clips.train and all(row.questions for row in clips.rows)
+        answered.append(clips.rows)
+        for b in batches_of(clips, tokenizer):
             assert_kept(how.keep(b).keep, own(b))
             assert (how.keep(b).size is not None) == ("model_proportional" in changes)
-        return real(model, task, rows, view, tokenizer, how)
+        return real(model, clips, tokenizer, how)
 
     monkeypatch.setattr(Student, "fit", lambda self, stage, steps, batch, lr, calls, after=None: fit(
         self.run, stage, self.model, self.clips["train"], self.tokenizer, batch, steps, lr, calls=calls, after=after))
-    monkeypatch.setattr(variants.scoring, "score", score)
+    monkeypatch.setattr(variants.scoring, "question_answering", score)
     row = variants.work(job("qa", **changes), "cpu", "")
+    assert [[r.video for r in rows] for rows in answered] == [
+        [r.video for r in variants.rows_of(BASE.settings(), split)] for split in ("test", "seen")]
     assert row.keys() - {"curve", "loss", "masked seconds"} == {*COLUMNS} - {*SCORED, "curve", "loss", "masked seconds"}
     assert ("curve" in row) == ("steps" not in changes) and sum(asked) == 3 * 8
-    kinds = dict(part.split(":") for part in row["qa by kind"].split())
-    assert 0 <= row["qa"] <= 100 and len(kinds) > 2 and all(0 <= float(x) <= 100 for x in kinds.values())
+    for name in ("qa", "qa seen"):
+        kinds = dict(part.split(":") for part in row[f"{name} by kind"].split())
+        assert 0 <= row[name] <= 100 and len(kinds) > 2 and all(0 <= float(x) <= 100 for x in kinds.values())
     assert [stage for stage, _ in stages] == ["pretrain"] * ("steps" not in changes) + ["finetune"]
     assert not {r.video for r in variants.rows_of(BASE.settings(), "seen")} & set(videos)
 
@@ -609,13 +616,15 @@ def test_full_rows_and_answers_have_tables_of_their_own(small, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     variants.TABLES["asked"] = Table("answers", {"base": {}, "short": {"steps": 0}}, "qa")
     write("rows.csv", [entry(job(full=True), **both("own", 1, 2)), entry(job(), **both("own", 3, 4)),
-                       entry(job("qa"), qa=60, **{"qa by kind": "count:20.0 colour:70.0"}),
+                       entry(job("qa"), qa=60, **{"qa by kind": "count:20.0 colour:70.0", "qa seen": 80,
+                                                  "qa seen by kind": "count:30.0 colour:75.0"}),
                        entry(job("qa", steps=0), qa=50, **{"qa by kind": "count:10.0 colour:80.0"})])
     assert shown(capsys)["base"]["own"] == "3.5" and shown(capsys, full=True)["base"]["own"] == "1.5"
     found = shown(capsys, "asked")
     assert found["base"] == {"": "base", "seeds": "1", "qa": "60.0", "count": "20.0", "colour": "70.0",
-                             "qa − first": ""}
-    assert found["short"]["qa − first"] == "-10.0"
+                             "qa seen": "80.0", "count seen": "30.0", "colour seen": "75.0",
+                             "qa − first": "", "qa seen − first": ""}
+    assert found["short"]["qa − first"] == "-10.0" and found["short"]["qa seen − first"] == ""
 
 
 def test_without_the_first_row_there_is_no_difference(by_hand, capsys):

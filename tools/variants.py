@@ -22,6 +22,8 @@ after       with all tokens, after it
 seen at     as own, on 512 clips drawn as the training clips are, which no student is trained on, at four points of the
             masked stage; settings are chosen on these
 loss        of the reconstruction, at the end of the masked stage
+qa          questions answered right, per cent; by kind of question
+qa seen     the same on the clips for choosing, whose pairs of shape and colour the student has met
 """
 
 import csv
@@ -82,7 +84,7 @@ FULL = replace(
 # Before it, the same for all.
 BEGIN = {"batch": 64, "steps": 600, "lr": 2e-3}
 # Fine-tuning for question answering.
-ANSWERS = {"steps": 600, "batch": 32, "lr": 1e-3}
+ANSWERS = {"steps": 2400, "batch": 16, "lr": 5e-4}
 CLIPS = {False: 4096, True: 16384}      # to train on, SEEN of them not trained on; reduced, full
 
 
@@ -115,6 +117,9 @@ TABLES = {
                    {"cluster_stm": {}, **{name: mask(name) for name in FRAME_MASKS}}),
     "pick": Table("which token of a cluster is kept",
                   {"density": {}, **{p: {"mask.pick": p} for p in ("random", "centre", "lowest")}}),
+    "pick, fewer": Table("the same, 3 of 64 tokens", {
+        p: {"mask.ratio": 0.95, **({"mask.pick": p} if p != "density" else {})}
+        for p in ("density", "random", "centre", "lowest")}),
     "targets": Table("what is reconstructed, beside VTC, VTM and MLM", TARGETS),
     "ratio": Table("share of the tokens hidden", {"0.9": {}} | {
         title: {"mask.ratio": ratio, "mask.name": name}
@@ -145,9 +150,10 @@ TABLES = {
                   counted("cluster_stm", "kmeans", "umt", "random_frame")),
     "ours, longer": Table("the same, three times the masked steps",
                           counted("cluster_stm", "random_frame", **{"steps *": 3})),
-    "answers": Table("question answering, fine-tuned and asked with the tokens of the student's own mask", {
-        **TARGETS, "random_frame": mask("random_frame"), "kmeans": mask("kmeans"),
-        "pick random": {"mask.pick": "random"}, "not pretrained": {"steps": 0}}, "qa"),
+    "answers": Table("question answering with the student's own tokens, after three times the masked steps", {
+        title: {**changes, "steps *": 3} for title, changes in {
+            **TARGETS, "random_frame": mask("random_frame"), "proportional": {"model.proportional": True},
+        }.items() if title != "pixels (MAE)"} | {"not pretrained": {"steps": 0}}, "qa"),
 }
 
 
@@ -172,8 +178,9 @@ class Show:
 
 SCORES = ("own", "random", "before", "after")
 COLUMNS = ("form", "task", "variant", "seed", "settings",
-           *(f"{name} {way}" for name in SCORES for way in ("T2V", "V2T")), "curve", "loss", "qa",
-           "qa by kind", "masked seconds", "seconds", "commit", "device", "torch")
+           *(f"{name} {way}" for name in SCORES for way in ("T2V", "V2T")), "curve", "loss",
+           *(f"qa{way}" for way in ("", " by kind", " seen", " seen by kind")),
+           "masked seconds", "seconds", "commit", "device", "torch")
 
 
 def differs(now: dict, usual: dict) -> dict:
@@ -483,21 +490,24 @@ class Student:
         cfg, task = self.cfg, find_task("sprites-qa")
         found = self.pretrain()
         folder = os.path.dirname(cfg.data.train)
-        for split in ("train", "test"):             # the same clips in the same order, with what is asked about them
-            asked = defaultdict(list)
+        asked = defaultdict(list)
+        for split in ("train", "test"):
             for row in read_rows(task, *split_files(task, split, folder), train=split == "train"):
                 asked[row.video] += row.questions
-            self.clips[split].rows = [replace(row, questions=asked[row.video]) for row in self.clips[split].rows]
+        for clips in self.clips.values():           # the same clips in the same order, with what is asked about them
+            clips.rows = [replace(row, questions=asked[row.video]) for row in clips.rows]
         self.model = VideoToText.from_student(self.model, asks=True).to(self.run.device).train()
         self.run.cfg = replace(cfg, task="sprites-qa", stage="finetune", mlm=0.0, steps=ANSWERS["steps"])
         self.run.micro["finetune"] = ANSWERS["batch"]
         self.fit("finetune", calls=lambda batches: list(zip(batches, self.guides(batches), strict=True)), **ANSWERS)
         answers = read_answers(find_file(task.answers, folder))
-        how = scoring.Protocol(length=task.length, answer_length=task.answer_length, batch=CHUNK, answers=answers,
-                               keep=self.seeing("test", cfg.mask))
-        scores = scoring.question_answering(self.model.eval(), self.clips["test"], self.tokenizer, how)["scores"]
-        ranked = next(iter(scores.values()))
-        return found | {"qa": ranked.pop("all"), "qa by kind": " ".join(f"{k}:{x:.1f}" for k, x in ranked.items())}
+        for split, name in (("test", "qa"), ("seen", "qa seen")):
+            how = scoring.Protocol(length=task.length, answer_length=task.answer_length, batch=CHUNK, answers=answers,
+                                   keep=self.seeing(split, cfg.mask))
+            scores = scoring.question_answering(self.model.eval(), self.clips[split], self.tokenizer, how)["scores"]
+            ranked = next(iter(scores.values()))
+            found |= {name: ranked.pop("all"), f"{name} by kind": " ".join(f"{k}:{x:.1f}" for k, x in ranked.items())}
+        return found
 
 
 def work(job: Job, device: str, commit: str) -> dict:
@@ -573,12 +583,12 @@ def values(row: dict) -> dict[str, float]:
     for name in SCORES:
         if row[f"{name} T2V"]:
             found[name] = (float(row[f"{name} T2V"]) + float(row[f"{name} V2T"])) / 2
-    for name in ("loss", "qa"):
+    for name in ("loss", "qa", "qa seen"):
         if row[name]:
             found[name] = float(row[name])
-    for part in row["qa by kind"].split():
-        kind, _, x = part.partition(":")
-        found[kind] = float(x)
+        for part in row.get(f"{name} by kind", "").split():
+            kind, _, x = part.partition(":")
+            found[kind + name.removeprefix("qa")] = float(x)
     for i, part in enumerate(row["curve"].split()):
         found[f"seen at {(i + 1) * 100 // CURVE} %"] = float(part.partition(":")[2])
     return found
@@ -605,7 +615,7 @@ def print_table(name: str, table: Table, rows: list[dict], full: bool):
     if not columns:
         print(f"\n**{name}: {table.about}**: not run")
         return
-    against = [c for c in ("own", "after", "qa") if c in columns]
+    against = [c for c in ("own", "after", "qa", "qa seen") if c in columns]
     heading(f"{name}: {table.about}", "", "seeds", *columns, *(f"{c} − first" for c in against))
     for title, of in found.items():
         cells = [mean_se([row[c] for row in of.values() if c in row], 1 + (c == "loss")) for c in columns]
