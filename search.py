@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 import data
+import decoding
 from model import ClusterSTM
 from teacher import (
     FILTERS,
@@ -94,7 +95,7 @@ class Config:
 
 def square(frame: Tensor, size: int) -> Tensor:
     """(3, H, W) uint8 -> (3, S, S) uint8, as eval.py shows it to the student."""
-    return data.test_view(frame[None], size)[0]
+    return decoding.test_view(frame[None], size)[0]
 
 
 class Student:
@@ -257,8 +258,8 @@ class Segments(IterableDataset):
             return picks
 
         # As soon as one is decoded it is shrunk, and handed on: an hour of frames would be gigabytes.
-        for frame in data.chosen_frames(path, choose):
-            frames.append(self.view(data.to_tensor(frame, None)))
+        for frame in decoding.chosen_frames(path, choose):
+            frames.append(self.view(decoding.to_tensor(frame, None)))
             if len(frames) == self.T:
                 yield spans.pop(0), torch.stack(frames)
                 frames.clear()

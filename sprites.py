@@ -22,7 +22,8 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from data import clean, command, in_parallel, train_tokenizer, write_atomically, write_video
+from data import clean, command, in_parallel, train_tokenizer, write_atomically
+from decoding import write_video
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sprites: what a clip shows

@@ -10,6 +10,7 @@ import torch
 from test_train import assert_one_line, command, small_sprites  # noqa: F401  (the last: a fixture)
 
 import data
+import decoding
 from masking import MASKS, MaskConfig, keep_count
 from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig, choose
 from tools import ablate
@@ -292,7 +293,7 @@ def test_clips_of_either_split_are_seen_as_they_are_scored(options, sprites, tea
     for split, count in (("test", 12), ("train", 3)):
         seen = ablate.look(Masks(**{**options, "split": split, "count": count}))
         assert seen.tokens.shape == (count, 8, 16, 16) and seen.grid == (4, 4)
-        video = data.test_view(data.read_frames(f"{sprites}/videos/{split}_00002.mp4", 8), 16)
+        video = decoding.test_view(decoding.read_frames(f"{sprites}/videos/{split}_00002.mp4", 8), 16)
         tokens = model.tokens(model.pixels(video))
         torch.testing.assert_close(seen.tokens[2], tokens)
         torch.testing.assert_close(seen.more["attention"][2], model.attend(tokens))

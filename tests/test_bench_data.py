@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import decoding
 from tools import bench_data
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -34,7 +34,7 @@ class Reader:
     late = 0
 
     def __init__(self, path, **how):
-        self.frames = data.read_frames(path, 0)
+        self.frames = decoding.read_frames(path, 0)
         assert how.get("num_threads", how.get("num_ffmpeg_threads")) == 1
 
     def __len__(self):
@@ -87,7 +87,7 @@ def test_a_file_is_what_its_name_says(folder):
     assert len(keys) == 525 and at[0] == 0 and np.diff([*at, 525]).max() <= 250 and len(at) == 3
     assert kinds.count(3) > kinds.count(2) > 50
     assert name == f"64p, 21 s, {os.path.getsize(path) * 8 / 21e6:.2f} Mbit/s"
-    frames = data.read_frames(path, 0).float()
+    frames = decoding.read_frames(path, 0).float()
     steps = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))
     assert steps.min() > bench_data.APART                   # a frame's neighbour does not pass for it
 

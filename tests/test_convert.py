@@ -18,6 +18,7 @@ from test_train import assert_one_line, command
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
+import decoding
 import eval as scoring
 from model import ClusterSTM, ModelConfig, VideoToText, ViT, bert_config, load_model
 from tasks import TASKS
@@ -460,7 +461,7 @@ def test_eval_scores_a_folder_that_answers(task):
     torch.save(weights("QA"), "umt.pth")
     convert.main(convert.Config("umt.pth", "out", task, "words.json"))
     os.makedirs("data/videos_images/msrvtt")
-    data.write_video("data/videos_images/msrvtt/v.mp4", np.zeros((14, 32, 32, 3), np.uint8))
+    decoding.write_video("data/videos_images/msrvtt/v.mp4", np.zeros((14, 32, 32, 3), np.uint8))
     for name, content in (("qa_test", [{"video": "v.mp4", "question": q, "answer": a} for q, a in ("ab", "cd", "ef")]),
                           ("qa_answer_list", ["a", "b", "d f"])):
         with open(f"data/msrvtt_{name}.json", "w") as f:

@@ -35,7 +35,8 @@ from test_train import (  # noqa: F401  (two are fixtures)
 
 import data
 import train
-from data import Clips, read_annotations, read_frames
+from data import Clips, read_annotations
+from decoding import read_frames
 from masking import keep_count
 from model import ClusterSTM
 from runs import states

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as nnf
 
 import data
-from data import Clips, DataConfig, Mix, collate, read_annotations, read_frames, train_view, write_rows
+import decoding
+from data import Clips, DataConfig, Mix, collate, read_annotations, write_rows
+from decoding import read_frames, train_view
 from sprites import plan, write_sprites
 
 
@@ -473,11 +475,11 @@ def test_random_frames_come_one_from_each_segment(tmp_path):
 @pytest.mark.parametrize("total, count", [(7, 3), (8, 8), (5, 1), (1, 1), (300, 8)])
 def test_segments_cover_the_video_and_are_reached_to_their_ends(total, count):
     rng = np.random.default_rng(0)
-    draws = np.array([data.pick(count, total, "random", rng) for _ in range(3000 if total < 10 else 50)])
+    draws = np.array([decoding.pick(count, total, "random", rng) for _ in range(3000 if total < 10 else 50)])
     assert (np.diff(draws, axis=1) > 0).all() and draws.min() >= 0 and draws.max() < total
     assert total > 10 or set(draws.flat) == set(range(total))
     with pytest.raises(ValueError, match="middle or random"):
-        data.pick(1, 1, "first")
+        decoding.pick(1, 1, "first")
 
 
 def test_a_video_of_one_frame_and_a_picture_can_be_read(tmp_path):
@@ -526,7 +528,7 @@ def test_a_video_is_seen_upright(tmp_path, turns, matrix):
     quarters = np.kron(np.array([[20, 90], [160, 230]], np.uint8), np.ones((24, 32), np.uint8))    # (48, 64)
     quarters = np.repeat(quarters[..., None], 3, axis=2)
     path = str(tmp_path / "a.mp4")
-    data.write_video(path, np.stack([quarters] * 9), qp="1")
+    decoding.write_video(path, np.stack([quarters] * 9), qp="1")
     turn(path, matrix)
     want = np.rot90(quarters, turns).transpose(2, 0, 1)                     # counter-clockwise
     for frames in (read_frames(path, 0), read_frames(path, 4)):
@@ -658,11 +660,11 @@ def test_resizing_is_antialiased_bicubic_rounded_and_clamped(shape):
     x = picture(2, 31, 47)
     for frames in (x, x.contiguous(memory_format=torch.channels_last)):
         want = nnf.interpolate(frames.double(), shape, mode="bicubic", antialias=True).round().clamp(0, 255)
-        got = data.resize(frames, shape)
+        got = decoding.resize(frames, shape)
         assert got.dtype == torch.uint8 and got.shape == (2, 3, *shape)
         off = (got.double() - want).abs()
         assert off.max() <= 1 and (off > 0).double().mean() < 1e-3          # fp32 may round another way
-    assert torch.equal(data.test_view(x, 20), data.resize(x, (20, 20)))
+    assert torch.equal(decoding.test_view(x, 20), decoding.resize(x, (20, 20)))
 
 
 def test_frames_are_reduced_to_their_short_side(tmp_path):
@@ -675,7 +677,7 @@ def test_frames_are_reduced_to_their_short_side(tmp_path):
 @pytest.mark.parametrize("H, W", [(60, 80), (4, 300), (300, 4), (1, 1), (33, 33)])
 def test_a_crop_is_inside_large_enough_and_one_for_all_frames(H, W, monkeypatch):
     crops = []
-    monkeypatch.setattr(data, "resize", lambda frames, shape: crops.append(frames) or frames)
+    monkeypatch.setattr(decoding, "resize", lambda frames, shape: crops.append(frames) or frames)
     place = torch.stack([torch.arange(H)[:, None].expand(H, W), torch.arange(W).expand(H, W), torch.zeros(H, W)])
     for i in range(200):
         train_view(place.expand(3, 3, H, W), 8, 0.5, False, np.random.default_rng(i))
@@ -701,8 +703,8 @@ def test_a_view_follows_its_generator_and_flips_half_of_the_time():
     assert all(v.shape == (2, 3, 24, 24) and v.dtype == torch.uint8 for v in views)
     assert torch.equal(views[5], train_view(x, 24, 0.5, True, np.random.default_rng(5)))
     assert not any(torch.equal(views[0], v) for v in views[1:])
-    assert torch.equal(train_view(x, 24, 1.0, False, np.random.default_rng(0)), data.test_view(x, 24))
-    mirrored = data.test_view(x.flip(-1), 24)
+    assert torch.equal(train_view(x, 24, 1.0, False, np.random.default_rng(0)), decoding.test_view(x, 24))
+    mirrored = decoding.test_view(x.flip(-1), 24)
     flipped = [torch.equal(train_view(x, 24, 1.0, True, np.random.default_rng(i)), mirrored) for i in range(60)]
     assert 18 < sum(flipped) < 42
 
@@ -773,7 +775,7 @@ def test_a_scored_clip_is_its_row_and_its_first_caption(rows, cfg):
     clips = Clips(rows, cfg, train=False)
     for n in (0, 7, 23):
         sample = clips[n]
-        want = data.test_view(read_frames(rows[n].video, 4), 32)
+        want = decoding.test_view(read_frames(rows[n].video, 4), 32)
         assert torch.equal(sample.video, want)
         assert (sample.clip, sample.view, sample.caption, sample.still) == (n, 0, "first", "first")
     seen = {Clips(rows, cfg)[n].caption == "first" for n in range(24)}

@@ -35,6 +35,7 @@ from test_train import (  # noqa: F401  (two are fixtures)
 )
 
 import data
+import decoding
 import eval as score
 from data import Clips, DataConfig, clean, collate
 from masking import MASKS, NEEDS, MaskConfig, keep_count
@@ -228,7 +229,7 @@ def own_annotations(sprites):
 
 def shown(path, frames, seconds=0):
     """(1, T, 3, 16, 16): the frames that a model looks at."""
-    return data.test_view(data.read_frames(path, frames, seconds=seconds), 16)[None]
+    return decoding.test_view(decoding.read_frames(path, frames, seconds=seconds), 16)[None]
 
 
 def by_hand(model, listed, sprites, tokenizer, length, k, frames=8, keep=None, seconds=0):
@@ -565,7 +566,7 @@ def test_of_a_long_video_only_the_first_seconds_are_looked_at(models, root, monk
     """45 seconds of 45 frames, each of a grey of its own: the middles of four quarters, of 30 seconds or of all."""
     grey = np.arange(10, 235, 5, dtype=np.uint8)
     os.makedirs("long")
-    data.write_video("long/v.mp4", np.broadcast_to(grey[:, None, None, None], (45, 16, 16, 3)), fps=1, crf="0")
+    decoding.write_video("long/v.mp4", np.broadcast_to(grey[:, None, None, None], (45, 16, 16, 3)), fps=1, crf="0")
     write("own.json", [{"video": "v.mp4", "caption": ["a dog", "a cat"]}])
     for name in TASKS[task].test.split("|"):
         write(f"root/anno_downstream/{name}.json", read("own.json"))

@@ -18,6 +18,7 @@ from test_teacher import shaken
 from test_train import assert_one_line, command, first_run, small_sprites  # noqa: F401  (the last two are fixtures)
 
 import data
+import decoding
 import search
 from model import ClusterSTM
 from search import Config, main
@@ -99,13 +100,13 @@ def there(filmed, models, tmp_path, monkeypatch):
 @pytest.fixture
 def read(monkeypatch):
     """The files that were decoded, as they are."""
-    seen, real = [], data.chosen_frames
+    seen, real = [], decoding.chosen_frames
 
     def chosen_frames(path, choose):
         seen.append(os.path.relpath(path, "clips"))
         return real(path, choose)
 
-    monkeypatch.setattr(data, "chosen_frames", chosen_frames)
+    monkeypatch.setattr(decoding, "chosen_frames", chosen_frames)
     return seen
 
 
@@ -121,15 +122,16 @@ def by_hand(cfg, kind, T):
     model = (ClusterSTM if kind == "student" else SigLIP).from_pretrained(cfg.checkpoint)
     found = {query: {} for query in cfg.queries}
     for name, made in FILES.items():
-        frames, times = data.read_frames(f"clips/{name}", 0), data.frame_times(*data.open_video(f"clips/{name}"))[1]
+        frames = decoding.read_frames(f"clips/{name}", 0)
+        times = decoding.frame_times(*decoding.open_video(f"clips/{name}"))[1]
         end = made["n"] / made.get("rate", 10) if made["n"] > 1 else 0
         parts = -int(-end // cfg.segment) if cfg.segment and end > cfg.segment else 1
         for part in range(parts):
             own = [i for i, t in enumerate(times) if end * part / parts <= t + 1e-6 < max(end, 1) * (part + 1) / parts]
-            shown = frames[[own[i] for i in data.pick(T, len(own))]]
+            shown = frames[[own[i] for i in decoding.pick(T, len(own))]]
             with torch.no_grad():
                 if kind == "student":
-                    feature = model.encode_video(data.test_view(shown, 16)[None])[1][0]
+                    feature = model.encode_video(decoding.test_view(shown, 16)[None])[1][0]
                 else:
                     units = [model.encode_image(model.preprocess(frame[None]))[1][0] for frame in shown]
                     feature = torch.stack(units).mean(0)
@@ -164,8 +166,8 @@ def test_the_best_segment_is_the_one_that_shows_it(there, monkeypatch, capsys):
     pictures = np.full((24, 48, 64, 3), 20, np.uint8)
     pictures[16:] = 235
     os.makedirs("half")
-    data.write_video("half/half.mp4", pictures, fps=2)                      # light from 8 to 12 s
-    data.write_video("half/dark.mp4", pictures[:8], fps=2)
+    decoding.write_video("half/half.mp4", pictures, fps=2)                      # light from 8 to 12 s
+    decoding.write_video("half/dark.mp4", pictures[:8], fps=2)
     light = lambda self, video: torch.stack([video.float().mean((1, 2, 3, 4)) / 255, torch.ones(len(video))], 1)
     monkeypatch.setattr(search.Student, "encode_video", light)
     monkeypatch.setattr(search.Student, "encode_text", lambda self, text: (torch.tensor([1.0, 0.0]), 2, 9))
@@ -202,12 +204,12 @@ def test_frames_are_those_that_decode_gives(tmp_path):
     worse = break_packets(write(tmp_path / "worse.mp4", **intra), range(20, 32))
     for picks in (range(50), [0, 0, 10, 10, 10, 31, 48], [49], [30, 49, 49]):
         for path in (whole, lost):
-            some = data.chosen_frames(path, lambda _, p=picks: list(p))
-            same = torch.stack([data.to_tensor(frame, None) for frame in some])
-            assert torch.equal(same, data.read_frames(path, 0)[list(picks)])
+            some = decoding.chosen_frames(path, lambda _, p=picks: list(p))
+            same = torch.stack([decoding.to_tensor(frame, None) for frame in some])
+            assert torch.equal(same, decoding.read_frames(path, 0)[list(picks)])
     for path, message in ((worse, "worse.mp4: 12 of 50 frames do not decode"), ("no.mp4", "no.mp4: no such file")):
         with pytest.raises((ValueError, OSError), match=message):
-            list(data.chosen_frames(str(path), lambda _: [24]))
+            list(decoding.chosen_frames(str(path), lambda _: [24]))
 
 
 def test_the_best_of_each_video_are_those_of_a_sorted_list():
@@ -352,13 +354,13 @@ def test_it_saves_on_the_way_and_never_half_a_video(there, monkeypatch):
 
 
 def test_a_decoding_process_that_dies_is_said_and_costs_no_other_file(there, monkeypatch):
-    real = data.chosen_frames
+    real = decoding.chosen_frames
     def chosen_frames(path, choose):
         if path.endswith("sound.mov"):
             os._exit(11)
         return real(path, choose)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "chosen_frames", chosen_frames)
+        patch.setattr(decoding, "chosen_frames", chosen_frames)
         with pytest.raises(ValueError, match="a decoding process died .*, at one of .*sound.mov"):
             main(replace(there, workers=1, batch=1))
     with safe_open("clips.index.safetensors", "pt") as f:
@@ -381,7 +383,7 @@ def test_a_damaged_index_is_made_anew_and_another_file_is_not_overwritten(there,
     with pytest.raises(FileExistsError, match="clips.index.safetensors is there and is no index of search.py"):
         main(there)
     save_file(tensors, index, metadata)
-    data.write_video("other.mp4", np.zeros((4, 32, 32, 3), np.uint8))
+    decoding.write_video("other.mp4", np.zeros((4, 32, 32, 3), np.uint8))
     os.mkdir("others")
     os.rename("other.mp4", "others/other.mp4")
     with pytest.raises(ValueError, match="index.safetensors is of another folder, none of its 12 files is in others"):

@@ -14,7 +14,9 @@ import torch
 from test_data import break_packets, cut, picture, same
 
 import data
-from data import Clips, DataConfig, Mix, collate, read_frames, train_view
+import decoding
+from data import Clips, DataConfig, Mix, collate
+from decoding import read_frames, train_view
 
 SHAPE = (48, 64)
 
@@ -137,7 +139,8 @@ def filmed(request, tmp_path_factory):
 
 
 def chosen(path, picks):
-    return torch.stack([data.to_tensor(frame, None) for frame in data.chosen_frames(path, lambda _: list(picks))])
+    frames = decoding.chosen_frames(path, lambda _: list(picks))
+    return torch.stack([decoding.to_tensor(frame, None) for frame in frames])
 
 
 @pytest.fixture
@@ -173,7 +176,7 @@ def counts(monkeypatch):
         def __exit__(self, *_):
             self.inner.close()
 
-    real, decoded = data.open_video, data.decoded_frames
+    real, decoded = decoding.open_video, decoding.decoded_frames
 
     def open_video(path):
         container, stream = real(path)
@@ -183,8 +186,8 @@ def counts(monkeypatch):
         done["whole"] += 1
         return decoded(*args)
 
-    monkeypatch.setattr(data, "open_video", open_video)
-    monkeypatch.setattr(data, "decoded_frames", decoded_frames)
+    monkeypatch.setattr(decoding, "open_video", open_video)
+    monkeypatch.setattr(decoding, "decoded_frames", decoded_frames)
     return done
 
 
@@ -202,7 +205,7 @@ def test_whichever_frames_are_read_they_are_those_of_a_whole_decode(filmed):
     for some in picks:
         assert torch.equal(chosen(path, some), frames[list(some)]), list(some)
     for seed in range(3):
-        some = data.pick(4, n, "random", np.random.default_rng(seed))
+        some = decoding.pick(4, n, "random", np.random.default_rng(seed))
         assert torch.equal(read_frames(path, 4, "random", np.random.default_rng(seed)), frames[some])
 
 
@@ -271,14 +274,14 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
 def test_where_a_seek_does_not_land_where_it_should_the_frames_are_the_same(tmp_path, counts, monkeypatch, lie):
     path = film(tmp_path / "a.mp4", **x264(keyint=15))
-    want, real = whole(path), data.open_video
+    want, real = whole(path), decoding.open_video
 
     def open_video(path):
         container, stream = real(path)
         container.seek = lambda to, stream: lie(container.inner.seek, to, stream)
         return container, stream
 
-    monkeypatch.setattr(data, "open_video", open_video)
+    monkeypatch.setattr(decoding, "open_video", open_video)
     for picks in ([70], [3, 50, 51, 110], [119], range(120)):
         counts["whole"] = 0
         assert torch.equal(chosen(path, picks), want[list(picks)])
@@ -288,14 +291,14 @@ def test_where_a_seek_does_not_land_where_it_should_the_frames_are_the_same(tmp_
 def test_keyframes_that_are_none_are_found_out(tmp_path, monkeypatch):
     """Packets that the file calls keyframes, and that need those before them."""
     path = film(tmp_path / "a.mp4", **x264(keyint=30, b_adapt=0))
-    want, real = whole(path), data.frame_times
+    want, real = whole(path), decoding.frame_times
 
     def frame_times(container, stream):
         times, seconds, packets = real(container, stream)
         return times, seconds, [p._replace(key=p.key or i % 7 == 0) for i, p in enumerate(packets)]
 
-    monkeypatch.setattr(data, "frame_times", frame_times)
-    monkeypatch.setattr(data, "SKIMMED", ())
+    monkeypatch.setattr(decoding, "frame_times", frame_times)
+    monkeypatch.setattr(decoding, "SKIMMED", ())
     for seed in range(10):
         picks = np.sort(np.random.default_rng(seed).integers(120, size=4))
         assert torch.equal(chosen(path, picks), want[picks])
@@ -303,7 +306,7 @@ def test_keyframes_that_are_none_are_found_out(tmp_path, monkeypatch):
 
 def test_a_frame_that_does_not_come_is_not_taken_for_the_next(tmp_path, monkeypatch, counts):
     path = film(tmp_path / "a.mp4", **x264(keyint=30))
-    want, real = whole(path), data.stretch
+    want, real = whole(path), decoding.stretch
 
     def stretch(container, stream, packets, key, place, chosen):
         times = sorted(place)
@@ -311,7 +314,7 @@ def test_a_frame_that_does_not_come_is_not_taken_for_the_next(tmp_path, monkeypa
             if times.index(frame.pts) not in (50, 119):
                 yield at, frame
 
-    monkeypatch.setattr(data, "stretch", stretch)
+    monkeypatch.setattr(decoding, "stretch", stretch)
     for picks, times in (([50], 1), ([12, 50, 70], 1), ([119], 1), ([49, 51, 118], 0)):
         counts["whole"] = 0
         assert torch.equal(chosen(path, picks), want[picks]) and counts["whole"] == times
@@ -319,27 +322,27 @@ def test_a_frame_that_does_not_come_is_not_taken_for_the_next(tmp_path, monkeypa
 
 def test_a_frame_of_an_unknown_time_is_not_trusted(tmp_path, monkeypatch, counts):
     path = film(tmp_path / "a.mp4", **x264(keyint=30, bframes=0))
-    want, real = whole(path), data.stretch
+    want, real = whole(path), decoding.stretch
     times = [time for time, _ in packets(path)]
 
     def stretch(container, stream, packets, key, place, chosen):
         place = {time: i for time, i in place.items() if time != sorted(times)[45]}     # one that the packets lack
         return real(container, stream, packets, key, place, chosen)
 
-    monkeypatch.setattr(data, "stretch", stretch)
+    monkeypatch.setattr(decoding, "stretch", stretch)
     assert torch.equal(chosen(path, [40, 48, 50]), want[[40, 48, 50]]) and counts["whole"] == 1
     assert torch.equal(chosen(path, [80]), want[[80]]) and counts["whole"] == 1
 
 
 def test_packets_that_are_others_after_a_seek_are_found_out(tmp_path, monkeypatch, counts):
     path = film(tmp_path / "a.mp4", **x264(keyint=30))
-    want, real = whole(path), data.frame_times
+    want, real = whole(path), decoding.frame_times
 
     def frame_times(container, stream):
         times, seconds, packets = real(container, stream)
         return times, seconds, [p._replace(size=p.size + (i % 30 == 20)) for i, p in enumerate(packets)]
 
-    monkeypatch.setattr(data, "frame_times", frame_times)
+    monkeypatch.setattr(decoding, "frame_times", frame_times)
     for i, times in ((5, 0), (28, 1), (65, 0), (119, 1)):
         counts["whole"] = 0
         assert torch.equal(chosen(path, [i]), want[[i]]) and counts["whole"] == times
@@ -441,7 +444,7 @@ def test_what_the_index_promises_and_the_file_lacks_is_known_before_anything_is_
 
 def test_a_video_stream_without_a_frame_is_refused(tmp_path, monkeypatch):
     path = film(tmp_path / "a.mp4", n=2)
-    monkeypatch.setattr(data, "frame_times", lambda *_: ([], np.zeros(0), []))
+    monkeypatch.setattr(decoding, "frame_times", lambda *_: ([], np.zeros(0), []))
     for seconds in (0, 1.5):
         with pytest.raises(ValueError, match="a.mp4: has 0 frames, wanted 4"):
             read_frames(path, 4, seconds=seconds)
@@ -515,7 +518,7 @@ def test_what_is_larger_than_four_times_the_view_is_resized_before_it_is_sent():
     for H, W, size, left in ((64, 64, 32, True), (64, 65, 32, False), (16, 256, 32, True), (1, 1, 32, True)):
         x = picture(2, H, W)
         view = train_view(x, size, 1.0, False, np.random.default_rng(0), on_device=True)
-        assert torch.equal(view, x if left else data.resize(x, (size, size)))
+        assert torch.equal(view, x if left else decoding.resize(x, (size, size)))
 
 
 def test_crops_that_are_all_of_one_shape_are_resized_too(folder):

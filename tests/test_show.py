@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from test_train import assert_one_line, command
 
 import data
+import decoding
 from masking import MASKS, NEEDS, MaskConfig
 from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
 from tools import show
@@ -41,7 +42,7 @@ def video(tmp_path, monkeypatch):
 
     def write(H, W, T, path="clip.mp4"):
         frames = np.random.default_rng(0).integers(130, 230, (T, H // 8, W // 8, 3), np.uint8)
-        data.write_video(path, frames.repeat(8, 1).repeat(8, 2), fps=2)
+        decoding.write_video(path, frames.repeat(8, 1).repeat(8, 2), fps=2)
         return path
 
     monkeypatch.setitem(MASKS, "known", known)
@@ -89,7 +90,7 @@ def test_what_is_kept_is_bright_and_all_else_dim_in_the_frames_own_shape(teacher
     h, w = sheet.shape
     assert w / h == pytest.approx(shape[1] / shape[0], rel=0.02) and (sheet.rows, len(sheet.columns)) == (3, 3)
     frames, _, mask = (panels(sheet, picture, c) for c in range(3))
-    true = data.resize(data.read_frames("clip.mp4", 3), (h, w)).permute(0, 2, 3, 1).numpy()
+    true = decoding.resize(decoding.read_frames("clip.mp4", 3), (h, w)).permute(0, 2, 3, 1).numpy()
     assert np.abs(frames - true).mean() < 8                                 # enlarged another way
     bright = kept_pixels(h, w)
     np.testing.assert_array_equal(mask[bright], frames[bright])
@@ -112,7 +113,7 @@ def test_a_token_lies_where_the_teacher_saw_it(teacher, video, seen, monkeypatch
     frames = np.full((2, 48, 96, 3), 120, np.uint8)
     y, x = at
     frames[1, 12 * y:12 * y + 12, 24 * x:24 * x + 24] = np.random.default_rng(0).integers(0, 255, (12, 24, 3))
-    data.write_video("odd.mp4", frames, fps=2)
+    decoding.write_video("odd.mp4", frames, fps=2)
     picture = draw(teacher, "odd.mp4", mask=("odd",), ratio=0.95, frames=2)
     sheet, = seen[0]
     h, w = sheet.shape
@@ -276,7 +277,7 @@ def test_what_cannot_be_shown_is_one_line(teacher, video, capsys):
 
 
 def test_the_demos_call_draws_a_row_a_mask(teacher, video, tmp_path):
-    clip = data.test_view(data.read_frames(video(48, 96, 3), 3), 32)
+    clip = decoding.test_view(decoding.read_frames(video(48, 96, 3), 3), 32)
     masks = {title: MaskConfig(name, 0.875) for title, name in (("ours", "cluster_stm"), ("theirs", "known"))}
     show.masks(clip, SigLIP.from_pretrained(teacher), masks, "masks.png")
     with Image.open("masks.png") as image:

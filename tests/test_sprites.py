@@ -13,7 +13,7 @@ import pytest
 
 import data
 import sprites
-from data import read_frames
+from decoding import read_frames
 from sprites import BRIEF, KINDS, choices, draw, plan, questions, write_sprites
 
 CROWD = KINDS["crowd"]

@@ -18,6 +18,7 @@ from test_teacher import shaken
 from test_train import assert_one_line, command
 
 import data
+import decoding
 import eval as scoring
 import train
 from data import DataConfig
@@ -121,7 +122,7 @@ def whole_root(tmp_path_factory):
         t = np.linspace(0, 1, n)[:, None, None, None]
         frames = ((1 - t) * start + t * end).astype(np.uint8).repeat(size[0] // 4, 1).repeat(size[1] // 4, 2)
         os.makedirs((root / "videos" / name).parent, exist_ok=True)
-        data.write_video(str(root / "videos" / name), frames, fps=4, crf="8")
+        decoding.write_video(str(root / "videos" / name), frames, fps=4, crf="8")
     os.makedirs(root / "videos_images")
     for folder in FOLDERS:
         os.symlink(root / "videos", root / "videos_images" / folder)

@@ -15,7 +15,7 @@ import tyro
 from PIL import Image
 from test_train import ROOT, assert_one_line, command, first_run, small_sprites  # noqa: F401  (the last two: fixtures)
 
-import data
+import decoding
 import eval as score
 import search
 import train
@@ -123,7 +123,7 @@ def test_the_rows_of_a_log_are_read_as_they_were_written_and_a_folder_without_is
 
 def test_masks_are_drawn_and_only_what_they_keep_is_bright(first, sprites, tmp_path, monkeypatch):
     teacher = SigLIP.from_pretrained(f"{first}/out/first/teacher")
-    video = data.test_view(data.read_frames(f"{sprites}/videos/test_00000.mp4", 4), 16)
+    video = decoding.test_view(decoding.read_frames(f"{sprites}/videos/test_00000.mp4", 4), 16)
     configs = {title: MaskConfig(name, 0.75) for title, name in (("ours", "cluster_stm"), ("theirs", "random_frame"))}
     figures = []
     monkeypatch.setattr(show, "save", lambda figure, path, real=show.save: (figures.append(figure), real(figure, path)))

@@ -46,7 +46,7 @@ def texture(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 
 
 class Film:
-    """The frames of a video, drawn as they are asked for: what data.write_video takes, a minute of which is 4 GB."""
+    """The frames of a video, drawn as they are asked for: what decoding.write_video takes; a minute is 4 GB."""
 
     def __init__(self, height: int, seconds: int, seed: int = 0):
         self.shape, self.seed = (FPS * seconds, height, 2 * round(height * 8 / 9), 3), seed
@@ -72,14 +72,15 @@ class Film:
 
 def write_films(folder: str, sizes: list[int], seconds: list[int]) -> dict[str, str]:
     """Name -> path of each file kind. A file that is there is taken as it is."""
-    import data  # here and below: it wants av, which timing kernels does not
+    import decoding  # here and below: it wants av, which timing kernels does not
+
     os.makedirs(folder, exist_ok=True)
     films = {}
     for height, length in itertools.product(sizes, seconds):
         path = f"{folder}/{height}p_{length}s.mp4"
         if not os.path.isfile(path):
             print(f"writing {path}", flush=True)
-            data.write_video(f"{path}.part.mp4", Film(height, length), fps=FPS)
+            decoding.write_video(f"{path}.part.mp4", Film(height, length), fps=FPS)
             os.replace(f"{path}.part.mp4", path)
         films[f"{height}p, {length} s, {os.path.getsize(path) * 8e-6 / length:.2f} Mbit/s"] = path
     return films
@@ -89,14 +90,14 @@ def write_films(folder: str, sizes: list[int], seconds: list[int]) -> dict[str, 
 # Readers: read(path, T, seed) -> (T, 3, H, W) uint8
 
 def ours(path: str, T: int, seed: int) -> Tensor:
-    import data
-    return data.read_frames(path, T, "random", np.random.default_rng(seed))
+    import decoding
+    return decoding.read_frames(path, T, "random", np.random.default_rng(seed))
 
 
 def indices(T: int, total: int, seed: int) -> list[int]:
     """The frames that ours takes."""
-    import data
-    return data.pick(T, total, "random", np.random.default_rng(seed)).tolist()
+    import decoding
+    return decoding.pick(T, total, "random", np.random.default_rng(seed)).tolist()
 
 
 def torchcodec(mode: str) -> Callable:
@@ -180,6 +181,7 @@ def read_table(args, films: dict[str, str]):
 def sample_table(args, films: dict[str, str], folder: str) -> dict[tuple[str, int, str], float | str]:
     """Whole samples and their parts -> clips/s of whole samples, of (way of reading, T, file kind)."""
     import data
+    import decoding
     found = {}
     heading(f"A training sample, a crop at {SIDE}: clips/s on one core", "file", "T", "crop + resize alone",
             "sample: read + crop + resize", "sample from the decode cache", "sample with data.on_device",
@@ -189,7 +191,7 @@ def sample_table(args, films: dict[str, str], folder: str) -> dict[tuple[str, in
         kinds = [cfg, replace(cfg, cache=True), replace(cfg, on_device=True),
                  replace(cfg, cache=True, cache_quality=90)]
         rows, frames = [data.Row(path, ["a caption"], None, 0)], ours(path, T, 0)
-        crop = lambda n: data.train_view(frames, SIDE, 0.5, False, np.random.default_rng(n))    # noqa: B023
+        crop = lambda n: decoding.train_view(frames, SIDE, 0.5, False, np.random.default_rng(n))    # noqa: B023
         clips = [data.Clips(rows, kind, cache_folder=folder).__getitem__ for kind in kinds]
         cells = rates([crop, *clips], args.rounds)
         line(film, T, *cells)

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import data
+import decoding
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
 from masking import NEEDS, MaskConfig, keep_count
@@ -281,7 +282,7 @@ def shown(video: Tensor, columns: int, most: int) -> np.ndarray:
     if scale >= 1:
         video = video.repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
     else:
-        video = data.resize(video, (max(1, round(H * scale)), max(1, round(W * scale))))
+        video = decoding.resize(video, (max(1, round(H * scale)), max(1, round(W * scale))))
     return video.permute(0, 2, 3, 1).numpy()
 
 
@@ -300,7 +301,7 @@ def side_by_side(video: Tensor, seconds: list[float], found: Kept, configs: dict
     T = len(frames)
     if moving:
         sheet = Sheet(columns, 1)
-        data.write_video(out, np.stack([sheet.draw([t], seconds) for t in range(T)]), fps=2, crf="16")
+        decoding.write_video(out, np.stack([sheet.draw([t], seconds) for t in range(T)]), fps=2, crf="16")
     else:
         Image.fromarray(Sheet(columns, T).draw(list(range(T)), seconds)).save(out, optimize=True)
 
@@ -314,7 +315,7 @@ def moments(path: str, count: int, size: int) -> tuple[Tensor, list[float]]:
         found[:] = times[chosen].tolist()
         return chosen
 
-    return data.decode(path, at, size), found
+    return decoding.decode(path, at, size), found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
