@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from test_data import TURNS, cut, numbers, turn, write
+from test_decoding import TURNS, cut, numbers, turn, write
 from test_train import (  # noqa: F401  (two are fixtures)
     Killed,
     argv,

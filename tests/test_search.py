@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_data import break_packets, cut, write
+from test_decoding import break_packets, cut, write
 from test_teacher import shaken
 from test_train import assert_one_line, command, first_run, small_sprites  # noqa: F401  (the last two are fixtures)
 

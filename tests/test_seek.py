@@ -11,7 +11,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_data import break_packets, cut, picture, same
+from test_data import same
+from test_decoding import break_packets, cut, picture
 
 import data
 import decoding
