@@ -32,7 +32,7 @@ from sprites import write_sprites
 from teacher import SigLIP, guide
 from tools import variants
 from tools.ablate import clusters_of, covered
-from tools.variants import COLUMNS, Job, Show, Student, Table, Told, canonical
+from tools.variants import COLUMNS, MISPAIRED, Job, Show, Student, Table, Told, canonical
 from train import Config, SmallConfig
 
 TINY = Config(          # frames of 4 x 4 tokens; 16 clips to train on, 8 to choose settings on, 8 to test
@@ -121,7 +121,9 @@ def test_each_row_changes_what_it_says_and_nothing_else(name, full):
     digests = {}
     for title, changes in table.rows.items():
         one = Job(table.task, canonical(changes), 2, full)
-        changes = {k.removesuffix(" *"): round(base[k[:-2]] * v) if k.endswith(" *") else v for k, v in changes.items()}
+        assert one.mispaired == changes.get(MISPAIRED, 0) == (0.5 if "mispaired" in name else 0)
+        changes = {k.removesuffix(" *"): round(base[k[:-2]] * v) if k.endswith(" *") else v
+                   for k, v in changes.items() if k != MISPAIRED}
         cfg = flat(asdict(one.settings()))
         assert {k for k in cfg if cfg[k] != base[k]} == {k for k, v in changes.items() if v != base[k]}, title
         assert all(cfg[k] == v for k, v in changes.items()), title
@@ -321,9 +323,14 @@ def assert_kept(keep, wanted):
     assert keep.shape == wanted.shape and share(keep, wanted) > 0.98 > share(keep.roll(1, 0), wanted) + 0.05
 
 
-@pytest.mark.parametrize("changes", [{}, {"mask_name": "attention_high", "pool": "mean"}, {"mrm": 0.0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"mask_name": "attention_high", "pool": "mean"}, {"mrm": 0.0},
+                                     {MISPAIRED: 0.5}], ids=str)
 def test_a_student_is_told_what_the_teacher_says_of_its_own_clips(here, changes):
     s = begin(job(**changes))
+    own = variants.rows_of(s.cfg, "train")
+    same = [row == other for row, other in zip(own, s.clips["train"].rows, strict=True)]
+    assert sum(same) == (8 if MISPAIRED in changes else 16)
+    assert sorted(row.captions for row in own) == sorted(row.captions for row in s.clips["train"].rows)
     cfg, teacher = s.cfg, SigLIP.from_pretrained(s.cfg.teacher)
     clips = []
     for group in train.micro_batches(s.run, s.clips["train"], s.tokenizer, "pretrain", 8, 4, 0, 5):
@@ -341,6 +348,18 @@ def test_a_student_is_told_what_the_teacher_says_of_its_own_clips(here, changes)
                 assert g.aligned is g.text is None
             clips += b.clip.tolist()
     assert sorted(clips[:16]) == sorted(clips[16:32]) == list(range(16)) and clips[:16] != clips[16:32]
+
+
+@pytest.mark.parametrize("n, share, count", [(16, 0, 0), (16, 0.5, 8), (7, 0.5, 4), (7, 1, 7), (1000, 0.25, 250)])
+def test_that_share_of_the_clips_has_the_caption_of_another(n, share, count):
+    orders = [variants.other_captions(n, share, seed) for seed in (0, 1, 0)]
+    assert all(sorted(order) == list(range(n)) and (order != np.arange(n)).sum() == count for order in orders)
+    assert np.array_equal(orders[0], orders[2]) and np.array_equal(orders[0], orders[1]) == (count == 0)
+
+
+def test_other_captions_are_other_students(small):
+    digests = {job(**{MISPAIRED: share}).digest() for share in (0, 0.25, 0.5)} | {job().digest()}
+    assert len(digests) == 3
 
 
 def test_what_is_drawn_for_a_clip_is_that_of_the_epoch(here):

@@ -6,11 +6,11 @@ Students trained in many ways, side by side: named variants x seeds -> docs/abla
     python -m tools.ablate train --full                           # larger students on more clips, for a GPU
     python -m tools.ablate table                                  # the tables, from the file
 
-A variant is a change to the training config, by the names of train.py's flags; a seed draws clips (sprites.KINDS
-"crowd"), teacher, text encoder and student. What the teacher says of a view does not depend on the student: it is asked
-once a seed, masks are computed once a mask, and students read both from out/ablate. Draws of a mask that looks at the
-tokens are made anew for each epoch, as a run of train.py would; masked stages are kept too, for variants that differ
-after them alone. Each job is one process with one thread, or one GPU.
+A variant is a change to the training config, by the names of train.py's flags, or to the captions (MISPAIRED); a seed
+draws clips (sprites.KINDS "crowd"), teacher, text encoder and student. What the teacher says of a view does not depend
+on the student: it is asked once a seed, masks are computed once a mask, students read both from out/ablate. Draws of a
+mask that looks at the tokens are made anew for each epoch, as a run of train.py would; masked stages are kept too, for
+variants that differ after them alone. Each job is one process with one thread, or one GPU.
 
 A student is scored on 512 held-out clips, none of whose captions any other clip has; R@1 in per cent, the mean of T2V
 and V2T (chance 0.2):
@@ -86,6 +86,9 @@ BEGIN = {"batch": 64, "steps": 600, "lr": 2e-3}
 # Fine-tuning for question answering.
 ANSWERS = {"steps": 2400, "batch": 16, "lr": 5e-4}
 CLIPS = {False: 4096, True: 16384}      # to train on, SEEN of them not trained on; reduced, full
+# What a variant may change beside the config: the share of the training clips that have the caption of another one, as
+# much of the web's captions are not of what is seen. Teacher, text encoder and start have read the right ones.
+MISPAIRED = "mispaired captions"
 
 
 @dataclass
@@ -131,6 +134,9 @@ TABLES = {
                        | {f"0.95, {q:g}": {"mask.quantile_time": q} for q in (0.02, 0.5)}),
     "targets, longer": Table("the same, three times the masked steps", {
         title: {**changes, "steps *": 3} for title, changes in TARGETS.items() if title != "pixels (MAE)"}),
+    "targets, mispaired": Table("the same, and half of the training clips have another's caption", {
+        title: {**changes, "steps *": 3, MISPAIRED: 0.5} for title, changes in TARGETS.items()
+        if title != "pixels (MAE)"}),
     "pooling": Table("how the teacher pools a token's neighbourhood for the target",
                      {"3 x 3, its head": {}, "3 x 3, mean": {"pool": "mean"}, "the token alone": {"pool": "token"}}),
     "text": Table("texts to which relevance is reconstructed",
@@ -219,6 +225,8 @@ class Job:
         cfg.seed, cfg.teacher, cfg.text = self.seed, f"{self.home}/teacher", f"{self.home}/text"
         cfg.data.train, cfg.data.root = f"{folder}/sprites_train.json", f"{folder}/videos"
         for name, value in json.loads(self.variant).items():
+            if name == MISPAIRED:
+                continue
             *parts, last = name.split(".")
             of, times = cfg, last.endswith(" *")                # the name of a number that is multiplied
             last = last.removesuffix(" *")
@@ -232,9 +240,14 @@ class Job:
         cfg.steps = steps
         return cfg
 
+    @property
+    def mispaired(self) -> float:
+        return json.loads(self.variant).get(MISPAIRED, 0)
+
     def digest(self, **without) -> str:
         """Of what the result is a function of; rows of other settings are other rows."""
         said = differs(asdict(self.settings()) | without, asdict(Config()))
+        said |= {MISPAIRED: self.mispaired} if self.mispaired else {}
         return digest(said, *([ANSWERS] if self.task == "qa" else []))
 
 
@@ -316,6 +329,14 @@ def clips_of(cfg: Config, split: str) -> Clips:
     return Clips(rows_of(cfg, split), cfg.data, cfg.seed, train=split == "train")
 
 
+def other_captions(n: int, share: float, seed: int) -> np.ndarray:
+    """(n,) clip -> the clip whose caption it has; that share of them, none its own."""
+    order, rng = np.arange(n), np.random.default_rng((seed, 9))
+    some = rng.permutation(n)[:round(share * n)]
+    order[some] = np.roll(some, 1)
+    return order
+
+
 @torch.no_grad()
 def prepare(job: Job, threads: int):
     """Clips, teacher and text encoder of a seed, and what the teacher says."""
@@ -395,6 +416,10 @@ class Student:
         teacher = SigLIP.from_pretrained(cfg.teacher).to(run.device)
         self.told = {split: Told(f"{job.home}/told/{split}", cfg.seed, teacher) for split in ("train", "seen", "test")}
         self.clips = {split: clips_of(cfg, split) for split in ("train", "seen", "test")}
+        rows = self.clips["train"].rows
+        self.caption = other_captions(len(rows), job.mispaired, cfg.seed)           # whose caption each clip has
+        self.clips["train"].rows = [replace(row, captions=rows[i].captions, still=rows[i].still)
+                                    for row, i in zip(rows, self.caption, strict=True)]
         self.tokenizer = data.load_tokenizer(cfg.text)
         cfg.model.vocab, cfg.model.mask_id = self.tokenizer.get_vocab_size(), self.tokenizer.token_to_id("[MASK]")
         cfg.model.target = teacher.cfg.vision_config.hidden_size
@@ -428,9 +453,9 @@ class Student:
 
     def words(self, batch) -> tuple[Tensor, Tensor]:
         """Of a training step's clips: the targets (B, T, N, E), the captions (B, E)."""
-        told = self.told["train"]
-        return tuple(torch.from_numpy(np.array(x[batch.clip.numpy()])).to(self.run.device)
-                     for x in (told.aligned(self.cfg.pool), told.array("text")))
+        told, clips = self.told["train"], batch.clip.numpy()
+        parts = told.aligned(self.cfg.pool)[clips], told.array("text")[self.caption[clips]]
+        return tuple(torch.from_numpy(np.array(x)).to(self.run.device) for x in parts)
 
     def retrieval(self, split: str, mask: MaskConfig | None) -> dict[str, float]:
         """R@1 of T2V and V2T with the tokens that the mask keeps; None: all."""
