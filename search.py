@@ -220,7 +220,7 @@ def cut(times: np.ndarray, length: float, T: int) -> tuple[list[tuple[float, flo
     count = min(n, max(1, math.ceil(end / length - 0.1))) if length else 1
     edges = np.linspace(0, end, count + 1)
     at = [*np.searchsorted(times, edges[:-1] - 1e-6), n]                    # a frame on an edge opens its segment
-    picks = [a + data.pick(T, b - a) if a < b else np.full(T, a - 1) for a, b in pairwise(at)]
+    picks = [a + decoding.pick(T, b - a) if a < b else np.full(T, a - 1) for a, b in pairwise(at)]
     return list(pairwise(edges.tolist())), np.concatenate(picks)
 
 

@@ -311,7 +311,7 @@ def moments(path: str, count: int, size: int) -> tuple[Tensor, list[float]]:
     found = []
 
     def at(times: np.ndarray) -> np.ndarray:
-        chosen = np.unique(data.pick(count, len(times)))
+        chosen = np.unique(decoding.pick(count, len(times)))
         found[:] = times[chosen].tolist()
         return chosen
 
