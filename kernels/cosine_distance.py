@@ -33,6 +33,7 @@ def cosine_distance_ref(x: Tensor) -> Tensor:
     """The definition. x (F, N, C) -> (F, N, N) in the dtype of x."""
     u = unit(x)
     d = (1 - u @ u.mT).clamp_(0, 2)             # (F, N, N)
+    d = torch.maximum(d, d.mT)                  # a BLAS may round the two products of a pair differently
     d.diagonal(dim1=1, dim2=2).zero_()
     return d
 
@@ -84,8 +85,8 @@ def distances(
     The distances between n tokens, and their inverse lengths. APART: n evenly spaced of the `total` tokens of a clip,
     pairs of one frame of N tokens being at distance infinity; otherwise all tokens of a frame, n = total = N.
 
-    Lengths are the diagonal of the products, so the features are read for the products alone. A pair is multiplied
-    once and written twice: d_ij = d_ji to the bit.
+    Lengths are the diagonal of the products, so the features are read for the products alone. Each pair is written twice
+    from the product above the diagonal: d_ij = d_ji to the bit, however a matrix unit or a BLAS sums.
     SPARE: a row has room for whole blocks, and what is written past n means nothing; stores are then 16 bytes wide.
     Other threads of the program see what this writes after the barrier it ends with.
     """
@@ -93,6 +94,7 @@ def distances(
         i = i0 + tl.arange(0, BLOCK)
         row = token(i, n, total, not APART)
         dot = dots(x_ptr, row, row, C, True, BLOCK, BLOCK_C)
+        dot = tl.where(i[:, None] <= i[None, :], dot, tl.trans(dot))    # mirrored, as the blocks above the diagonal are
         itself = i[:, None] == i[None, :]
         square = tl.where(itself, dot, 0.0)
         inv = inverse(tl.sum(square, 1))

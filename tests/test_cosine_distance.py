@@ -240,6 +240,30 @@ def test_in_the_kernel_a_NaN_or_an_infinity_spoils_its_own_token_only(bad):
     assert d[both].equal(want[both])
 
 
+@pytest.mark.skipif(CUDA, reason="replaces the interpreter's matrix product")
+@pytest.mark.parametrize("N", [5, 49, 130])
+def test_the_kernel_is_symmetric_even_if_the_matrix_product_is_not(N, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+    plain = InterpreterBuilder.create_dot
+
+    def lopsided(self, *args):
+        dot = plain(self, *args)
+        dot.data *= 1 + 1e-6 * np.tri(*dot.data.shape, dtype=dot.data.dtype)
+        return dot
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lopsided)
+    d = cosine_distance_triton(unkind(2, N, 40))
+    assert d.equal(d.mT)
+
+
+def test_the_reference_is_symmetric_even_if_the_matrix_product_is_not(monkeypatch):
+    plain = torch.Tensor.__matmul__
+    lopsided = lambda a, b: plain(a, b) * (1 + 1e-6 * torch.ones(a.shape[-2], b.shape[-1]).tril())
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lopsided)
+    d = cosine_distance_ref(unkind(2, 49, 40))
+    assert d.equal(d.mT)
+
+
 def test_unchecked_on_a_cpu_the_reference_passes_a_NaN_on():
     x = torch.randn(1, 4, 8)
     x[0, 1, 2] = math.nan
