@@ -1,104 +1,51 @@
 """
-Data: text -> ids; annotation rows and the frames of their videos -> samples -> batches.
+Tokenizer; annotations and their videos -> samples -> batches -> the loader of a run.
+
+    captions -> build_wordpiece -> tokenizer.json -> load_tokenizer -> encode_texts -> (M, L) ids
+    Annotation -> ClipDataset or MixedDataset -> Sample -> collate -> Batch -> iterate_micro_batches
 
 A sample is a function of (seed, n) alone, so a run can stop anywhere and any number of processes read the same clips.
-Nothing is replaced in silence: in training a video that cannot be read gives its place to another, caption and id with
-it, and the sample says so; everywhere else it is an error that names it.
+Unreadable videos are never replaced silently: in training another clip is drawn instead, and the sample lists what was
+skipped; everywhere else an unreadable video is an error that names it.
 """
 
-import hashlib
-import json
 import math
 import os
-import re
 import signal
-import sqlite3
-import sys
-import tempfile
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from urllib.parse import quote
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
-from decoding import Jpegs, decode, first_frames, pick, read_frames, resize, test_view, to_jpeg, train_view
-from teacher import demand, one_line, read_json
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def ordinary():
-    """What a process of a pool begins with: one thread, and SIGTERM as it was before training had a use for it."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def in_parallel(function, items, label: str):
-    """function(item) for each item, in order, on all cores and with a progress bar; a worker that dies raises."""
-    count = min(cores(), len(items))
-    with ProcessPoolExecutor(count, initializer=ordinary) as pool:
-        yield from tqdm(pool.map(function, items, chunksize=4), label, total=len(items), disable=None)
-
-
-@contextmanager
-def appearing(path: str):
-    """A file to write bytes to, which appears at `path` whole or not at all, also where the machine loses its power."""
-    folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp", delete=False) as f:
-        try:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)                # temporary files are private
-            os.replace(f.name, path)
-        except BaseException:
-            os.remove(f.name)
-            raise
-    directory = os.open(folder or ".", os.O_RDONLY)         # the name too must survive
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def write_atomically(path: str, text: str):
-    """The file appears whole or not at all."""
-    with appearing(path) as f:
-        f.write(text.encode())
-
+from runtime import STAGES, RunContext, atomic_write_text, format_error, read_json, require
+from tasks import Annotation, Question, get_task
+from video import build_frame_cache, eval_transform, read_frames, resize, sample_frame_indices, train_transform
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
-SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def clean(caption: str) -> str:
-    """UMT's caption normalisation (multi_modality/dataset/utils.py, pre_text)."""
-    caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
-    caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
-    return " ".join(caption.split())
+def special_token_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """Return the ids of [PAD], [CLS] and [SEP]."""
+    return tuple(tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]"))
 
 
-def train_tokenizer(captions: Iterable[str], path: str, vocab: int = 2000, more: Iterable[str] = ()):
+def build_wordpiece(captions: Iterable[str], path: str, vocab_size: int = 2000, extra_texts: Iterable[str] = ()):
     """
-    A BERT word-piece tokenizer of at most `vocab` entries: the most frequent words whole, any other word in letters.
-    The same captions give the same file, which the library's own trainer does not promise. What only the texts of
-    `more` have comes after all that the captions have, and leaves the captions' ids as they are.
+    Write a BERT word-piece tokenizer of at most vocab_size entries to `path`: special tokens, letters, and the most
+    frequent words as whole pieces; other words are spelt in letters.
+
+    The same captions give the same file, which tokenizers.trainers.WordPieceTrainer does not guarantee. Entries that
+    only extra_texts need come last, so they do not change the ids of the captions.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
 
@@ -109,25 +56,25 @@ def train_tokenizer(captions: Iterable[str], path: str, vocab: int = 2000, more:
         return [*letters, *(f"##{letter}" for letter in letters)], sorted(words, key=lambda word: (-words[word], word))
 
     letters, words = letters_and_words(captions)
-    if len(SPECIALS) + len(letters) > vocab:
-        raise ValueError(f"a vocabulary of {vocab} has no room for {len(SPECIALS) + len(letters)} special tokens and "
-                         "letters")
-    more_letters, more_words = letters_and_words(more)
-    pieces = [*SPECIALS, *letters, *words, *more_letters, *more_words]
-    pieces = list(dict.fromkeys(pieces))[:vocab]                            # a word of one letter is there already
+    smallest = len(SPECIAL_TOKENS) + len(letters)
+    if smallest > vocab_size:
+        raise ValueError(f"vocab_size must be at least {smallest} (special tokens and letters), got {vocab_size}")
+    extra_letters, extra_words = letters_and_words(extra_texts)
+    pieces = [*SPECIAL_TOKENS, *letters, *words, *extra_letters, *extra_words]
+    pieces = list(dict.fromkeys(pieces))[:vocab_size]                       # one-letter words are already there
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    tokenizer.add_special_tokens(list(SPECIALS))
-    write_atomically(path, tokenizer.to_str(pretty=True))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    atomic_write_text(path, tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(path: str) -> Tokenizer:
     """
-    From a tokenizer.json, a vocab.txt or a folder that has one: ours, or a BERT checkpoint's, which then does what
-    BertTokenizerFast does.
+    Load a tokenizer.json, a vocab.txt, or a folder that has one: ours, or that of a BERT checkpoint, which then
+    behaves like BertTokenizerFast.
 
-    A tokenizer_config.json beside it has the last word on case, accents and Chinese; where it has none, a vocab.txt is
-    uncased, and a tokenizer.json is what it says it is.
+    If a tokenizer_config.json is next to it, its case, accent and Chinese options override those of the tokenizer;
+    without one, a vocab.txt is lowercased.
     """
     if os.path.isdir(path):
         names = [os.path.join(path, name) for name in ("tokenizer.json", "vocab.txt")]
@@ -143,641 +90,396 @@ def load_tokenizer(path: str) -> Tokenizer:
         else:
             tokenizer = Tokenizer.from_file(path)
     except Exception as error:                     # the library raises plain Exception
-        raise ValueError(f"{path}: not a {kind} ({one_line(error)})") from None
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
+        raise ValueError(f"{path}: not a {kind} ({format_error(error)})") from None
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     missing = [token for token, i in ids.items() if i is None]
     if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; a BERT tokenizer has {', '.join(SPECIALS)}")
-    # The model takes 0 for padding, and what follows [MASK] for words.
-    demand(ids["[PAD]"] == 0 and ids["[MASK]"] == max(ids.values()), path, "the order of its special tokens",
-           "[PAD], id 0, first and [MASK] last", ids)
-    tokenizer.add_special_tokens(list(SPECIALS))
-    beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-    options = read_json(beside) if os.path.isfile(beside) else {}
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; a BERT tokenizer must have {', '.join(SPECIAL_TOKENS)}")
+    # The model uses id 0 for padding, and ids above [MASK] as words.
+    require(ids["[PAD]"] == 0 and ids["[MASK]"] == max(ids.values()), path, "the order of its special tokens",
+            "[PAD], id 0, first and [MASK] last", ids)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    options = read_json(config) if os.path.isfile(config) else {}
     if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
-        for key, name in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
-                          ("tokenize_chinese_chars", "handle_chinese_chars")):
-            value = options.get(key, getattr(tokenizer.normalizer, name))
-            demand(value in ((True, False, None) if key == "strip_accents" else (True, False)), beside, key,
-                   "true or false", value)
-            setattr(tokenizer.normalizer, name, value)
+        for key, attribute in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
+                               ("tokenize_chinese_chars", "handle_chinese_chars")):
+            value = options.get(key, getattr(tokenizer.normalizer, attribute))
+            require(value in ((True, False, None) if key == "strip_accents" else (True, False)), config, key,
+                    "true or false", value)
+            setattr(tokenizer.normalizer, attribute, value)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, captions: list[str], length: int, sep: bool = False) -> Tensor:
-    """M captions -> (M, L) int64: [CLS] and the pieces, cut to L, padded with [PAD]. UMT's texts have no [SEP]."""
-    if length < 2 + sep:
-        raise ValueError(f"a text of {length} tokens has no room for [CLS]{', [SEP]' * sep} and a word")
-    pad, cls, end = (tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]"))
-    ids = torch.full((len(captions), length), pad)                          # (M, L)
-    for row, caption in zip(ids, captions, strict=True):
-        pieces = tokenizer.encode(caption, add_special_tokens=False).ids[:length - 1 - sep]
-        pieces = [cls, *pieces, *[end] * sep]
+def resolve_tokenizer(run: RunContext, captions: Iterable[str], text_folder: str) -> Tokenizer:
+    """
+    Load the tokenizer of a run: cfg.tokenizer if set, else the one in text_folder (of the text encoder) or next to the
+    training annotations. If there is none, rank 0 builds one from the captions in the run's folder.
+    """
+    cfg = run.cfg
+    built = os.path.join("out", cfg.name, "tokenizer.json")
+    files = [os.path.join(folder, name) for folder in (text_folder, os.path.dirname(cfg.data.train_file) or ".")
+             if folder for name in ("tokenizer.json", "vocab.txt")]
+    path = cfg.tokenizer or next((file for file in files if os.path.isfile(file)), built)
+    if path == built and run.rank == 0 and not os.path.isfile(built):
+        build_wordpiece(captions, built)
+    run.barrier()
+    return load_tokenizer(path)
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str], max_length: int, add_sep: bool = False) -> Tensor:
+    """
+    M texts -> (M, L) int64, L = max_length: [CLS] and the pieces, truncated to L, padded with [PAD]. As in UMT there is
+    no [SEP], unless add_sep.
+    """
+    if max_length < 2 + add_sep:
+        raise ValueError(f"max_length must be at least {2 + add_sep} ([CLS]{', [SEP]' * add_sep} and a word), got "
+                         f"{max_length}")
+    pad, cls, sep = special_token_ids(tokenizer)
+    ids = torch.full((len(texts), max_length), pad)                         # (M, L)
+    for row, text in zip(ids, texts, strict=True):
+        pieces = tokenizer.encode(text, add_special_tokens=False).ids[:max_length - 1 - add_sep]
+        pieces = [cls, *pieces, *[sep] * add_sep]
         row[:len(pieces)] = torch.tensor(pieces)
     return ids
 
 
-def encode_answers(tokenizer: Tokenizer, answers: list[str], length: int) -> Tensor:
+def encode_answers(tokenizer: Tokenizer, answers: list[str], max_length: int) -> Tensor:
     """
-    A texts to be said -> (A, L) int64: [CLS], the pieces, [SEP], padded with [PAD]. What is too long is cut, and then
-    has no [SEP]: its end is not to be learned.
+    A answers to generate -> (A, L) int64: [CLS], the pieces, [SEP], padded with [PAD]. An answer that is too long is
+    truncated and then has no [SEP], so that the model does not learn to stop there.
     """
-    pad, cls, end = (tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]"))
-    ids = torch.full((len(answers), length), pad)                           # (A, L)
+    pad, cls, sep = special_token_ids(tokenizer)
+    ids = torch.full((len(answers), max_length), pad)                       # (A, L)
     for row, answer in zip(ids, answers, strict=True):
-        pieces = [cls, *tokenizer.encode(answer, add_special_tokens=False).ids, end][:length]
+        pieces = [cls, *tokenizer.encode(answer, add_special_tokens=False).ids, sep][:max_length]
         row[:len(pieces)] = torch.tensor(pieces)
     return ids
 
 
-def decode_answers(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
-    """(A, L) ids, with or without [CLS], up to the first [SEP] -> texts, their pieces joined to words."""
-    said = []
+def decode_ids(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
+    """(A, L) ids, with or without [CLS] -> A texts: the pieces before the first [SEP], joined to words."""
+    texts = []
     for row in ids.tolist():
         words = []
-        for piece in (tokenizer.id_to_token(i) or "[UNK]" for i in row):    # a model may have more than its tokenizer
+        for piece in (tokenizer.id_to_token(i) or "[UNK]" for i in row):    # a model may have more ids than pieces
             if piece == "[SEP]":
                 break
             if piece.startswith("##") and words:
                 words[-1] += piece[2:]
             elif piece not in ("[PAD]", "[CLS]"):
                 words.append(piece)
-        said.append(" ".join(words))
-    return said
+        texts.append(" ".join(words))
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Annotations
+# Samples
 
-@dataclass
-class Question:
-    """What is asked about a clip, and the answers to learn. Without a text the answers are captions of it."""
-    text: str                                      # cleaned
-    answers: dict[str, float]                      # answer -> weight
-    id: str | int = ""
-    kind: str = ""                                 # of question, if the file says
-    where: str = ""                                # file and row
-
-
-@dataclass
-class Row:
-    """One entry of an annotation file."""
-    video: str                                     # path
-    captions: list[str]                            # cleaned
-    still: str | None                              # what each frame shows, if the file says
-    media: int                                     # media_id of the video
-    questions: list[Question] = field(default_factory=list)
-    right: int | None = None                       # multiple choice: the place of the caption that is true
-    where: str = ""                                # file and row
-
-
-class NoListError(ValueError):
-    """JSON, but no list."""
-
-
-def elements(f, size: int = 2 ** 20):
-    """The elements of the JSON list in a text file, one after the other: a list may be longer than memory."""
-    decoder, space = json.JSONDecoder(), re.compile("[ \t\r\n]*")
-    text, before, at, first = f.read(size), 0, 0, True                      # text[at] is character before + at
-    while text and space.fullmatch(text):
-        text, before = f.read(size), before + len(text)
-    if text[space.match(text).end():][:1] != "[":
-        f.seek(0)
-        raise NoListError(short(json.load(f)))
-    at = text.index("[") + 1
-    while True:
-        try:
-            i = space.match(text, at).end()
-            if text[i:i + 1] == "]":
-                if text[i + 1:].strip() or f.read().strip():
-                    raise ValueError(f"Extra data: character {before + i + 1}")
-                return
-            if not first:
-                if text[i:i + 1] != ",":
-                    raise json.JSONDecodeError("Expecting ',' or ']'", text, i)
-                i = space.match(text, i + 1).end()
-            entry, i = decoder.raw_decode(text, i)
-            if text[i:i + 1] in ("", ".", "e", "E"):                        # of a number there may be more
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, i)
-        except json.JSONDecodeError as error:
-            # What is wrong long before the end is wrong, but for a text, which is as long as it is.
-            cut = len(text) - error.pos < size + 16 or error.msg.startswith("Unterminated string")
-            more = f.read(size) if cut else ""
-            if not more:
-                raise ValueError(f"{error.msg}: character {before + error.pos}") from None
-            text, before, at = text[at:] + more, before + at, 0
-            continue
-        at, first = i, False
-        yield entry
-
-
-def list_entries(path: str):
-    """
-    What an annotation file lists, one after the other: a JSON list, a .jsonl of one object a line, or VindLU's SQLite,
-    a table annos(id, image or video, caption), in a .sqlite or .db.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such annotation file")
-    line, entry = "", (nothing := object())
-    try:
-        if path.endswith((".sqlite", ".db")):
-            with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as base:
-                base.row_factory = sqlite3.Row
-                for row in base.execute("select * from annos order by id"):
-                    yield (entry := dict(row))
-        else:
-            with open(path, encoding="utf-8") as f:
-                if not path.endswith(".jsonl"):
-                    for entry in elements(f):
-                        yield entry
-                else:
-                    for i, text in enumerate(f, 1):
-                        line = f", line {i}"
-                        if text.strip():
-                            yield (entry := json.loads(text))
-    except sqlite3.Error as error:
-        raise ValueError(f"{path}: not SQLite with a table annos ({error})") from None
-    except NoListError as error:
-        raise ValueError(f"{path}: wanted a list of rows, got {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}{line}: not JSON ({error})") from None
-    if entry is nothing:
-        raise ValueError(f"{path}: wanted a list of rows, got []")
-
-
-def read_entries(path: str):
-    """The objects of an annotation file, each with its place."""
-    for i, entry in enumerate(list_entries(path)):
-        where = f"{path}, row {i}"
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: wanted an object, got {short(entry)}")
-        yield where, entry
-
-
-def file_names(entry: dict, where: str) -> list[str]:
-    """Under "video" or, as in older files, "image": a name, or a list of them."""
-    names = entry.get("video", entry.get("image"))
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
-        raise ValueError(f'{where}: wanted a file name under "video" or "image", got {short(entry)}')
-    return names
-
-
-def texts(entry: dict, key: str, where: str) -> list[str]:
-    """Under `key` a text or a list of them, none of them empty once it is cleaned; as they stand there."""
-    found = entry.get(key)
-    found = [found] if isinstance(found, str) else found
-    if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
-        raise ValueError(f'{where}: wanted a text or a list of texts under "{key}", got {short(found)}')
-    for text in found:
-        if not clean(text):
-            raise ValueError(f"{where}: empty {key} {text!r}")
-        if not text.isascii() and re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{where}: half a character in {key} {text!r}")
-    return found
-
-
-def media_id(video: str) -> int:
-    """63 bits that stand for one file: in two corpora a name may be that of two."""
-    return int.from_bytes(hashlib.blake2b(os.path.abspath(video).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def check_media(rows: list[Row], root: str):
-    """FileNotFoundError where videos are not there: the first is named, all are counted."""
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder, wanted as the root of the videos in "
-                                f"{rows[0].where.rpartition(', row')[0]}")
-    there = {video: os.path.isfile(video) for video in {row.video for row in rows}}
-    absent = [row for row in rows if not there[row.video]]
-    if absent:
-        raise FileNotFoundError(f"{absent[0].where}: no file {absent[0].video}"
-                                f" ({len(absent)} of {len(rows)} rows lack theirs)")
-
-
-def annotated(path: str, root: str):
-    """
-    The rows of {"video" or "image": name under root, "caption": str or list of str}, as UMT's and VindLU's, in order.
-
-    Where the name is a list, the captions being true of several videos, each is a row; such rows share their `where`.
-    """
-    for where, entry in read_entries(path):
-        captions = [clean(text) for text in texts(entry, "caption", where)]
-        still = clean(entry["still"]) if isinstance(entry.get("still"), str) else None
-        for name in file_names(entry, where):
-            video = os.path.join(root, name)
-            yield Row(video, captions, still or None, media_id(video), where=where)
-
-
-def read_annotations(path: str, root: str, check: bool = True) -> list[Row]:
-    """The rows of an annotation file whose videos are under root. check: whether these must be there."""
-    rows = list(annotated(path, root))
-    if check:
-        check_media(rows, root)
-    return rows
-
-
-class Rows(Sequence):
-    """
-    Rows in a file: rows[i] -> Row. However many they are, a process that holds this holds 8 bytes of page cache for
-    each, and shares them with all others.
-    """
-
-    def __init__(self, path: str):
-        self.path = path
-        self.digest = read_json(path + ".json")["digest"]                   # of all rows
-        self.text = np.memmap(path + ".jsonl", np.uint8, mode="r")
-        self.at = np.memmap(path + ".at", np.int64, mode="r")               # (rows + 1,), where each begins
-
-    def __len__(self) -> int:
-        return len(self.at) - 1
-
-    def __getitem__(self, i: int) -> Row:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        i %= len(self)
-        return Row(**json.loads(self.text[self.at[i]:self.at[i + 1]].tobytes()))
-
-    def __reduce__(self):                          # another process maps the file; it is not sent the rows
-        return Rows, (self.path,)
-
-
-ROWS_VERSION = 1       # of what is written of a row
-
-
-def write_rows(corpora: list[tuple[str, str]], folder: str) -> Rows:
-    """
-    The rows of all corpora, (annotation file, folder of its videos) each, from `folder` if they are there, else read
-    and written into it. A file that has changed since is read again. Of several processes one should call this first.
-    """
-    for path, root in corpora:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such annotation file")
-        if not os.path.isdir(root):
-            raise FileNotFoundError(f"{root}: no such folder, wanted as the root of the videos in {path}")
-    stats = [os.stat(path) for path, _ in corpora]
-    key = [ROWS_VERSION] + [(os.path.abspath(path), root, s.st_size, s.st_mtime_ns)
-           for (path, root), s in zip(corpora, stats, strict=True)]
-    path = os.path.join(folder, "rows_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
-    if os.path.exists(path + ".json"):
-        return Rows(path)
-    os.makedirs(folder, exist_ok=True)
-    at, digest = array("q", [0]), hashlib.blake2b(digest_size=16)
-    with appearing(path + ".jsonl") as f:
-        for annotations, root in corpora:
-            for row in tqdm(annotated(annotations, root), annotations, unit=" rows", mininterval=1, disable=None):
-                line = json.dumps(vars(row), default=vars).encode() + b"\n"
-                digest.update(line)
-                f.write(line)
-                at.append(at[-1] + len(line))
-    with appearing(path + ".at") as f:
-        f.write(at)
-    write_atomically(path + ".json", json.dumps({"digest": digest.hexdigest()}))    # last: it says the others are whole
-    return Rows(path)
-
-
-def short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Clips
-
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how a clip is cut from it."""
-    train: str = "data/sprites/sprites_train.json"    # annotation file: a JSON list of {"video", "caption"}
-    root: str = "data/sprites/videos"                 # folder that its "video" names are relative to
-    more: tuple[str, ...] = ()                        # further corpora of videos, each FILE=FOLDER
-    images: tuple[str, ...] = ()                      # corpora of images, each FILE=FOLDER: clips of one frame
-    frames: int = 8           # frames a clip (T)
-    size: int = 64            # pixels a side
-    seconds: float = 0.0      # of a video only its first so many seconds; 0: all of it
-    scale: float = 1.0        # smallest share of the frame's area that a training crop keeps; 1: the whole frame
-    flip: bool = False        # mirror half of the training clips (never where captions say left or right)
-    views: int = 1            # fixed views (frames, crop, flip) a clip has; 0: a new one every epoch
-    cache: bool = True        # decode once, into a memory-mapped file beside the annotations
-    cache_frames: int = 32    # frames a video kept in that cache, evenly spaced
-    cache_size: int = 0       # their short side at most; 0: size
-    cache_quality: int = 0    # they are kept as JPEGs of this quality, 1 to 100; 0: as they are
-    workers: int = 0          # loader processes
-    on_device: bool = False   # training crops go to the device as they are, and are resized there, not by the loader
-    max_bad: float = 0.1      # share of the videos asked for that may be unreadable; past it the run ends
+    """Which data is read, and how frames and crops are taken from a video."""
+    train_file: str = "data/sprites/sprites_train.json"  # annotation file: a JSON list of {"video", "caption"}
+    video_root: str = "data/sprites/videos"              # folder that the "video" names are relative to
+    extra_videos: tuple[str, ...] = ()   # further video corpora, each FILE=FOLDER
+    image_corpora: tuple[str, ...] = ()  # image corpora, each FILE=FOLDER; an image is a clip of one frame
+    num_frames: int = 8             # frames per clip (T)
+    image_size: int = 64            # height and width of a frame, pixels
+    max_seconds: float = 0.0        # use only this many seconds from the start of a video; 0: all
+    min_crop_scale: float = 1.0     # smallest fraction of the frame area in a random training crop; 1: no cropping
+    hflip: bool = False             # flip half of the training clips horizontally; wrong if captions say left or right
+    num_views: int = 1              # fixed augmented views (frames, crop, flip) per clip; 0: a new view every epoch
+    frame_cache: bool = True        # decode each video once, into a memory-mapped file next to the annotations
+    cache_frames: int = 32          # evenly spaced frames per video in the cache
+    cache_image_size: int = 0       # largest short side of cached frames, pixels; 0: as image_size
+    cache_jpeg_quality: int = 0     # store cached frames as JPEG of this quality, 1 to 100; 0: uncompressed
+    num_workers: int = 0            # loader processes per rank; 0: load in the main process
+    resize_on_device: bool = False  # resize training crops on the GPU instead of in the loader processes
+    max_unreadable: float = 0.1     # largest fraction of videos that may be unreadable before the run stops
 
     def __post_init__(self):
-        for corpus in (*self.more, *self.images):
-            if not all(corpus.partition("=")[::2]):
-                raise ValueError(f"a corpus wants to be FILE=FOLDER, is {corpus!r}")
-        for name, least in (("frames", 1), ("size", 1), ("seconds", 0), ("views", 0), ("cache_size", 0),
-                            ("workers", 0)):
+        for name in ("extra_videos", "image_corpora"):
+            for corpus in getattr(self, name):
+                if not all(corpus.partition("=")[::2]):
+                    raise ValueError(f"data.{name} must be FILE=FOLDER, got {corpus!r}")
+        for name, least in (("num_frames", 1), ("image_size", 1), ("max_seconds", 0), ("num_views", 0),
+                            ("cache_image_size", 0), ("num_workers", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"data.{name} {getattr(self, name)}: wants at least {least}")
-        if not 0 < self.scale <= 1:
-            raise ValueError(f"data.scale {self.scale}: wants a share of the area, above 0 and up to 1")
-        if self.images and self.frames == 1:
-            raise ValueError("data.frames 1 beside data.images: videos of one frame are images, give them as such")
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"data.max_bad {self.max_bad}: wants a share, from 0 to 1")
-        if not 0 <= self.cache_quality <= 100:
-            raise ValueError(f"data.cache_quality {self.cache_quality}: wants 1 to 100, or 0 for no JPEGs")
-        if self.cache and self.cache_frames < self.frames:
-            raise ValueError(f"data.cache_frames {self.cache_frames}: wants at least data.frames, {self.frames}")
+                raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError(f"data.min_crop_scale must be above 0 and at most 1, got {self.min_crop_scale}")
+        if self.image_corpora and self.num_frames == 1:
+            raise ValueError("data.num_frames must be at least 2 with data.image_corpora, got 1: with one frame, list "
+                             "the images as videos")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"data.max_unreadable must be from 0 to 1, got {self.max_unreadable}")
+        if not 0 <= self.cache_jpeg_quality <= 100:
+            raise ValueError(f"data.cache_jpeg_quality must be from 0 (no JPEG) to 100, got {self.cache_jpeg_quality}")
+        if self.frame_cache and self.cache_frames < self.num_frames:
+            raise ValueError(f"data.cache_frames must be at least data.num_frames, got {self.cache_frames} and "
+                             f"{self.num_frames}")
 
     def corpora(self, images: bool = False) -> list[tuple[str, str]]:
-        """(annotation file, folder) of each corpus of videos, or of images."""
-        listed = [tuple(corpus.partition("=")[::2]) for corpus in (self.images if images else self.more)]
-        return listed if images else [(self.train, self.root), *listed]
-
-
-class Cache:
-    """
-    Decoded videos in one memory-mapped file: cache[path] -> (n, 3, h, w) uint8 array, not a copy, or Jpegs. ValueError
-    for one that could not be read.
-    """
-
-    def __init__(self, path: str):
-        self.path = path
-        with open(path + ".json") as f:
-            # (video, at, shape), (video, at, [sizes of JPEGs]), or (video, None, what is wrong with it)
-            self.index = json.load(f)
-        self.place = {video: (at, shape) for video, at, shape in self.index}
-        self.data = np.memmap(path + ".bin", np.uint8, mode="r")
-
-    def __getitem__(self, video: str) -> "np.ndarray | Jpegs":
-        at, shape = self.place[video]
-        if at is None:
-            raise ValueError(shape)
-        if isinstance(shape[0], list):
-            return Jpegs(self.data[at:at + sum(shape[0])], shape[0])
-        return self.data[at:at + np.prod(shape)].reshape(shape)
-
-    def __reduce__(self):                          # another process opens the file; it is not sent the pixels
-        return Cache, (self.path,)
-
-
-CACHE_VERSION = 2      # of what decoding makes of a video: 2 turns it as it is to be shown
-
-
-def decode_cache(rows: Sequence[Row], cfg: DataConfig, folder: str) -> Cache:
-    """
-    The decoded videos of rows, from `folder` if they are there, else decoded into it on all cores. A video that has
-    changed since is another cache. Of several processes one should call this first.
-
-    ValueError where more than cfg.max_bad of them cannot be read: the first is named.
-    """
-    videos = {}                                    # path -> its first row
-    for row in rows:
-        videos.setdefault(row.video, row.where)
-    size = cfg.cache_size or cfg.size
-    stats = [os.stat(video) if os.path.isfile(video) else None for video in videos]
-    how = [CACHE_VERSION, cfg.cache_frames, size, *[cfg.seconds] * (cfg.seconds > 0)]
-    how += [{"quality": cfg.cache_quality}] * (cfg.cache_quality > 0)
-    key = [*how, [(v, *((s.st_size, s.st_mtime_ns) if s else ())) for v, s in zip(videos, stats, strict=True)]]
-    path = os.path.join(folder, "decoded_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
-
-    def check(index):
-        bad = [(video, reason) for video, at, reason in index if at is None]
-        if len(bad) > min(cfg.max_bad * len(index), len(index) - 1):
-            raise ValueError(f"{videos[bad[0][0]]}: {bad[0][1]} ({len(bad)} of {len(index)} videos cannot be read, "
-                             f"more than data.max_bad, {cfg.max_bad:g})")
-
-    if os.path.exists(path + ".json"):
-        cache = Cache(path)
-        check(cache.index)
-        return cache
-    index, at = [], 0
-    try:
-        with appearing(path + ".bin") as f:
-            read = partial(_read_for_cache, cfg.cache_frames, size, cfg.seconds, cfg.cache_quality)
-            for video, frames in zip(videos, in_parallel(read, list(videos), "decoding"), strict=True):
-                if isinstance(frames, str):
-                    index.append((video, None, frames))
-                    continue
-                jpegs = isinstance(frames, list)
-                index.append((video, at, [[*map(len, frames)]] if jpegs else frames.shape))
-                at += f.write(b"".join(frames) if jpegs else frames.data)
-            check(index)
-    except OSError as error:
-        raise ValueError(f"{folder}: no decode cache can be written ({error.strerror}); pass --data.no-cache") from None
-    write_atomically(path + ".json", json.dumps(index))                     # last: it says that the other is whole
-    return Cache(path)
-
-
-def _read_for_cache(count: int, size: int, seconds: float, quality: int, video: str) -> np.ndarray | list[bytes] | str:
-    """
-    Frames (n, 3, h, w), or n JPEGs, or what is wrong with the video: all that fail are counted before the run stops.
-    """
-    def choose(times):
-        total = first_frames(times, seconds)
-        return pick(min(count, total), total)
-
-    try:
-        frames = decode(video, choose, size).numpy()
-        return [to_jpeg(frame, quality) for frame in frames] if quality else frames
-    except (ValueError, OSError) as error:
-        return str(error)
+        """List (annotation file, media folder) of each video corpus, or of each image corpus."""
+        listed = [tuple(corpus.partition("=")[::2]) for corpus in (self.image_corpora if images else self.extra_videos)]
+        return listed if images else [(self.train_file, self.video_root), *listed]
 
 
 @dataclass
 class Sample:
-    video: Tensor                                  # (T, 3, S, S) uint8
+    """One clip as the model sees it."""
+    video: Tensor                                  # (T, 3, S, S) uint8; (T, 3, h, w) if the device resizes it
     caption: str
-    still: str                                     # what each frame shows; the caption where the file does not say
-    media: int                                     # Row.media
-    clip: int                                      # row
-    view: int                                      # which frames, crop and flip of it
+    frame_caption: str                             # describes each single frame; the caption if the file has none
+    media_id: int                                  # Annotation.media_id
+    clip_id: int                                   # index of the annotation
+    view_id: int                                   # index of the frames, crop and flip of this clip
     questions: list[Question] = field(default_factory=list)
-    lost: list[dict] = field(default_factory=list)     # what was asked for before it and could not be read, and why
-    size: int = 0                                  # S, where the video may be a crop yet, (T, 3, h, w)
+    skipped: list[dict] = field(default_factory=list)  # unreadable videos drawn before this one: UnreadableError.record
+    image_size: int = 0                            # S
 
 
 class UnreadableError(ValueError):
-    """A video that cannot be read; `about`: {"where", "video", "reason"}."""
+    """A video cannot be read. record: {"where": file and row, "video": path, "reason"}."""
 
-    def __init__(self, row: Row, error: Exception):
-        super().__init__(f"{row.where}: {error}")
-        self.about = {"where": row.where, "video": row.video, "reason": str(error)}
+    def __init__(self, annotation: Annotation, error: Exception):
+        super().__init__(f"{annotation.source}: {error}")
+        self.record = {"where": annotation.source, "video": annotation.video, "reason": str(error)}
 
 
-class Clips(torch.utils.data.Dataset):
+def require_readable(count_read: int, count_all: int):
+    """Raise a ValueError if none of the videos could be read."""
+    if not count_read:
+        raise ValueError(f"none of {count_all} videos could be read")
+
+
+class ClipDataset(torch.utils.data.Dataset):
     """
-    clips[n], for any n >= 0, is sample n of a run: every epoch is a permutation of the rows. It is a function of
-    (seed, n) alone, and its view of (seed, row, view). With train=False clips[n] is row n as it is scored.
+    In training, dataset[n] for any n >= 0 is sample n of a run: every epoch is a permutation of the annotations. The
+    sample is a function of (seed, n) alone, and its pixels of (seed, clip_id, view_id). With train=False, dataset[n]
+    is annotation n as it is evaluated.
 
-    In training a row whose video cannot be read hands its place to another, drawn by (seed, n) too, so that all other
-    samples are what they would be; it is listed in the sample's `lost`.
+    If a training video cannot be read, another annotation is drawn from (seed, n), and the sample lists the video in
+    `skipped`; all other samples are unchanged.
     """
 
-    def __init__(self, rows: Sequence[Row], cfg: DataConfig, seed: int = 0, train: bool = True,
-                 cache_folder: str | None = None, first: int = 0):
-        """first: the number of the first row among those of the run, where there are other Clips beside these."""
-        self.rows, self.cfg, self.seed, self.train, self.first = rows, cfg, seed, train, first
-        self.cache = decode_cache(rows, cfg, cache_folder or os.path.dirname(cfg.train) or ".") if cfg.cache else None
-        self.epoch, self.order = -1, None
+    def __init__(self, annotations: Sequence[Annotation], cfg: DataConfig, seed: int = 0, train: bool = True,
+                 cache_folder: str | None = None, index_offset: int = 0):
+        """index_offset: the clip_id of the first annotation, if other datasets of the run come before this one."""
+        self.annotations, self.cfg, self.seed, self.train = annotations, cfg, seed, train
+        self.index_offset = index_offset
+        cache_folder = cache_folder or os.path.dirname(cfg.train_file) or "."
+        self.cache = build_frame_cache(annotations, cfg, cache_folder) if cfg.frame_cache else None
+        self.epoch, self.permutation = -1, None
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.annotations)
 
-    def row(self, clip: int) -> Row:
-        """Of a clip's number, as samples have it."""
-        return self.rows[clip - self.first]
+    def annotation(self, clip_id: int) -> Annotation:
+        """Look up the annotation of a sample's clip_id."""
+        return self.annotations[clip_id - self.index_offset]
 
     def __getitem__(self, n: int) -> Sample:
         if not self.train:
-            frames = self.read(self.rows[n], "middle", None)
-            return self.sample(n, 0, test_view(frames, self.cfg.size), self.rows[n].captions[0])
+            frames = self.load_frames(self.annotations[n], "middle", None)
+            video = eval_transform(frames, self.cfg.image_size)
+            return self.make_sample(n, 0, video, self.annotations[n].captions[0])
         if n < 0:
-            raise IndexError(f"sample {n} of a run")
-        epoch, i = divmod(n, len(self.rows))
+            raise IndexError(f"the number of a sample must be at least 0, got {n}")
+        epoch, i = divmod(n, len(self.annotations))
         if epoch != self.epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-            self.epoch, self.order = epoch, order.astype(np.int32)          # as every loader process has one
-        clip, lost = int(self.order[i]), []
-        others = np.random.default_rng((self.seed, n, self.first, 2))
+            permutation = np.random.default_rng((self.seed, epoch)).permutation(len(self.annotations))
+            self.epoch, self.permutation = epoch, permutation.astype(np.int32)      # each loader process holds one
+        index, skipped = int(self.permutation[i]), []
+        replacements = np.random.default_rng((self.seed, n, self.index_offset, 2))
         while True:
             try:
-                sample = self.view(clip, epoch % self.cfg.views if self.cfg.views else epoch)
-                return replace(sample, lost=lost)
+                sample = self.training_sample(index, epoch % self.cfg.num_views if self.cfg.num_views else epoch)
+                return replace(sample, skipped=skipped)
             except UnreadableError as error:
-                lost.append(error.about)
-                if len(lost) == 10:
-                    raise ValueError(f"{error} (and none of 9 others drawn before it could be read)") from None
-            clip = int(others.integers(len(self.rows)))
+                skipped.append(error.record)
+                if len(skipped) == 10:
+                    raise ValueError(f"{error} (neither can the 9 videos drawn before it)") from None
+            index = int(replacements.integers(len(self.annotations)))
 
-    def view(self, clip: int, view: int) -> Sample:
-        """View `view` of row `clip`, as it is trained on. UnreadableError where its video cannot be read."""
-        row = self.rows[clip]
-        rng = np.random.default_rng((self.seed, self.first + clip, view, 1))
-        caption = row.captions[rng.integers(len(row.captions))]
+    def training_sample(self, index: int, view_id: int) -> Sample:
+        """Make augmented view `view_id` of annotation `index`. UnreadableError if its video cannot be read."""
+        annotation, cfg = self.annotations[index], self.cfg
+        rng = np.random.default_rng((self.seed, self.index_offset + index, view_id, 1))
+        caption = annotation.captions[rng.integers(len(annotation.captions))]
         try:
-            frames = self.read(row, "random", rng)
+            frames = self.load_frames(annotation, "random", rng)
         except (ValueError, OSError) as error:
-            raise UnreadableError(row, error) from None
-        cfg = self.cfg
-        video = train_view(frames, cfg.size, cfg.scale, cfg.flip, rng, cfg.on_device)
-        return self.sample(clip, view, video, caption)
+            raise UnreadableError(annotation, error) from None
+        video = train_transform(frames, cfg.image_size, cfg.min_crop_scale, cfg.hflip, rng, cfg.resize_on_device)
+        return self.make_sample(index, view_id, video, caption)
 
-    def read(self, row: Row, sample: str, rng) -> Tensor:
+    def load_frames(self, annotation: Annotation, strategy: str, rng: np.random.Generator | None) -> Tensor:
+        """Read num_frames frames of a video (T, 3, H, W) uint8, from the cache if there is one."""
+        num_frames = self.cfg.num_frames
         if self.cache is None:
-            return read_frames(row.video, self.cfg.frames, sample, rng, seconds=self.cfg.seconds)
-        video = self.cache[row.video]
-        chosen = pick(self.cfg.frames, len(video), sample, rng)
-        return torch.from_numpy(np.asarray(video[chosen]))
+            return read_frames(annotation.video, num_frames, strategy, rng, seconds=self.cfg.max_seconds)
+        frames = self.cache[annotation.video]
+        indices = sample_frame_indices(num_frames, len(frames), strategy, rng)
+        return torch.from_numpy(np.asarray(frames[indices]))
 
-    def sample(self, clip: int, view: int, video: Tensor, caption: str) -> Sample:
-        row = self.rows[clip]
-        return Sample(video, caption, row.still or caption, row.media, self.first + clip, view, row.questions,
-                      size=self.cfg.size)
+    def make_sample(self, index: int, view_id: int, video: Tensor, caption: str) -> Sample:
+        annotation = self.annotations[index]
+        return Sample(video, caption, annotation.frame_caption or caption, annotation.media_id,
+                      self.index_offset + index, view_id, annotation.questions, image_size=self.cfg.image_size)
 
 
-class Mix(torch.utils.data.Dataset):
+class MixedDataset(torch.utils.data.Dataset):
     """
-    Clips of videos and of images as one. A batch is of one kind; an epoch has as many of each as its clips can fill, in
-    an order that is a function of (seed, epoch), so that mix[n] is one of (seed, n).
+    Clips of videos and of images as one dataset, for training. Each batch is of one kind. An epoch has as many batches
+    of each kind as its clips can fill, in an order that is a function of (seed, epoch); so sample n is a function of
+    (seed, n).
     """
 
-    def __init__(self, videos: Clips, images: Clips, batch: int):
-        self.kinds, self.batch, self.seed = (videos, images), batch, videos.seed
-        self.share = [max(1, len(clips) // batch) for clips in self.kinds]  # batches an epoch
-        self.epoch, self.order = -1, None
+    def __init__(self, videos: ClipDataset, images: ClipDataset, batch: int):
+        self.datasets, self.batch, self.seed = (videos, images), batch, videos.seed
+        self.batches_per_epoch = [max(1, len(dataset) // batch) for dataset in self.datasets]
+        self.epoch, self.permutation = -1, None
 
     def __len__(self):
-        return sum(map(len, self.kinds))
+        return sum(map(len, self.datasets))
 
-    def row(self, clip: int) -> Row:
-        return self.kinds[clip >= self.kinds[1].first].row(clip)
+    def annotation(self, clip_id: int) -> Annotation:
+        """Look up the annotation of a sample's clip_id."""
+        return self.datasets[clip_id >= self.datasets[1].index_offset].annotation(clip_id)
 
     def __getitem__(self, n: int) -> Sample:
         batch, i = divmod(n, self.batch)
-        epoch, at = divmod(batch, sum(self.share))
+        epoch, position = divmod(batch, sum(self.batches_per_epoch))
         if epoch != self.epoch:
-            kinds = np.repeat((0, 1), self.share)
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch, 3)).permutation(kinds)
-        kind = int(self.order[at])
-        before = epoch * self.share[kind] + int((self.order[:at] == kind).sum())
-        return self.kinds[kind][before * self.batch + i]
+            kinds = np.repeat((0, 1), self.batches_per_epoch)
+            self.epoch, self.permutation = epoch, np.random.default_rng((self.seed, epoch, 3)).permutation(kinds)
+        kind = int(self.permutation[position])
+        batch_of_kind = epoch * self.batches_per_epoch[kind] + int((self.permutation[:position] == kind).sum())
+        return self.datasets[kind][batch_of_kind * self.batch + i]
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
 
 @dataclass
 class Batch:
-    video: Tensor | None                           # (B, T, 3, S, S) uint8; None while there are crops
-    ids: Tensor                                    # (B, L) int64; of questions (Q, L)
+    """B clips, their texts and, for question answering and captioning, Q questions with A answers."""
+    video: Tensor | None                           # (B, T, 3, S, S) uint8; None until `to` resizes the crops
+    text_ids: Tensor                               # (B, L) int64; of questions (Q, L)
     captions: list[str]
-    stills: list[str]
-    media: Tensor                                  # (B,) int64, equal for clips of one file
-    clip: Tensor                                   # (B,) int64, on the host
-    view: Tensor                                   # (B,) int64, on the host
-    seed: int                                      # of all that is drawn at random about this batch
-    n: int = 0                                     # of its first sample, among a stage's
-    rows: Tensor | None = None                     # (Q,) int64, the clip of the batch that question q is about
-    answers: Tensor | None = None                  # (A, L') int64
-    asked: Tensor | None = None                    # (A,) int64, the question that answer a belongs to
-    weight: Tensor | None = None                   # (A,) fp32
-    lost: list[dict] = field(default_factory=list)     # of its samples
-    crops: Tensor | None = None                    # uint8, the clips one after the other, to become the video
-    shapes: list[tuple] = field(default_factory=list)      # (T, 3, h, w) of each
-    size: int = 0                                  # S
+    frame_captions: list[str]
+    media_ids: Tensor                              # (B,) int64, equal for clips of one file
+    clip_ids: Tensor                               # (B,) int64, stays on the host
+    view_ids: Tensor                               # (B,) int64, stays on the host
+    seed: int                                      # of all random draws for this batch
+    first_sample: int = 0                          # number of its first sample in the stage
+    clip_index: Tensor | None = None               # (Q,) int64, the clip of the batch that a question is about
+    answer_ids: Tensor | None = None               # (A, L') int64
+    question_index: Tensor | None = None           # (A,) int64, the question that an answer belongs to
+    answer_weight: Tensor | None = None            # (A,) fp32
+    skipped: list[dict] = field(default_factory=list)      # of all its samples
+    crops: Tensor | None = None                    # uint8, the crops of all clips, flattened and concatenated
+    crop_shapes: list[tuple] = field(default_factory=list)     # (T, 3, h, w) of each
+    image_size: int = 0                            # S
 
     def pin_memory(self) -> "Batch":
-        """For the loader: from pinned memory a copy to the device is not waited for."""
-        return self.tensors(Tensor.pin_memory)
+        """Called by the DataLoader: copies from pinned memory to the device run asynchronously."""
+        return self.map_tensors(Tensor.pin_memory)
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
-        """All but clip and view, which the host reads without waiting for the device. Crops are resized there."""
-        there = replace(self, clip=None, view=None).tensors(lambda x: x.to(device, non_blocking=non_blocking))
-        there = replace(there, clip=self.clip, view=self.view)
+        """Copy all tensors but clip_ids and view_ids, which the host reads; resize the crops on the device."""
+        moved = replace(self, clip_ids=None, view_ids=None)
+        moved = moved.map_tensors(lambda x: x.to(device, non_blocking=non_blocking))
+        moved = replace(moved, clip_ids=self.clip_ids, view_ids=self.view_ids)
         if self.crops is None:
-            return there
-        crops = there.crops.split([math.prod(shape) for shape in self.shapes])
-        video = [resize(crop.view(shape), (self.size,) * 2) for crop, shape in zip(crops, self.shapes, strict=True)]
-        return replace(there, video=torch.stack(video), crops=None, shapes=[])
+            return moved
+        crops = moved.crops.split([math.prod(shape) for shape in self.crop_shapes])
+        video = [resize(crop.view(shape), (self.image_size,) * 2)
+                 for crop, shape in zip(crops, self.crop_shapes, strict=True)]
+        return replace(moved, video=torch.stack(video), crops=None, crop_shapes=[])
 
-    def tensors(self, change) -> "Batch":
+    def map_tensors(self, function) -> "Batch":
+        """Replace each tensor x by function(x)."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
-def collate(samples: list[Sample], tokenizer: Tokenizer, length: int, seed: int, sep: bool = False,
-            answer_length: int = 0) -> Batch:
-    """With an answer_length the ids are those of the samples' questions, and their answers are there too."""
-    captions, size = [s.caption for s in samples], samples[0].size
+def collate(samples: list[Sample], tokenizer: Tokenizer, max_length: int, seed: int, add_sep: bool = False,
+            max_answer_length: int = 0) -> Batch:
+    """
+    Make a batch of samples. text_ids are those of the captions; if max_answer_length > 0, they are those of the
+    samples' questions, and the answers are encoded too.
+    """
+    captions, size = [s.caption for s in samples], samples[0].image_size
     crops, shapes = None, [tuple(s.video.shape) for s in samples]
     if size and any(shape[2:] != (size, size) for shape in shapes):
         crops = torch.cat([s.video.flatten() for s in samples])
     batch = Batch(
         video=torch.stack([s.video for s in samples]) if crops is None else None,
-        crops=crops, shapes=shapes if crops is not None else [], size=size,
-        ids=torch.empty(0), captions=captions, stills=[s.still for s in samples],
-        media=torch.tensor([s.media for s in samples]), clip=torch.tensor([s.clip for s in samples]),
-        view=torch.tensor([s.view for s in samples]), seed=seed, lost=[about for s in samples for about in s.lost],
+        crops=crops, crop_shapes=shapes if crops is not None else [], image_size=size,
+        text_ids=torch.empty(0), captions=captions, frame_captions=[s.frame_caption for s in samples],
+        media_ids=torch.tensor([s.media_id for s in samples]), clip_ids=torch.tensor([s.clip_id for s in samples]),
+        view_ids=torch.tensor([s.view_id for s in samples]), seed=seed,
+        skipped=[record for s in samples for record in s.skipped],
     )
-    if not answer_length:
-        return replace(batch, ids=encode(tokenizer, captions, length, sep))
+    if not max_answer_length:
+        return replace(batch, text_ids=encode_texts(tokenizer, captions, max_length, add_sep))
     questions = [(b, q) for b, s in enumerate(samples) for q in s.questions]
     answers = [(i, answer, weight) for i, (_, q) in enumerate(questions) for answer, weight in q.answers.items()]
     return replace(
-        batch, ids=encode(tokenizer, [q.text for _, q in questions], length, sep),
-        rows=torch.tensor([b for b, _ in questions]), asked=torch.tensor([i for i, _, _ in answers]),
-        answers=encode_answers(tokenizer, [answer for _, answer, _ in answers], answer_length),
-        weight=torch.tensor([weight for _, _, weight in answers]),
+        batch, text_ids=encode_texts(tokenizer, [q.text for _, q in questions], max_length, add_sep),
+        clip_index=torch.tensor([b for b, _ in questions]), question_index=torch.tensor([i for i, _, _ in answers]),
+        answer_ids=encode_answers(tokenizer, [answer for _, answer, _ in answers], max_answer_length),
+        answer_weight=torch.tensor([weight for _, _, weight in answers]),
     )
 
 
-def command(name: str, run):
-    """Runs a command. What is wrong with its input is one line, not a traceback, unless TRACEBACK is set."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader of a run
+
+def iterate_micro_batches(run: RunContext, dataset: ClipDataset | MixedDataset, tokenizer: Tokenizer, stage: str,
+                          batch: int, micro_batch: int, step: int, steps: int):
+    """
+    Yield, for each of the steps `step` ... `steps` - 1, the list of this rank's micro-batches, on run.device.
+
+    Step s has the samples s * batch ... (s + 1) * batch - 1, in micro-batches of micro_batch clips that are split over
+    the ranks in order. Sample n and the seed of a micro-batch are functions of (cfg.seed, stage, step, index) alone.
+    """
+    cfg = run.cfg
+    count = batch // micro_batch                   # micro-batches of a step, over all ranks
+    local = range(run.rank * count // run.world, (run.rank + 1) * count // run.world)
+    first = lambda s, i: s * batch + i * micro_batch
+    batches = [range(first(s, i), first(s, i) + micro_batch) for s in range(step, steps) for i in local]
+    loader = iter(DataLoader(
+        dataset, batch_sampler=batches, num_workers=cfg.data.num_workers, pin_memory=run.device.type == "cuda",
+        worker_init_fn=ignore_sigterm, collate_fn=partial(
+            collate, tokenizer=tokenizer, max_length=cfg.text.max_length, seed=0, add_sep=cfg.text.add_sep,
+            max_answer_length=get_task(cfg.task).max_answer_length if cfg.task else 0),
+    ))
+    # On a separate stream the copies overlap with the previous step.
+    copy_stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
     try:
-        run()
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(f"{name}: {str(error).strip().splitlines()[-1]}")          # a loader process sends its traceback along
+        for s in range(step, steps):
+            group = []
+            for i in local:
+                with torch.cuda.stream(copy_stream) if copy_stream else nullcontext():
+                    b = next(loader).to(run.device, non_blocking=True)
+                if copy_stream:
+                    current = torch.cuda.current_stream(run.device)
+                    current.wait_stream(copy_stream)
+                    b.map_tensors(lambda x, current=current: x.record_stream(current) if x.is_cuda else None)
+                key = np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i))
+                b.seed, b.first_sample = int(key.generate_state(1, np.uint64)[0]), first(s, i)
+                group.append(b)
+            yield group
+    finally:
+        if cfg.data.num_workers:
+            loader._shutdown_workers()              # they ignore SIGTERM, and the exit of this process waits for them
 
 
-if __name__ == "__main__":              # `data.py sprites --out FOLDER` is `sprites.py --out FOLDER`
-    import tyro
-
-    from sprites import write_sprites
-    command("data.py", lambda: tyro.extras.subcommand_cli_from_dict({"sprites": write_sprites},
-                                                                    description="The embedded data set."))
+def ignore_sigterm(_):
+    """Loader worker initialiser. On SIGTERM training finishes its step, for which it needs the workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

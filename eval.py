@@ -1,17 +1,20 @@
 """
-Score a trained model.
+Evaluate a trained model.
 
     python eval.py --task sprites --checkpoint out/sprites
-    python eval.py --task msrvtt --checkpoint out/base --data-root DATA         # the rows of tasks.TASKS
+    python eval.py --task msrvtt --checkpoint out/base --data-root DATA         # any task of tasks.TASKS
     python eval.py --task sprites --checkpoint out/sprites --mask cluster_stm --mask-ratio 0.9
     python eval.py --checkpoint out/captions --data captions.json --data-root FOLDER
     torchrun --nproc_per_node=8 eval.py --task msrvtt --checkpoint out/base --data-root DATA
 
-Retrieval, T2V and V2T: R@1/5/10 in per cent, median and mean rank: by similarity, the mean over frames of the cosines;
-by the same with a dual softmax, which looks at all queries at once; and re-ranked by the matching head, which looks
-again at each query's top k. Multiple choice by both. Question answering by ranking a list of answers, and in free
-words. Captioning, greedy and by beam search. With a mask all of it is given the kept tokens alone. Prints a block,
-writes the same as JSON.
+Inputs: a folder that train.py wrote, an annotation file and its videos. Outputs: a printed table, and a JSON file with
+the scores, the protocol and, for question answering and captioning, every prediction.
+
+Retrieval is text-to-video (T2V) and video-to-text (V2T): R@1/5/10 in per cent, median and mean rank. Candidates are
+ranked by similarity (the mean over frames of the cosines), by similarity with a dual softmax over all queries, and with
+the top k of each query re-ranked by the matching head. Multiple choice uses both scores. Question answering ranks a
+list of answers, and generates one. Captioning decodes greedily and by beam search. With --mask the model sees only the
+tokens that the mask selects.
 """
 
 import contextlib
@@ -21,9 +24,10 @@ import os
 import re
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -34,587 +38,662 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from data import Clips, DataConfig, Row
-from masking import GLOBAL, MASKS, MaskConfig, keep_count
+import runtime
+import tasks
+from data import ClipDataset, DataConfig, decode_ids, encode_answers, require_readable, special_token_ids
+from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, VideoToText, load_model
-from tasks import (
-    KINDS,
-    TASKS,
-    Task,
-    data_root,
-    find_file,
-    find_task,
-    read_answers,
-    read_captions,
-    read_questions,
-    read_rows,
-    split_files,
-)
-from teacher import SigLIP, kept
+from runtime import all_gather_lists, all_reduce_sum, config_from_dict, rank_and_world
+from targets import compute_visible_ids
+from tasks import TASK_KINDS, TASKS, Annotation, Task, split_files
+from teacher import SigLIP
+
+TASK_HELP = f"benchmark to evaluate on: {', '.join(TASKS)}"
+USABLE_MASKS = [name for name in MASKS if not MASK_INPUTS[name] & {"logits", "text", "aligned"}]
+MASK_HELP = f"evaluate with only the tokens that a mask selects; empty: all tokens; masks: {', '.join(USABLE_MASKS)}"
 
 
 @dataclass
 class Config:
-    """Score a checkpoint."""
-    task: str = "sprites"             # a row of tasks.TASKS
-    checkpoint: str = "out/sprites"   # folder that train.py wrote
-    data_root: str = ""               # folder of the task's files; with --data, the one its videos are relative to
-    data: str = ""                    # annotations of your own, in place of the task's and of its kind
-    answers: str = ""                 # JSON list of answers to rank, in place of the task's
-    split: Literal["test", "val"] = "test"          # which of the task's splits
-    mask: str = ""                    # a row of masking.MASKS: score with the tokens it keeps; empty: with all
-    mask_ratio: float | None = None   # share of tokens hidden; empty: as the model was trained
-    teacher: str = ""                 # SigLIP folder for the mask; empty: the one the model was trained with
-    rerank: int = -1                  # top k that are looked at again, 0 for none (QA: all); -1: as the task says
-    first_twice: bool = True          # QA: the first piece of an answer counts twice, as in UMT's published numbers
-    beams: int = 3                    # captioning: beams of the beam search; 1: greedy alone
-    frames: int = 0                   # frames a clip; 0: as fine-tuned, or for a pretrained model as the task says
-    missing: Literal["error", "skip"] = "error"     # a video that is not there or does not decode: stop, or count it
-    batch: int = 32                   # clips at once
-    workers: int = -1                 # loader processes; -1: as the model was trained
-    seed: int = 0                     # of masks that are drawn
-    device: str = "auto"              # cpu, cuda, or auto: cuda where there is one
-    out: str = ""                     # JSON to write; empty: eval-TASK-MASK.json in the checkpoint
+    """Evaluate a checkpoint: print a table of scores and write them as JSON."""
+    task: Annotated[str, tyro.conf.arg(help=TASK_HELP)] = "sprites"
+    checkpoint: str = "out/sprites"     # folder that train.py wrote
+    data_root: str = ""     # folder of annotations and videos, or of the videos of --data; sprites tasks need none
+    data: str = ""          # your own annotation file, in the task's format; empty: the task's
+    answers: str = ""       # questions: JSON file that lists the answers to rank; empty: the task's list
+    split: Literal["test", "val"] = "test"              # split of the task; not used with --data
+    mask: Annotated[str, tyro.conf.arg(help=MASK_HELP)] = ""
+    mask_ratio: float | None = None     # share of the tokens that the mask hides, 0 to below 1; None: as in training
+    teacher: str = ""       # SigLIP folder or hub id, which --mask needs; empty: the teacher of the training
+    # retrieval: candidates to re-rank, 0: none; questions: answers to score in full, 0: all; -1: the task's number
+    rerank: int = -1
+    count_first_token_twice: bool = True    # questions: count the log p of an answer's first token twice, as UMT does
+    beams: int = 3          # captioning: beams of the beam search; 1: greedy decoding only
+    frames: int = 0         # frames per clip; 0: as fine-tuned, or the task's zero-shot number if only pretrained
+    on_missing: Literal["error", "skip"] = "error"      # if a video cannot be read: stop, or skip and report it
+    batch: int = 32         # clips per forward pass
+    workers: int = -1       # data loading processes; 0: load in the main process; -1: as in training
+    seed: int = 0           # seed of masks that are drawn at random
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is a GPU
+    out: str = ""           # JSON file to write; empty: eval-TASK-MASK.json in the checkpoint's folder
+
+    def __post_init__(self):
+        if self.data and not self.data_root:
+            raise ValueError(f"--data-root must be the folder of the videos in --data {self.data}, got ''")
+        if self.mask and self.mask not in MASKS:
+            raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+        for name, least in (("beams", 1), ("batch", 1), ("workers", -1), ("rerank", -1), ("frames", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass
 class Protocol:
-    """How a model is asked."""
-    length: int                       # word pieces of a caption or question
-    answer_length: int = 0            # of what it says
-    rerank: int = 0                   # top k that are looked at again
-    first_twice: bool = True
+    """How a model is evaluated."""
+    max_text_length: int                # tokens of a caption or question
+    max_answer_length: int = 0          # tokens of an answer or generated caption
+    rerank_topk: int = 0                # retrieval: candidates to re-rank (0: none); answers to score in full (0: all)
+    count_first_token_twice: bool = True
     beams: int = 1
     batch: int = 32
     workers: int = 0
-    quick: bool = False               # captioning: CIDEr alone
-    skip: bool = False                # go on without videos that do not decode, which `failed` then names
-    keep: object = None               # keep(batch) -> Guide, whose tokens are looked at; None: all
+    cider_only: bool = False            # captioning: compute CIDEr only
+    skip_unreadable: bool = False       # leave out videos that do not decode, and list them in `unreadable`
+    visible_fn: Callable | None = None  # batch -> TeacherTargets with the visible tokens; None: all tokens
     answers: list[str] = field(default_factory=list)
-    failed: list[tuple[str, str]] = field(default_factory=list)     # video, what is wrong with it
+    unreadable: list[tuple[str, str]] = field(default_factory=list)     # (video, reason)
 
 
 # Metrics
 
-def ranks(score: Tensor, right: Tensor) -> Tensor:
+def ranks(scores: Tensor, positives: Tensor) -> Tensor:
     """
-    score (Q, M), right (Q, M) bool -> (Q,), the rank from 1 of each query's best right answer.
+    scores (Q, M), positives (Q, M) bool -> (Q,), the rank from 1 of each query's best positive.
 
-    A wrong answer of the same score ranks before it: a model that says the same of everything is last, not first.
+    A negative of equal score ranks before it, so a model that gives every item the same score is last, not first.
     """
-    best = score.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    return 1 + ((score >= best) & ~right).sum(1)
+    best = scores.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
+    return 1 + ((scores >= best) & ~positives).sum(1)
 
 
-def recalls(rank: Tensor) -> dict[str, float]:
+def recall_metrics(rank: Tensor) -> dict[str, float]:
     """rank (Q,) -> R@1, R@5, R@10 in per cent, median and mean rank."""
-    found = {f"R@{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
-    return {**found, "median": float(np.median(rank.cpu().numpy())), "mean": rank.double().mean().item()}
+    recalls = {f"R@{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
+    return {**recalls, "median": float(np.median(rank.cpu().numpy())), "mean": rank.double().mean().item()}
 
 
-def reranked(score: Tensor, k: int, match) -> Tensor:
+def rerank(scores: Tensor, k: int, match: Callable) -> Tensor:
     """
-    score (Q, M), whose top k of each row are scored again -> (Q, M): those first, by match, the rest after, as before.
+    scores (Q, M) -> (Q, M): the top k of each row come first, ordered by `match`; the others follow in their old order.
 
-    match(query (P,), item (P,)) -> (P,) is asked about P = Q min(k, M) pairs.
+    match(query (P,), item (P,)) -> (P,) is called with the P = Q min(k, M) pairs.
     """
-    Q, M = score.shape
-    top = score.topk(min(k, M), 1).indices                                      # (Q, k)
-    query = torch.arange(Q, device=score.device)[:, None].expand_as(top)
-    again = match(query.flatten(), top.flatten()).view_as(top)
-    below = again.amin() - 1 - score.amax()
-    return (score + below).scatter(1, top, again)
+    Q, M = scores.shape
+    top = scores.topk(min(k, M), 1).indices                                     # (Q, k)
+    query = torch.arange(Q, device=scores.device)[:, None].expand_as(top)
+    matched = match(query.flatten(), top.flatten()).view_as(top)
+    below = matched.amin() - 1 - scores.amax()
+    return (scores + below).scatter(1, top, matched)
 
 
 def dual_softmax(similarity: Tensor, temp: float) -> Tensor:
     """
-    similarity (Q, M) -> (Q, M), s softmax(s) with s = similarity / temp and the softmax over the queries (Cheng et al.,
-    arXiv 2109.04290, equation 5). An item that all queries like counts less; it knows the whole set of queries, which
-    a search does not.
+    similarity (Q, M) -> (Q, M): s softmax(s) with s = similarity / temp and the softmax over the queries (Cheng et al.,
+    arXiv 2109.04290, equation 5). It down-weights items that match every query, and needs the whole set of queries.
     """
     s = similarity / temp
     return s * s.softmax(0)
 
 
-def caption_scores(references: dict[str, list[str]], said: dict[str, str], quick: bool = False) -> dict[str, float]:
+def caption_scores(references: dict[str, list[str]], predictions: dict[str, str],
+                   cider_only: bool = False) -> dict[str, float]:
     """
-    id -> reference captions, id -> what was said -> CIDEr, BLEU-4, ROUGE-L, METEOR, times 100, by pycocoevalcap; quick:
-    CIDEr alone.
+    References and predictions by id -> CIDEr, BLEU-4, ROUGE-L, METEOR, times 100, by pycocoevalcap.
 
-    Its tokenizer and METEOR want Java. Without, words are split by us, the scores say so and METEOR is left out.
+    Its tokenizer and METEOR need Java. Without Java, METEOR is left out, words are split by a regular expression, and
+    the names of the scores say so.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    java = shutil.which("java") is not None
-    every = {("gts", i): some for i, some in references.items()} | {("res", i): [c] for i, c in said.items()}
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):      # they talk
-        if java:
-            every = PTBTokenizer().tokenize({i: [{"caption": c} for c in some] for i, some in every.items()})
+    has_java = shutil.which("java") is not None
+    texts = ({("reference", i): captions for i, captions in references.items()}
+             | {("prediction", i): [caption] for i, caption in predictions.items()})
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):      # the scorers print
+        if has_java:
+            texts = PTBTokenizer().tokenize({i: [{"caption": c} for c in captions] for i, captions in texts.items()})
         else:
-            every = {i: [" ".join(re.findall(r"\w+", c.lower())) for c in some] for i, some in every.items()}
-        gts, res = ({i: every[part, i] for i in said} for part in ("gts", "res"))
-        found = {"CIDEr": Cider().compute_score(gts, res)[0]}
-        if not quick:
-            found["BLEU-4"] = Bleu(4).compute_score(gts, res, verbose=0)[0][3]
-            found["ROUGE-L"] = Rouge().compute_score(gts, res)[0]
-        if java and not quick:
-            found["METEOR"] = Meteor().compute_score(gts, res)[0]
-    return {name if java else f"{name} (simple tokenizer)": 100 * float(x) for name, x in found.items()}
+            texts = {i: [" ".join(re.findall(r"\w+", c.lower())) for c in captions] for i, captions in texts.items()}
+        gts, res = ({i: texts[part, i] for i in predictions} for part in ("reference", "prediction"))
+        scores = {"CIDEr": Cider().compute_score(gts, res)[0]}
+        if not cider_only:
+            scores["BLEU-4"] = Bleu(4).compute_score(gts, res, verbose=0)[0][3]
+            scores["ROUGE-L"] = Rouge().compute_score(gts, res)[0]
+        if has_java and not cider_only:
+            scores["METEOR"] = Meteor().compute_score(gts, res)[0]
+    return {name if has_java else f"{name} (simple tokenizer)": 100 * float(x) for name, x in scores.items()}
 
 
-# Ranks of torchrun
+# Encoding videos and captions
 
-def place() -> tuple[int, int]:
-    """rank, world."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+class ReadableClips(Dataset):
+    """Samples of chosen annotations: (index, sample, None), or (index, None, (video, reason)) if it cannot be read."""
 
-
-def together(mine: list) -> list:
-    """The lists of all ranks, one after the other."""
-    if not dist.is_initialized():
-        return mine
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, mine)
-    return [x for part in lists for x in part]
-
-
-# What is scored: the videos, once each
-
-class Attempts(Dataset):
-    """Rows of clips as samples, and where one cannot be read, why."""
-
-    def __init__(self, clips: Clips, which: list[int]):
-        self.clips, self.which = clips, which
+    def __init__(self, dataset: ClipDataset, indices: list[int]):
+        self.dataset, self.indices = dataset, indices
 
     def __len__(self):
-        return len(self.which)
+        return len(self.indices)
 
     def __getitem__(self, i: int):
+        index = self.indices[i]
         try:
-            return self.which[i], self.clips[self.which[i]]
+            return index, self.dataset[index], None
         except (ValueError, OSError) as error:
-            row = self.clips.rows[self.which[i]]
-            return self.which[i], (row.video, f"{row.where}: {error}")
+            annotation = self.dataset.annotations[index]
+            return index, None, (annotation.video, f"{annotation.source}: {error}")
 
 
-def pack(tokenizer, length: int, attempts: list):
-    """-> the rows that were read, their batch or None, and what is wrong with the others."""
-    good = [(i, s) for i, s in attempts if not isinstance(s, tuple)]
-    batch = data.collate([s for _, s in good], tokenizer, length, seed=good[0][0]) if good else None
-    return [i for i, _ in good], batch, [s for _, s in attempts if isinstance(s, tuple)]
+def collate_readable(tokenizer, max_text_length: int, items: list):
+    """Items of ReadableClips -> indices of the readable clips, their batch (None if there are none), the errors."""
+    indices, samples = [i for i, sample, _ in items if sample], [sample for _, sample, _ in items if sample]
+    batch = data.collate(samples, tokenizer, max_text_length, seed=indices[0]) if samples else None
+    return indices, batch, [error for *_, error in items if error]
 
 
-def encoded(model, clips: Clips, which: list[int], tokenizer, how: Protocol):
-    """Rows `which`, this rank's share of them: batches of (row numbers, tokens (B, S, C), features (B, E) or None)."""
-    rank, world = place()
+def encode_videos(model, dataset: ClipDataset, indices: list[int], tokenizer, protocol: Protocol):
+    """Encode this rank's share of `indices`; yield batches of (indices, tokens (B, S, C), features (B, E') or None)."""
+    rank, world = rank_and_world()
     device = next(model.parameters()).device
-    loader = DataLoader(Attempts(clips, which[rank::world]), how.batch, num_workers=how.workers,
-                        collate_fn=partial(pack, tokenizer, how.length))
-    for rows, batch, failed in tqdm(loader, "videos", mininterval=1, leave=False, disable=rank > 0):
-        if failed and not how.skip:
-            raise ValueError(failed[0][1])
-        how.failed += failed
-        if rows:
-            b = batch.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                told = how.keep and how.keep(b)
-                yield rows, *model.encode_video(b.video, told and told.keep, told and told.size)
+    loader = DataLoader(ReadableClips(dataset, indices[rank::world]), protocol.batch, num_workers=protocol.workers,
+                        collate_fn=partial(collate_readable, tokenizer, protocol.max_text_length))
+    for batch_indices, batch, errors in tqdm(loader, "videos", mininterval=1, leave=False, disable=rank > 0):
+        if errors and not protocol.skip_unreadable:
+            raise ValueError(errors[0][1])
+        protocol.unreadable += errors
+        if batch is None:
+            continue
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            targets = protocol.visible_fn and protocol.visible_fn(batch)
+            visible_ids, token_size = (targets.visible_ids, targets.token_size) if targets else (None, None)
+            yield batch_indices, *model.encode_video(batch.video, visible_ids, token_size)
 
 
-def encode_texts(model: ClusterSTM, tokenizer, captions: list[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """M captions -> ids (M, L), states (M, L, D), features (M, E)."""
-    ids = data.encode(tokenizer, captions, length, model.cfg.sep).to(model.temp.device)
-    states, features = zip(*(model.encode_text(some) for some in ids.split(256)), strict=True)
+def encode_captions(model: ClusterSTM, tokenizer, captions: list[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """M captions -> ids (M, L), states (M, L, D), features (M, E')."""
+    ids = data.encode_texts(tokenizer, captions, length, model.text_cfg.add_sep).to(model.temp.device)
+    states, features = zip(*(model.encode_text(chunk) for chunk in ids.split(256)), strict=True)
     return ids, torch.cat(states), torch.cat(features)
 
 
-def match_all(model: ClusterSTM, ids: Tensor, states: Tensor, tokens: Tensor, m: Tensor, v: Tensor) -> Tensor:
-    """Texts m (P,) with videos v (P,) of tokens (V, S, C) -> (P, 2) logits of no match and match."""
-    some = max(1, min(1024, 2 ** 28 // max(1, tokens[0].numel())))              # pairs at once: their keys and values
-    order = v.argsort(stable=True)                                              # pairs of one video stay together
-    scored = torch.empty(len(v), 2, device=v.device)
-    for at in tqdm(order.split(some), "matching", mininterval=1, leave=False, disable=place()[0] > 0):
-        videos, row = v[at].unique(return_inverse=True)     # each video's keys and values are computed once
-        with torch.autocast(v.device.type, torch.bfloat16, enabled=v.is_cuda):
-            scored[at] = model.match(states[m[at]], ids[m[at]], tokens[videos], row).float()
-    return scored
+def score_pairs(model: ClusterSTM, ids: Tensor, states: Tensor, tokens: Tensor, text_index: Tensor,
+                video_index: Tensor) -> Tensor:
+    """P pairs of a text (ids, states) and a video of tokens (V, S, C) -> (P, 2) logits of no match and match."""
+    chunk_size = max(1, min(1024, 2 ** 28 // max(1, tokens[0].numel())))        # bounds the memory of keys and values
+    order = video_index.argsort(stable=True)                                    # pairs of one video stay together
+    logits = torch.empty(len(video_index), 2, device=video_index.device)
+    hide_bar = rank_and_world()[0] > 0
+    for chunk in tqdm(order.split(chunk_size), "matching", mininterval=1, leave=False, disable=hide_bar):
+        texts = text_index[chunk]
+        videos, row = video_index[chunk].unique(return_inverse=True)            # keys and values once per video
+        with torch.autocast(video_index.device.type, torch.bfloat16, enabled=video_index.is_cuda):
+            logits[chunk] = model.match(states[texts], ids[texts], tokens[videos], row).float()
+    return logits
 
 
 # The kinds of tasks
 
-@torch.no_grad()
-def retrieval(model: ClusterSTM, clips: Clips, tokenizer, how: Protocol) -> dict:
+@dataclass
+class EncodedVideos:
+    """The V readable videos of an evaluation. Features are those of all ranks, tokens those of this rank."""
+    features: Tensor                    # (V, E')
+    columns: dict[int, int]             # media id -> its row of features, which is its column in score matrices
+    local_columns: Tensor               # (V',) columns of the videos that this rank has encoded
+    local_tokens: Tensor                # (V', S, C)
+
+
+def encode_unique_videos(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Protocol) -> EncodedVideos:
+    """Encode each video of the dataset once, shared among the ranks."""
+    annotations, device = dataset.annotations, model.temp.device
+    # Media id -> its first annotation: in reversed order, the first overwrites the later ones.
+    first_index = {a.media_id: i for i, a in reversed(list(enumerate(annotations)))}
+    slots = {media_id: slot for slot, media_id in enumerate(first_index)}
+    local_slots, local_tokens = [], []
+    features = torch.zeros(len(slots), model.cfg.embed_dim + 1, device=device)  # last column: 1 if the video was read
+    for indices, tokens, feature in encode_videos(model, dataset, list(first_index.values()), tokenizer, protocol):
+        batch_slots = [slots[annotations[i].media_id] for i in indices]
+        local_slots += batch_slots
+        local_tokens.append(tokens.to(torch.bfloat16) if tokens.is_cuda else tokens)
+        features[batch_slots] = torch.cat([feature.float(), torch.ones(len(batch_slots), 1, device=device)], 1)
+    readable = all_reduce_sum(features)[:, -1] > 0
+    require_readable(int(readable.sum()), len(slots))
+    column_of_slot = torch.full((len(slots),), -1, device=device)
+    column_of_slot[readable] = torch.arange(int(readable.sum()), device=device)
+    columns = {media_id: column for media_id, column in zip(slots, column_of_slot.tolist(), strict=True) if column >= 0}
+    local_columns = column_of_slot[torch.tensor(local_slots, dtype=torch.long, device=device)]
+    return EncodedVideos(features[readable, :-1], columns, local_columns, torch.cat(local_tokens or [torch.zeros(0)]))
+
+
+def readable_captions(annotations: list[Annotation], columns: dict[int, int]) -> tuple[list[str], list[list[int]]]:
+    """List the M captions that have a readable video, and the columns of each caption's readable videos."""
+    groups = {}                         # Annotations that share their `source` share its captions: one query each.
+    for i, annotation in enumerate(annotations):
+        for c, caption in enumerate(annotation.captions):
+            _, caption_columns = groups.setdefault((annotation.source or i, c), (caption, []))
+            if annotation.media_id in columns:
+                caption_columns.append(columns[annotation.media_id])
+    readable = [group for group in groups.values() if group[1]]
+    return [caption for caption, _ in readable], [caption_columns for _, caption_columns in readable]
+
+
+def match_topk(model, ids: Tensor, states: Tensor, similarity: Tensor, videos: EncodedVideos, k: int) -> Tensor:
     """
-    T2V and V2T of all clips against all their captions.
+    Compute the matching head's logits (M, V) for the top k videos of each text and the top k texts of each video.
 
-    A video that stands in several rows is one video, with all their captions. Rows that share their `where` are several
-    videos of the same captions.
+    A pair is scored once even if both directions select it, by the rank that holds the video's tokens.
     """
-    device = model.temp.device
-    first = {row.media: i for i, row in reversed(list(enumerate(clips.rows)))}  # media -> its first row
-    column = {media: v for v, media in enumerate(first)}
-    said = {}                                                                   # (row's place, caption's) -> media
-    for i, row in enumerate(clips.rows):
-        for c, caption in enumerate(row.captions):
-            said.setdefault((row.where or i, c), (caption, []))[1].append(row.media)
-
-    mine, tokens = [], []
-    video = torch.zeros(len(first), model.cfg.embed + 1, device=device)         # the last column: 1 if it was read
-    for rows, x, feature in encoded(model, clips, list(first.values()), tokenizer, how):
-        at = [column[clips.rows[i].media] for i in rows]
-        mine += at
-        tokens.append(x.to(torch.bfloat16) if x.is_cuda else x)
-        video[at] = torch.cat([feature.float(), torch.ones(len(at), 1, device=device)], 1)
-    if dist.is_initialized():
-        dist.all_reduce(video)
-    read = video[:, -1] > 0                                                     # (V,)
-    place_of = torch.full((len(first),), -1, device=device)
-    place_of[read] = torch.arange(int(read.sum()), device=device)
-    video, known = video[read, :-1], set(read.nonzero().flatten().tolist())
-    said = [(caption, [m for m in media if column[m] in known]) for caption, media in said.values()]
-    said = [(caption, media) for caption, media in said if media]
-    if not said:
-        raise ValueError(f"none of {len(first)} videos could be read")
-    right = torch.zeros(len(said), len(video), dtype=torch.bool)
-    for m, (_, media) in enumerate(said):
-        right[m, place_of[[column[x] for x in media]].cpu()] = True
-    right = right.to(device)                                                    # (M, V)
-
-    ids, states, text = encode_texts(model, tokenizer, [caption for caption, _ in said], how.length)
-    similarity = text @ video.T                                                 # (M, V)
     M, V = similarity.shape
-    # The same words in another row are as true of a video: they tie with its own caption, and are no wrong answer.
-    words = {caption: i for i, caption in enumerate(dict.fromkeys(caption for caption, _ in said))}
-    group = torch.tensor([words[caption] for caption, _ in said], device=device)            # (M,)
-    true = torch.zeros(len(words), V, device=device).index_add_(0, group, right.float())[group] > 0
-    both = lambda t2v, v2t: {"T2V": recalls(ranks(t2v, right)), "V2T": recalls(ranks(v2t, true.T))}
-    result = {"similarity": both(similarity, similarity.T)}
-    temp = model.temp.item()
-    result["similarity, dual softmax"] = both(dual_softmax(similarity, temp), dual_softmax(similarity.T, temp))
-    if k := how.rerank:
-        # A pair is looked at once, whichever way it came up, by the rank that holds the video.
-        wanted = torch.zeros(M, V, dtype=torch.bool, device=device)
-        wanted.scatter_(1, similarity.topk(min(k, V), 1).indices, True)
-        wanted.T.scatter_(1, similarity.T.topk(min(k, M), 1).indices, True)
-        logits = torch.zeros(M, V, device=device)
-        if mine:
-            own = place_of[torch.tensor(mine, device=device)]                   # columns of the videos held here
-            m, v = wanted[:, own].nonzero().unbind(1)
-            logits[m, own[v]] = match_all(model, ids, states, torch.cat(tokens), m, v)[:, 1]
-        if dist.is_initialized():
-            dist.all_reduce(logits)
-        result[f"match, top {k}"] = both(reranked(similarity, k, lambda m, v: logits[m, v]),
-                                         reranked(similarity.T, k, lambda v, m: logits[m, v]))
-    chance = lambda n: ({f"R@{k}": 100 * min(1, k / n) for k in (1, 5, 10)}
-                        | {"median": (n + 1) / 2, "mean": (n + 1) / 2})
-    result["chance"] = {"T2V": chance(V), "V2T": chance(M)}
-    return {"videos": V, "captions": M, "scores": result}
+    selected = torch.zeros(M, V, dtype=torch.bool, device=similarity.device)
+    selected.scatter_(1, similarity.topk(min(k, V), 1).indices, True)
+    selected.T.scatter_(1, similarity.T.topk(min(k, M), 1).indices, True)
+    logits = torch.zeros(M, V, device=similarity.device)
+    if len(videos.local_tokens):
+        text_index, video_index = selected[:, videos.local_columns].nonzero().unbind(1)
+        pairs = score_pairs(model, ids, states, videos.local_tokens, text_index, video_index)
+        logits[text_index, videos.local_columns[video_index]] = pairs[:, 1]
+    return all_reduce_sum(logits)
 
 
 @torch.no_grad()
-def multiple_choice(model: ClusterSTM, clips: Clips, tokenizer, how: Protocol) -> dict:
-    """
-    Which of a row's captions is true: 0.7 p(match) + 0.3 p(caption), the latter a softmax of the similarities over the
-    row's captions (UMT, multi_modality/tasks/retrieval_mc.py), and by each alone. Accuracy in per cent.
-    """
-    mine = []
-    for rows, tokens, video in encoded(model, clips, list(range(len(clips))), tokenizer, how):
-        captions = [(b, c) for b, i in enumerate(rows) for c in clips.rows[i].captions]
-        ids, states, text = encode_texts(model, tokenizer, [c for _, c in captions], how.length)
-        v = torch.tensor([b for b, _ in captions], device=ids.device)
-        match = match_all(model, ids, states, tokens, torch.arange(len(v), device=v.device), v).softmax(1)[:, 1]
-        near = (text * video[v]).sum(1) / model.temp
-        for b, i in enumerate(rows):
-            m, s = match[v == b], near[v == b].softmax(0)
-            mine.append((i, {"0.7 match + 0.3 similarity": (0.7 * m + 0.3 * s).argmax().item(),
-                             "match": m.argmax().item(), "similarity": s.argmax().item()}))
-    chosen = sorted(together(mine), key=lambda x: x[0])
-    if not chosen:
-        raise ValueError(f"none of {len(clips)} videos could be read")
-    rows = [clips.rows[i] for i, _ in chosen]
-    right = {how: [c[how] == row.right for (_, c), row in zip(chosen, rows, strict=True)] for how in chosen[0][1]}
-    chance = np.mean([1 / len(row.captions) for row in rows])
-    return {"videos": len({row.media for row in rows}), "questions": len(rows),
-            "scores": {name: {"accuracy": 100 * float(np.mean(x))} for name, x in right.items()}
-            | {"chance": {"accuracy": 100 * float(chance)}}}
+def retrieval(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Protocol) -> dict:
+    """T2V and V2T of all videos against all captions. A video of several annotations counts once."""
+    videos = encode_unique_videos(model, dataset, tokenizer, protocol)
+    captions, caption_columns = readable_captions(dataset.annotations, videos.columns)
+    ids, states, text_features = encode_captions(model, tokenizer, captions, protocol.max_text_length)
+    similarity = text_features @ videos.features.T
+    M, V = similarity.shape
+
+    positives = torch.zeros(M, V, dtype=torch.bool)
+    for m, columns in enumerate(caption_columns):
+        positives[m, columns] = True
+    positives = positives.to(similarity.device)
+    # For V2T, an equal caption of another video is as correct as the video's own, with which it ties.
+    groups = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    group = torch.tensor([groups[caption] for caption in captions], device=similarity.device)       # (M,)
+    counts = torch.zeros(len(groups), V, device=similarity.device).index_add_(0, group, positives.float())
+    text_positives = counts[group] > 0                                                              # (M, V)
+
+    def both_ways(t2v: Tensor, v2t: Tensor) -> dict:
+        return {"T2V": recall_metrics(ranks(t2v, positives)), "V2T": recall_metrics(ranks(v2t, text_positives.T))}
+
+    temp = model.temp.item()
+    scores = {"similarity": both_ways(similarity, similarity.T),
+              "similarity, dual softmax": both_ways(dual_softmax(similarity, temp), dual_softmax(similarity.T, temp))}
+    if k := protocol.rerank_topk:
+        logits = match_topk(model, ids, states, similarity, videos, k)
+        scores[f"match, top {k}"] = both_ways(rerank(similarity, k, lambda m, v: logits[m, v]),
+                                              rerank(similarity.T, k, lambda v, m: logits[m, v]))
+    scores["chance"] = {"T2V": recall_metrics(torch.arange(1, V + 1)), "V2T": recall_metrics(torch.arange(1, M + 1))}
+    return {"videos": V, "captions": M, "scores": scores}
 
 
-def rank_answers(model: VideoToText, answers: Tensor, memory: Tensor, there: Tensor, k: int, twice: bool) -> Tensor:
+@torch.no_grad()
+def multiple_choice(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Protocol) -> dict:
     """
-    answers (A, L') ids, questions memory (Q, L, D), there (Q, L) -> (Q,), the place of the best answer.
+    Choose one of an annotation's captions -> accuracy in per cent by 0.7 p(match) + 0.3 p(caption), where p(caption)
+    is a softmax of the similarities over these captions (UMT, multi_modality/tasks/retrieval_mc.py); and by each alone.
+    """
+    annotations, choices = dataset.annotations, []
+    for indices, tokens, features in encode_videos(model, dataset, list(range(len(dataset))), tokenizer, protocol):
+        captions = [(b, caption) for b, i in enumerate(indices) for caption in annotations[i].captions]
+        ids, states, text = encode_captions(model, tokenizer, [c for _, c in captions], protocol.max_text_length)
+        clip_index = torch.tensor([b for b, _ in captions], device=ids.device)
+        text_index = torch.arange(len(captions), device=ids.device)
+        match = score_pairs(model, ids, states, tokens, text_index, clip_index).softmax(1)[:, 1]
+        similarity = (text * features[clip_index]).sum(1) / model.temp
+        for b, i in enumerate(indices):
+            m, s = match[clip_index == b], similarity[clip_index == b].softmax(0)
+            choices.append((i, {"0.7 match + 0.3 similarity": (0.7 * m + 0.3 * s).argmax().item(),
+                                "match": m.argmax().item(), "similarity": s.argmax().item()}))
+    choices = sorted(all_gather_lists(choices), key=lambda choice: choice[0])
+    require_readable(len(choices), len(dataset))
+    answered = [annotations[i] for i, _ in choices]
+    scores = {}
+    for name in choices[0][1]:
+        correct = [choice[name] == a.correct_index for (_, choice), a in zip(choices, answered, strict=True)]
+        scores[name] = {"accuracy": 100 * float(np.mean(correct))}
+    scores["chance"] = {"accuracy": 100 * float(np.mean([1 / len(a.captions) for a in answered]))}
+    return {"videos": len({a.media_id for a in answered}), "questions": len(answered), "scores": scores}
 
-    The k answers whose first piece is the likeliest are scored whole. As published the first piece then counts twice:
-    log p(first) + sum over the pieces of log p (UMT, multi_modality/models/umt_qa.py).
+
+def rank_answers(model: VideoToText, answers: Tensor, memory: Tensor, mask: Tensor, topk: int,
+                 count_first_token_twice: bool) -> Tensor:
     """
-    Q, k = len(memory), min(k, len(answers))
+    answers (A, L') ids, questions memory (Q, L, D) and its mask (Q, L) -> (Q,), the index of the best answer.
+
+    The topk answers with the likeliest first token are scored in full. In UMT's published protocol the first token
+    counts twice: log p(first) + sum over all tokens of log p (multi_modality/models/umt_qa.py).
+    """
+    Q, k = len(memory), min(topk, len(answers))
     decoder = model.text_decoder
     start = answers[:1, :1].expand(Q, 1)                                        # [CLS]
-    states = decoder.fuse(decoder.text(start), start, memory, None, there[:, None, None])
-    first = decoder.words(states[:, 0]).float().log_softmax(1)[:, answers[:, 1]]            # (Q, A)
-    p, top = first.topk(k, 1)                                                   # (Q, k)
-    asked = torch.arange(Q, device=top.device).repeat_interleave(k)
-    whole = model.log_likelihood(answers[top.flatten()], asked, memory, there).sum(1).view(Q, k)
-    return top.gather(1, (whole + p * twice).argmax(1, keepdim=True))[:, 0]
+    states = decoder.forward_fusion(decoder.forward_text(start), start, memory, None, mask[:, None, None])
+    first = decoder.lm_logits(states[:, 0]).float().log_softmax(1)[:, answers[:, 1]]        # (Q, A)
+    first_top, top = first.topk(k, 1)                                           # (Q, k)
+    question_index = torch.arange(Q, device=top.device).repeat_interleave(k)
+    full = model.log_likelihood(answers[top.flatten()], question_index, memory, mask).sum(1).view(Q, k)
+    return top.gather(1, (full + first_top * count_first_token_twice).argmax(1, keepdim=True))[:, 0]
 
 
 @torch.no_grad()
-def question_answering(model: VideoToText, clips: Clips, tokenizer, how: Protocol) -> dict:
-    """Accuracy in per cent, all and by kind of question, of the best of the list and of what is said freely."""
+def answer_questions(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Protocol) -> list[dict]:
+    """Answer every question -> a prediction for each, of all ranks, in the order of the annotations."""
     device = next(model.parameters()).device
-    listed = data.encode_answers(tokenizer, how.answers, how.answer_length).to(device)
-    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    def spoken(answer: str) -> str:         # as the model would have to say it
-        return data.decode_answers(tokenizer, data.encode_answers(tokenizer, [answer], how.answer_length))[0]
-    mine, k = [], how.rerank or len(how.answers)
-    for rows, tokens, _ in encoded(model, clips, list(range(len(clips))), tokenizer, how):
-        asked = [(b, q) for b, i in enumerate(rows) for q in clips.rows[i].questions]
-        size = max(1, 1024 // min(k, len(listed)))
-        for some in (asked[at:at + size] for at in range(0, len(asked), size)):
-            ids = data.encode(tokenizer, [q.text for _, q in some], how.length, model.cfg.sep).to(device)
+    max_length, num_answers = protocol.max_answer_length, len(protocol.answers)
+    answer_ids = encode_answers(tokenizer, protocol.answers, max_length).to(device)
+    _, cls, sep = special_token_ids(tokenizer)
+    topk = protocol.rerank_topk or num_answers
+    chunk_size = max(1, 1024 // min(topk, num_answers))                         # questions at once
+
+    def as_generated(answer: str) -> str:
+        """Return what the model generates if it gives this answer: cut, and without what the tokenizer drops."""
+        return decode_ids(tokenizer, encode_answers(tokenizer, [answer], max_length))[0]
+
+    predictions = []
+    for indices, tokens, _ in encode_videos(model, dataset, list(range(len(dataset))), tokenizer, protocol):
+        questions = [(b, q) for b, i in enumerate(indices) for q in dataset.annotations[i].questions]
+        for chunk in (questions[start:start + chunk_size] for start in range(0, len(questions), chunk_size)):
+            texts, clip_index = [q.text for _, q in chunk], torch.tensor([b for b, _ in chunk], device=device)
+            ids = data.encode_texts(tokenizer, texts, protocol.max_text_length, model.text_cfg.add_sep).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                memory, there = model.ask(tokens, ids, torch.tensor([b for b, _ in some], device=device))
-                best = rank_answers(model, listed, memory, there, k, how.first_twice).tolist()
-                said = model.generate(memory, there, how.answer_length, 1, cls, sep)
-            for (b, q), a, words in zip(some, best, data.decode_answers(tokenizer, said), strict=True):
-                mine.append({"row": rows[b], "where": q.where, "question_id": q.id, "question": q.text, "kind": q.kind,
-                             "wanted": list(q.answers), "ranked": how.answers[a], "said": words,
-                             "right": [how.answers[a] in q.answers, words in map(spoken, q.answers)]})
-    found = sorted(together(mine), key=lambda f: f["row"])
-    if not found:
-        raise ValueError(f"none of {len(clips)} videos could be read")
-    kinds = sorted({f["kind"] for f in found} - {""}) if any(f["kind"] for f in found) else []
-    def accuracy(right) -> dict[str, float]:
-        share = lambda some: 100 * float(np.mean([right(f) for f in some]))
-        return {"all": share(found)} | {kind: share([f for f in found if f["kind"] == kind]) for kind in kinds}
-    listed = set(how.answers)
-    where = [f.pop("where") for f in found]
-    return {"videos": len({f["row"] for f in found}), "questions": len(found), "answers": len(how.answers),
-            "answers not in the list": [f"{w}: {f['wanted'][0]!r}" for w, f in zip(where, found, strict=True)
-                                        if not listed & set(f["wanted"])],
-            "kinds": dict(Counter(f["kind"] for f in found)) if kinds else {},
-            "scores": {f"ranking, top {min(k, len(listed))}": accuracy(lambda f: f["right"][0]),
-                       "generation": accuracy(lambda f: f["right"][1])}, "said": found}
+                memory, mask = model.encode_context(tokens, ids, clip_index)
+                best = rank_answers(model, answer_ids, memory, mask, topk, protocol.count_first_token_twice).tolist()
+                generated = decode_ids(tokenizer, model.generate(memory, mask, max_length, 1, cls, sep))
+            for (b, q), answer_index, text in zip(chunk, best, generated, strict=True):
+                ranked = protocol.answers[answer_index]
+                predictions.append({
+                    "row": indices[b], "source": q.source, "question_id": q.id, "question": q.text,
+                    "type": q.question_type, "expected": list(q.answers), "ranked": ranked, "generated": text,
+                    "correct": [ranked in q.answers, text in map(as_generated, q.answers)]})
+    return sorted(all_gather_lists(predictions), key=lambda prediction: prediction["row"])
 
 
-def frequent_answers(rows: list[Row], asked: list[Row]) -> dict[str, float]:
-    """Accuracy on `asked` of the training rows' most frequent answer to each kind of question, in per cent."""
-    seen = defaultdict(Counter)
-    for row in rows:
-        for q in row.questions:
-            seen[q.kind].update(q.answers)
-    every = sum(seen.values(), Counter())
-    right = defaultdict(list)
-    for row in asked:
-        for q in row.questions:
-            (answer, _), = (seen[q.kind] or every).most_common(1)
-            for kind in {"all", q.kind} - {""}:
-                right[kind].append(answer in q.answers)
-    return {kind: 100 * float(np.mean(right[kind])) for kind in sorted(right, key=lambda kind: (kind != "all", kind))}
+def question_answering(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Protocol) -> dict:
+    """Score the best listed and the generated answer: accuracy in per cent, over all questions and by question type."""
+    predictions = answer_questions(model, dataset, tokenizer, protocol)
+    require_readable(len(predictions), len(dataset))
+    types = Counter(p["type"] for p in predictions)
+    type_names = sorted(types.keys() - {""})
+
+    def accuracy(method: int) -> dict[str, float]:
+        by_type = {"all": predictions} | {name: [p for p in predictions if p["type"] == name] for name in type_names}
+        return {name: 100 * float(np.mean([p["correct"][method] for p in rows])) for name, rows in by_type.items()}
+
+    listed, unlisted = set(protocol.answers), []
+    for prediction in predictions:
+        source = prediction.pop("source")
+        if not listed & set(prediction["expected"]):
+            unlisted.append(f"{source}: {prediction['expected'][0]!r}")
+    topk = min(protocol.rerank_topk or len(listed), len(listed))
+    return {"videos": len({p["row"] for p in predictions}), "questions": len(predictions),
+            "answers": len(protocol.answers), "answers not in the list": unlisted,
+            "question_types": dict(types) if type_names else {},
+            "scores": {f"ranking, top {topk}": accuracy(0), "generation": accuracy(1)}, "predictions": predictions}
+
+
+def majority_answers(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
+    """Score, on `test`, the most frequent training answer to each type of question: accuracy in per cent."""
+    counts = defaultdict(Counter)
+    for annotation in train:
+        for q in annotation.questions:
+            counts[q.question_type].update(q.answers)
+    overall = sum(counts.values(), Counter())
+    correct = defaultdict(list)
+    for annotation in test:
+        for q in annotation.questions:
+            (answer, _), = (counts[q.question_type] or overall).most_common(1)
+            for name in {"all", q.question_type} - {""}:
+                correct[name].append(answer in q.answers)
+    return {name: 100 * float(np.mean(correct[name])) for name in ("all", *sorted(correct.keys() - {"all"}))}
 
 
 @torch.no_grad()
-def captioning(model: VideoToText, clips: Clips, tokenizer, how: Protocol) -> dict:
-    """CIDEr and its like of what is said of each video, against all its captions."""
-    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    mine, ways = [], {"greedy": 1} | ({f"beam {how.beams}": how.beams} if how.beams > 1 else {})
-    for rows, tokens, _ in encoded(model, clips, list(range(len(clips))), tokenizer, how):
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
-            said = [data.decode_answers(tokenizer, model.generate(tokens, None, how.answer_length, beams, cls, sep))
-                    for beams in ways.values()]
-        mine += [{"row": i, "video": os.path.basename(clips.rows[i].video), **dict(zip(ways, some, strict=True))}
-                 for i, *some in zip(rows, *said, strict=True)]
-    found = sorted(together(mine), key=lambda f: f["row"])
-    if not found:
-        raise ValueError(f"none of {len(clips)} videos could be read")
-    references = {str(f["row"]): clips.rows[f["row"]].captions for f in found}
-    scores = {way: caption_scores(references, {str(f["row"]): f[way] for f in found}, how.quick) for way in ways}
-    return {"videos": len(found), "captions": sum(map(len, references.values())), "scores": scores, "said": found}
+def captioning(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Protocol) -> dict:
+    """Score what the model generates for each video against all captions of the video: caption metrics."""
+    _, cls, sep = special_token_ids(tokenizer)
+    beams = {"greedy": 1} | ({f"beam {protocol.beams}": protocol.beams} if protocol.beams > 1 else {})
+    predictions = []
+    for indices, tokens, _ in encode_videos(model, dataset, list(range(len(dataset))), tokenizer, protocol):
+        rows = [{"row": i, "video": os.path.basename(dataset.annotations[i].video)} for i in indices]
+        for name, width in beams.items():
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+                ids = model.generate(tokens, None, protocol.max_answer_length, width, cls, sep)
+            for row, caption in zip(rows, decode_ids(tokenizer, ids), strict=True):
+                row[name] = caption
+        predictions += rows
+    predictions = sorted(all_gather_lists(predictions), key=lambda prediction: prediction["row"])
+    require_readable(len(predictions), len(dataset))
+    references = {str(p["row"]): dataset.annotations[p["row"]].captions for p in predictions}
+    scores = {name: caption_scores(references, {str(p["row"]): p[name] for p in predictions}, protocol.cider_only)
+              for name in beams}
+    return {"videos": len(predictions), "captions": sum(map(len, references.values())), "scores": scores,
+            "predictions": predictions}
 
 
-def frequent_caption(rows: list[Row], clips: list[Row]) -> dict[str, float]:
-    """Scores of saying the training rows' most frequent caption of every video."""
-    seen = Counter(caption for row in rows for caption in row.captions)
-    (caption, _), = seen.most_common(1)
-    references = {str(i): row.captions for i, row in enumerate(clips)}
+def majority_caption(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
+    """Score, on `test`, the most frequent training caption of all: caption metrics."""
+    counts = Counter(caption for annotation in train for caption in annotation.captions)
+    (caption, _), = counts.most_common(1)
+    references = {str(i): annotation.captions for i, annotation in enumerate(test)}
     return caption_scores(references, dict.fromkeys(references, caption))
 
 
-SCORES = {"retrieval": retrieval, "choice": multiple_choice, "qa": question_answering, "caption": captioning}
+EVALUATORS = {"retrieval": retrieval, "choice": multiple_choice, "qa": question_answering, "caption": captioning}
 
 
-def headline(kind: str, scores: dict) -> tuple[str, float]:
-    """The number that a model is chosen by, and its name."""
+def selection_metric(kind: str, scores: dict) -> tuple[str, float]:
+    """Return the name and value of the one number by which checkpoints of a kind of task are selected."""
     if kind == "retrieval":
-        how = next((name for name in scores if name.startswith("match")), "similarity")
-        mean = np.mean([scores[how][way][f"R@{k}"] for way in ("T2V", "V2T") for k in (1, 5, 10)])
-        return f"mean R@1/5/10 by {how}", float(mean)
-    how, name = {"choice": ("0.7 match + 0.3 similarity", "accuracy"), "qa": (next(iter(scores)), "all"),
-                 "caption": ([*scores][-1], next(iter([*scores.values()][-1])))}[kind]
-    return f"{name} by {how}", scores[how][name]
+        row = next((name for name in scores if name.startswith("match")), "similarity")
+        mean = np.mean([scores[row][way][f"R@{k}"] for way in ("T2V", "V2T") for k in (1, 5, 10)])
+        return f"mean R@1/5/10 by {row}", float(mean)
+    row = list(scores)[-1 if kind == "caption" else 0]      # the widest beam; the combined scores; the ranking
+    metric = next(iter(scores[row]))
+    return f"{metric} by {row}", scores[row][metric]
 
 
-def score(model, task: Task, rows: list[Row], view: DataConfig, tokenizer, how: Protocol) -> dict:
-    """A model of the task's kind on rows -> counts and scores."""
-    how.failed.clear()
-    # Frames are chosen from the whole video, as published; the training's cache holds only some of them.
-    clips = Clips(rows, replace(view, cache=False), train=False)
-    found = SCORES[task.kind](model, clips, tokenizer, how)
-    how.failed[:] = sorted(together(how.failed))
-    return found
+def evaluate(model, task: Task, annotations: list[Annotation], data_cfg: DataConfig, tokenizer, protocol) -> dict:
+    """Evaluate a model on annotations of the task's kind -> counts and scores."""
+    protocol.unreadable.clear()
+    # Frames are sampled from the whole video, as published. The training's frame cache holds only some of them.
+    dataset = ClipDataset(annotations, replace(data_cfg, frame_cache=False), train=False)
+    results = EVALUATORS[task.kind](model, dataset, tokenizer, protocol)
+    protocol.unreadable[:] = sorted(all_gather_lists(protocol.unreadable))
+    return results
 
 
 # The report
 
-def table(kind: str, scores: dict) -> list[str]:
-    if kind == "retrieval":
-        columns = ("R@1", "R@5", "R@10", "median", "mean")
-        head = [f"{way} {c}" for way in ("T2V", "V2T") for c in columns]
-        lines = {how: [both[way][c] for way in ("T2V", "V2T") for c in columns] for how, both in scores.items()}
-    else:
-        head = list(dict.fromkeys(name for found in scores.values() for name in found))
-        lines = {how: [found.get(name, float("nan")) for name in head] for how, found in scores.items()}
-    wide, left = [max(8, len(h) + 2) for h in head], max(map(len, lines)) + 1
-    return [" " * left + "".join(f"{h:>{w}}" for h, w in zip(head, wide, strict=True)),
-            *(f"{how:{left}}" + "".join(f"{x:{w}.1f}" for x, w in zip(xs, wide, strict=True))
-              for how, xs in lines.items())]
+def format_table(kind: str, scores: dict) -> list[str]:
+    """Return the lines of a table with a row for each way of scoring."""
+    if kind == "retrieval":             # both directions in one row
+        scores = {name: {f"{way} {metric}": value for way in ("T2V", "V2T") for metric, value in ways[way].items()}
+                  for name, ways in scores.items()}
+    head = list(dict.fromkeys(metric for values in scores.values() for metric in values))
+    rows = {name: [values.get(metric, float("nan")) for metric in head] for name, values in scores.items()}
+    widths, left = [max(8, len(h) + 2) for h in head], max(map(len, rows)) + 1
+    return [" " * left + "".join(f"{h:>{w}}" for h, w in zip(head, widths, strict=True)),
+            *(f"{name:{left}}" + "".join(f"{x:{w}.1f}" for x, w in zip(values, widths, strict=True))
+              for name, values in rows.items())]
 
 
-def report(result: dict) -> str:
-    """The block that is printed."""
+def format_report(result: dict) -> str:
+    """Return the text that is printed."""
     counts = ", ".join(f"{result[key]} {key}" for key in ("videos", "captions", "questions") if key in result)
-    lines = [f"{result['task']}: {KINDS[result['kind']]}, {result['split']}: {counts}",
+    lines = [f"{result['task']}: {TASK_KINDS[result['kind']]}, {result['split']}: {counts}",
              f"  checkpoint: {result['checkpoint']}" + (f"; {result['chosen']}" if result["chosen"] else ""),
              f"  {result['frames']} frames of {result['size']} x {result['size']}, tokens: {result['tokens']}",
              f"  protocol: {', '.join(result['protocol'])}", *(f"  note: {note}" for note in result["notes"])]
-    return "\n".join([*lines, *table(result["kind"], result["scores"])])
+    return "\n".join([*lines, *format_table(result["kind"], result["scores"])])
 
 
-def protocol(task: Task, how: Protocol, seconds: float) -> list[str]:
-    """The switches that move a number, in words."""
-    words = [f"texts of {how.length} pieces"] if task.kind != "caption" else []
-    words += ["the captions of a row joined to a paragraph"] * task.paragraph
-    words += [f"the first {seconds:g} seconds"] * bool(seconds)
-    if task.kind == "retrieval":
-        words.append(f"top {how.rerank} re-ranked" if how.rerank else "not re-ranked")
+def describe_protocol(task: Task, protocol: Protocol, max_seconds: float) -> list[str]:
+    """List the settings that change a score, in words."""
+    n, topk = len(protocol.answers), protocol.rerank_topk
+    phrases = [
+        task.kind != "caption" and f"texts of up to {protocol.max_text_length} tokens",
+        task.paragraph and "the captions of a video joined to a paragraph",
+        max_seconds and f"the first {max_seconds:g} seconds",
+        task.kind == "retrieval" and (f"top {topk} re-ranked" if topk else "not re-ranked"),
+        task.kind == "qa" and f"the likeliest {min(topk or n, n)} of {n} answers scored in full",
+        task.kind == "qa" and f"their first token counted {'twice' if protocol.count_first_token_twice else 'once'}",
+        task.kind in ("qa", "caption") and f"up to {protocol.max_answer_length} tokens generated",
+    ]
+    return [phrase for phrase in phrases if phrase]
+
+
+# The command
+
+def load_model_for(task: Task, checkpoint: str) -> ClusterSTM | VideoToText:
+    """Load the model of a checkpoint. ValueError if it was trained for another kind of task."""
+    model = load_model(checkpoint)
+    actual = "retrieval" if isinstance(model, ClusterSTM) else "qa" if model.bert else "caption"
+    expected = task.kind if task.kind in ("qa", "caption") else "retrieval"
+    if actual != expected:
+        raise ValueError(f"{checkpoint}: the model for {TASK_KINDS[task.kind]} must be trained for "
+                         f"{TASK_KINDS[expected]}, got one for {TASK_KINDS[actual]}; see train.py --stage finetune")
+    return model
+
+
+def make_data_config(cfg: Config, task: Task, run_config: dict) -> DataConfig:
+    """Return how videos are read: as in the model's training; if it was only pretrained, as the task says."""
+    values = run_config["data"]
+    if run_config.get("task") in TASKS or cfg.data:
+        num_frames, max_seconds = values["num_frames"], values.get("max_seconds", 0)
+    else:
+        num_frames, max_seconds = task.zero_shot_frames, task.seconds
+    changes = {"num_frames": cfg.frames or num_frames, "max_seconds": max_seconds, "frame_cache": False}
+    return config_from_dict(DataConfig, {**values, **changes}, os.path.join(cfg.checkpoint, "config.json"))
+
+
+def make_protocol(cfg: Config, task: Task, run_config: dict, num_workers: int) -> Protocol:
+    """Make the protocol of the task, with the changes that cfg asks for."""
+    protocol = Protocol(
+        max_text_length=run_config["text"]["max_length"] if cfg.data else task.max_text_length,
+        max_answer_length=task.max_answer_length, count_first_token_twice=cfg.count_first_token_twice,
+        beams=cfg.beams, batch=cfg.batch, workers=num_workers if cfg.workers < 0 else cfg.workers,
+        skip_unreadable=cfg.on_missing == "skip")
+    protocol.rerank_topk = cfg.rerank if cfg.rerank >= 0 else 128 if cfg.data else task.rerank_topk
     if task.kind == "qa":
-        n = len(how.answers)
-        words += [f"the likeliest {min(how.rerank or n, n)} of {n} answers scored whole",
-                  f"their first piece counted {'twice' if how.first_twice else 'once'}"]
-    if task.kind in ("qa", "caption"):
-        words.append(f"up to {how.answer_length} pieces said")
-    return words
+        if cfg.data and not cfg.answers:
+            raise ValueError(f"--answers must be the JSON list of answers to rank with --data {cfg.data}, got ''")
+        path = cfg.answers or tasks.find_file(task.answer_list, tasks.resolve_data_root(task, cfg.data_root))
+        protocol.answers = tasks.read_answers(path)
+    return protocol
+
+
+def make_visible_fn(cfg: Config, run_config: dict, model, image_size: int,
+                    device: torch.device) -> tuple[Callable | None, str]:
+    """Make the function that selects the visible tokens of a batch (None: all tokens), and a description of it."""
+    if not cfg.mask:
+        return None, "all"
+    ratio = run_config["mask"]["ratio"] if cfg.mask_ratio is None else cfg.mask_ratio
+    mask = config_from_dict(MaskConfig, {**run_config["mask"], "name": cfg.mask, "ratio": ratio},
+                            os.path.join(cfg.checkpoint, "config.json"))
+    folder = cfg.teacher or run_config["teacher"]
+    if not folder:
+        raise ValueError(f"--teacher must be a SigLIP for --mask {cfg.mask}, got '': {cfg.checkpoint} names none")
+    teacher = SigLIP.from_pretrained(folder).to(device)
+    N = (image_size // model.vit_cfg.patch_size) ** 2
+    on_average = " on average" if cfg.mask in CLIP_BUDGET else ""
+
+    def visible_fn(batch):
+        return compute_visible_ids(teacher, batch.video, mask, mask.ratio, cfg.seed + batch.seed,
+                                   model.vit.grid_size(batch.video)[1:], model.cfg.proportional)
+
+    return visible_fn, f"{cfg.mask}, {keep_count(N, ratio)} of {N} a frame{on_average}"
+
+
+def split_notes(cfg: Config, task: Task, path: str, annotations: list[Annotation], missing: list[Annotation],
+                unreadable: dict[str, str], results: dict) -> list[str]:
+    """List why the scores may not compare with published ones: unreadable videos, row counts, unlisted answers."""
+    notes = []
+    if unreadable:
+        notes.append(f"SCORED WITHOUT {len(unreadable)} OF {len({a.video for a in (*annotations, *missing)})} VIDEOS, "
+                     f"which could not be read, the first: {next(iter(unreadable.values()))}")
+    count, unit = len(annotations) + len(missing), "videos"
+    if task.kind != "caption":
+        count, unit = sum(1 for _ in tasks.iter_annotations(path)), "rows"
+    if not cfg.data and cfg.split == "test" and task.test_rows and count != task.test_rows:
+        notes.append(f"{path} has {count} {unit}, the published split has {task.test_rows}: not comparable")
+    if unlisted := results.get("answers not in the list"):
+        notes.append(f"{len(unlisted)} of {results['questions']} questions have no answer in the list, so ranking gets "
+                     f"them wrong; the first: {unlisted[0]}")
+    return notes
+
+
+def majority_baseline(task: Task, test: list[Annotation], data_root: str) -> tuple[dict, list[str]]:
+    """Question answering, captioning: scores, by name, of always giving the most frequent training text; and notes."""
+    try:
+        path, media_root = split_files(task, "train", data_root)
+        read = tasks.read_questions if task.kind == "qa" else tasks.read_captions   # only texts: videos may be absent
+        train = read(path, media_root, task.texts_per_clip)
+    except FileNotFoundError as error:
+        return {}, [f"no baseline: {error}"]
+    if task.kind == "qa":
+        return {"most frequent answer to that kind": majority_answers(train, test)}, []
+    return {"most frequent caption": majority_caption(train, test)}, []
 
 
 def main(cfg: Config) -> dict:
-    """Score what `cfg` says; returns what is written."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, and this machine or this build of torch has no CUDA GPU")
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    task = find_task(cfg.task)
-    if cfg.data and not cfg.data_root:
-        raise ValueError(f"--data {cfg.data} wants --data-root, the folder that its videos are relative to")
-    if cfg.mask and cfg.mask not in MASKS:
-        raise ValueError(f"there is no mask {cfg.mask!r}; there are {', '.join(MASKS)}")
-    if min(cfg.beams, cfg.batch) < 1 or cfg.workers < -1:
-        raise ValueError(f"beams {cfg.beams}, batch {cfg.batch} want to be positive, workers {cfg.workers} at least -1")
-    split = "own" if cfg.data else cfg.split
-    annotations, media = (cfg.data, cfg.data_root) if cfg.data else split_files(task, cfg.split, cfg.data_root)
-    absent = [] if cfg.missing == "skip" else None
-    rows = read_rows(task, annotations, media, train=False, absent=absent)
-
+    """Evaluate as `cfg` says -> the results, which rank 0 also prints and writes as JSON."""
+    device = runtime.select_device(cfg.device)
+    task = tasks.get_task(cfg.task)
+    path, media_root = (cfg.data, cfg.data_root) if cfg.data else split_files(task, cfg.split, cfg.data_root)
+    missing = [] if cfg.on_missing == "skip" else None      # annotations whose video file is absent
+    annotations = tasks.read_rows(task, path, media_root, train=False, missing=missing)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if cuda:
-        torch.cuda.set_device(device)
-    model = load_model(cfg.checkpoint).to(device)
-    does = "compares" if isinstance(model, ClusterSTM) else "answers questions" if model.bert else "captions"
-    wanted = {"qa": "answers questions", "caption": "captions"}.get(task.kind, "compares")
-    if does != wanted:
-        raise ValueError(f"{cfg.checkpoint} holds a model that {does}; {KINDS[task.kind]} wants a model that {wanted}"
-                         + ", fine-tuned by train.py --stage finetune" * (wanted != "compares"))
-    with open(os.path.join(cfg.checkpoint, "config.json")) as f:
-        trained = json.load(f)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    model = load_model_for(task, cfg.checkpoint).to(device)
+    run_config = runtime.read_json(os.path.join(cfg.checkpoint, "config.json"))
     tokenizer = data.load_tokenizer(os.path.join(cfg.checkpoint, "tokenizer.json"))
-    tuned = TASKS.get(trained.get("task", ""))
-    frames = cfg.frames or (trained["data"]["frames"] if tuned or cfg.data else task.zero_shot)
-    known = {name: value for name, value in trained["data"].items() if name in DataConfig.__dataclass_fields__}
-    seconds = known.get("seconds", 0) if tuned or cfg.data else task.seconds
-    view = DataConfig(**{**known, "frames": frames, "seconds": seconds, "cache": False})
+    data_cfg = make_data_config(cfg, task, run_config)
+    protocol = make_protocol(cfg, task, run_config, data_cfg.num_workers)
+    protocol.visible_fn, tokens = make_visible_fn(cfg, run_config, model, data_cfg.image_size, device)
+    results = evaluate(model, task, annotations, data_cfg, tokenizer, protocol)
 
-    keep = None
-    tokens = "all"
-    if cfg.mask:
-        ratio = trained["mask"]["ratio"] if cfg.mask_ratio is None else cfg.mask_ratio
-        mask = MaskConfig(**{**trained["mask"], "name": cfg.mask, "ratio": ratio})
-        if not (cfg.teacher or trained["teacher"]):
-            raise ValueError(f"--mask {cfg.mask} wants --teacher, a SigLIP: {cfg.checkpoint} had none")
-        teacher = SigLIP.from_pretrained(cfg.teacher or trained["teacher"]).to(device)
-        N = (view.size // model.cfg.patch) ** 2
-        tokens = f"{cfg.mask}, {keep_count(N, ratio)} of {N} a frame{' on average' * (cfg.mask in GLOBAL)}"
-        def keep(b):
-            return kept(teacher, b.video, mask, mask.ratio, cfg.seed + b.seed, model.vit.grid(b.video)[1:],
-                        model.cfg.proportional)
-
-    usual = 128 if cfg.data else task.rerank
-    how = Protocol(
-        length=trained["model"]["text_length"] if cfg.data else task.length, answer_length=task.answer_length,
-        rerank=usual if cfg.rerank < 0 else cfg.rerank, first_twice=cfg.first_twice, beams=cfg.beams,
-        batch=cfg.batch, workers=view.workers if cfg.workers < 0 else cfg.workers, skip=cfg.missing == "skip",
-        keep=keep)
-    if task.kind == "qa":
-        if cfg.data and not cfg.answers:
-            raise ValueError(f"--data {cfg.data} wants --answers, the JSON list of answers that are ranked")
-        how.answers = read_answers(cfg.answers or find_file(task.answers, data_root(task, cfg.data_root)))
-    found = score(model, task, rows, view, tokenizer, how)
-
+    unreadable = {}                     # video -> the reason of its first annotation
+    for video, reason in [(a.video, f"{a.source}: no file {a.video}") for a in missing or []] + protocol.unreadable:
+        unreadable.setdefault(video, reason)
     notes = []
-    if trained.get("masked") and not cfg.mask:
-        notes.append(f"fine-tuned on masked tokens alone: --mask {trained['mask']['name']} scores it with those")
-    lost = {row.video: f"{row.where}: no file {row.video}" for row in reversed(absent or [])} | dict(how.failed[::-1])
-    if lost:
-        every = len({row.video for row in (*rows, *(absent or []))})
-        notes.append(f"SCORED WITHOUT {len(lost)} OF {every} VIDEOS, which could not be read, the first: "
-                     f"{next(iter(lost.values()))}")
-    number, what = sum(1 for _ in data.list_entries(annotations)), "rows"
-    if task.kind == "caption":
-        number, what = len(rows) + len(absent or ()), "videos"
-    if split == "test" and task.tested and number != task.tested:
-        notes.append(f"{annotations} has {number} {what}, the published split has {task.tested}: not comparable")
-    if outside := found.get("answers not in the list"):
-        notes.append(f"{len(outside)} of {found['questions']} questions have an answer that is not in the list: by "
-                     f"ranking they count as wrong; the first: {outside[0]}")
-    if task.kind in ("qa", "caption"):
-        name = "most frequent answer to that kind" if task.kind == "qa" else "most frequent caption"
-        try:
-            path, _ = (None, None) if cfg.data else split_files(task, "train", cfg.data_root)
-            read = read_questions if task.kind == "qa" else read_captions       # no matter if the videos are there
-            seen = read(path, media, task.per_clip) if path else None
-        except FileNotFoundError as error:
-            seen = None
-            notes.append(f"no baseline: {error}")
-        if seen:
-            simple = frequent_answers if task.kind == "qa" else frequent_caption
-            found["scores"][name] = simple(seen, [row for row in rows if row.video not in lost])
+    if run_config.get("finetune_masked") and not cfg.mask:
+        notes.append(f"fine-tuned on masked clips only: --mask {run_config['mask']['name']} evaluates it on such clips")
+    notes += split_notes(cfg, task, path, annotations, missing or [], unreadable, results)
+    if task.kind in ("qa", "caption") and not cfg.data:
+        test = [annotation for annotation in annotations if annotation.video not in unreadable]
+        baseline, baseline_notes = majority_baseline(task, test, cfg.data_root)
+        results["scores"] |= baseline
+        notes += baseline_notes
 
-    chosen = trained.get("chosen")
     name = os.path.splitext(os.path.basename(cfg.data))[0] if cfg.data else cfg.task
     result = {
-        "task": name, "kind": task.kind, "split": "own annotations" if cfg.data else f"{split} split",
-        "annotations": annotations, "checkpoint": cfg.checkpoint, "chosen": chosen or "", "frames": view.frames,
-        "size": view.size, "tokens": tokens, "protocol": protocol(task, how, seconds), "notes": notes,
-        "lost": [*lost.values()], "config": asdict(cfg), **found,
+        "task": name, "kind": task.kind, "split": "own annotations" if cfg.data else f"{cfg.split} split",
+        "annotations": path, "checkpoint": cfg.checkpoint, "chosen": run_config.get("chosen", ""),
+        "frames": data_cfg.num_frames, "size": data_cfg.image_size, "tokens": tokens,
+        "protocol": describe_protocol(task, protocol, data_cfg.max_seconds), "notes": notes,
+        "unreadable": list(unreadable.values()), "config": asdict(cfg), **results,
     }
-    if place()[0] == 0:
-        print(report(result))
-        path = cfg.out or os.path.join(cfg.checkpoint, f"eval-{name}-{cfg.mask or 'all'}.json")
-        data.write_atomically(path, json.dumps(result, indent=1))
-        print(f"written to {path}")
+    if rank_and_world()[0] == 0:
+        print(format_report(result))
+        out = cfg.out or os.path.join(cfg.checkpoint, f"eval-{name}-{cfg.mask or 'all'}.json")
+        runtime.atomic_write_text(out, json.dumps(result, indent=1))
+        print(f"written to {out}")
     return result
 
 
 if __name__ == "__main__":
-    data.command("eval.py", lambda: main(tyro.cli(Config)))
+    runtime.run_cli("eval.py", lambda: main(tyro.cli(Config, prog="python eval.py")))

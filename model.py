@@ -1,983 +1,613 @@
 """
-The student: a ViT over the kept tokens of a clip, a BERT whose last layers read them, a decoder, and the four losses.
+The student and its losses: decoders, ClusterSTM for pretraining and retrieval, VideoToText for answers and captions.
 
-The ViT is UMT's (OpenGVLab/unmasked_teacher, multi_modality/models/backbones/vit/vit.py): joint space-time attention,
-tubelet 1, no CLS token. The BERT has Hugging Face's parameter names (transformers, models/bert) and, as in UMT, text
-only in its first layers and cross-attention to the video in its last. Letters and equations: docs/method.md.
+    Batch (video, text_ids, media_ids, seed) + TeacherTargets  ->  ClusterSTM   ->  losses by name: mrm, vtc, vtm, mlm
+    Batch (video, text_ids, answer_ids, ...)                   ->  VideoToText  ->  {"lm": loss}, or generated token ids
+
+A batch is cut into micro-batches, over the ranks and within a rank. BatchStats holds what the loss of a micro-batch
+needs of the others, so that the mean of the micro-batches' losses is the loss of the batch. Letters and equations:
+docs/method.md.
 """
 
-import json
-import math
-import os
 import re
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as nnf
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention as attend
 
-from masking import sent
-from teacher import Guide, demand, find_folder, known, load_weights, patches, read_folder
+from encoders import (
+    Bert,
+    Block,
+    TextEncoderConfig,
+    ViT,
+    ViTConfig,
+    bert_config,
+    check_choices,
+    check_heads,
+    init_xavier,
+    mask_tokens,
+    sincos_pos_embed,
+)
+from kernels import to_device
+from masking import gumbel_noise
+from runtime import (
+    Stream,
+    all_gather,
+    all_reduce_sum,
+    config_from_dict,
+    load_state_dict_strict,
+    rank_and_world,
+    read_checkpoint,
+    require,
+    seeded_generator,
+)
+from targets import TeacherTargets
+
+if TYPE_CHECKING:
+    from data import Batch
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
-    """The student."""
-    patch: int = 16              # pixels a side of a token's patch
-    width: int = 768             # ViT: channels
-    depth: int = 12              # ViT: blocks
-    heads: int = 12              # ViT: attention heads
-    drop_path: float = 0.1       # ViT: rate of the last block, rising linearly from 0
-    positions: str = "1d"        # ViT: sinusoids of the flat (t, h, w) index (1d, as UMT) or of t, h, w apart (3d)
-    text_width: int = 768        # BERT: channels
-    text_depth: int = 12         # BERT: layers
-    text_heads: int = 12         # BERT: attention heads
-    fusion: int = 3              # BERT: the last layers, which read the video
-    dropout: float = 0.1         # BERT: dropout
-    vocab: int = 0               # BERT: word pieces; 0: as many as the tokenizer has
-    mask_id: int = 0             # BERT: id of [MASK]; 0: as the tokenizer has
-    text_length: int = 32        # word pieces a caption, [CLS] included; longer ones are cut (L)
-    sep: bool = False            # whether a caption ends in [SEP], as BERT's own do; UMT's do not
-    embed: int = 512             # joint space of VTC
-    decoder: str = "cross"       # cross: queries attend to visible tokens; joint: self-attention over all tokens
-    decoder_width: int = 512     # decoder: channels
-    decoder_depth: int = 2       # decoder: blocks
-    decoder_heads: int = 8       # decoder: attention heads
-    decoder_share: float = 0.25  # cross: share of the masked tokens that is predicted, drawn anew each step
-    target: int = 0              # width of the teacher's joint space (E); 0: as the teacher has
-    umt_vtc: bool = False        # VTC's gradient to the encoders divided by the number of ranks, as UMT's gather does
-    proportional: bool = False   # a kept token counts as the tokens it stands for, in ViT's attention and mean (ToMe)
-    relevance: str = "batch"     # MRM: relevance to the texts of the batch, to the clip's own, or none (regression)
-    objective: str = "relevance"  # beside VTC, VTM, MLM: relevance (MRM), visible (UMT's alignment) or pixels (MAE's)
+    """The student's decoder and losses."""
+    embed_dim: int = 512         # width of the joint space of videos and texts (VTC)
+    decoder: Literal["cross", "joint"] = "cross"    # cross: queries attend to visible tokens; joint: self-attention
+    decoder_width: int = 512     # channels of the decoder
+    decoder_depth: int = 2       # number of decoder blocks
+    decoder_heads: int = 8       # attention heads of the decoder
+    decoder_query_ratio: float = 0.25    # share of the masked tokens that a cross decoder predicts per step, in (0, 1]
+    target_dim: int = 0          # width of the teacher's token embeddings; 0: as in the teacher
+    proportional: bool = False   # weight each visible token by the number of tokens it represents (Token Merging)
+    mrm_texts: Literal["batch", "own", "none"] = "batch"    # captions of MRM: the batch's, the clip's own, none (L2)
+    # relevance: MRM, the relevance of masked tokens to captions; visible: UMT's alignment of visible tokens; pixels:
+    # MAE's reconstruction of masked pixels
+    objective: Literal["relevance", "visible", "pixels"] = "relevance"
+    mrm_weight: float = 1.0      # loss weight of the objective (MRM or what replaces it)
+    vtc_weight: float = 1.0      # loss weight of video-text contrast
+    vtm_weight: float = 1.0      # loss weight of video-text matching
+    mlm_weight: float = 1.0      # loss weight of masked language modelling
 
     def __post_init__(self):
-        for width, heads in ((self.width, self.heads), (self.text_width, self.text_heads),
-                             (self.decoder_width, self.decoder_heads)):
-            if width % heads:
-                raise ValueError(f"{width} channels do not divide into {heads} heads")
-        for name, value, known_values in (("positions", self.positions, ("1d", "3d")),
-                                          ("decoder", self.decoder, ("cross", "joint")),
-                                          ("relevance", self.relevance, ("batch", "own", "none")),
-                                          ("objective", self.objective, ("relevance", "visible", "pixels"))):
-            if value not in known_values:
-                raise ValueError(f"{name} wants to be one of {', '.join(known_values)}, is {value!r}")
-        if not 0 < self.fusion < self.text_depth:
-            raise ValueError(f"of {self.text_depth} text layers 1 to {self.text_depth - 1} can fuse, got {self.fusion}")
-        if not 0 < self.decoder_share <= 1:
-            raise ValueError(f"decoder_share is in (0, 1], got {self.decoder_share}")
+        check_heads("model.decoder_width", self.decoder_width, "model.decoder_heads", self.decoder_heads)
+        check_choices(self, "model")
+        if not 0 < self.decoder_query_ratio <= 1:
+            raise ValueError(f"model.decoder_query_ratio must be in (0, 1], got {self.decoder_query_ratio}")
 
 
-# ViT
-
-@lru_cache(maxsize=16)
-def sinusoids(grid: tuple[int, int, int], C: int, kind: str, device: torch.device) -> Tensor:
-    """
-    Fixed positions of the tokens of a clip: grid (T, h, w) -> (Thw, C).
-
-    "1d": sin and cos of the flat index in turn (UMT, VideoMAE). "3d": a quarter of the channels for t, the rest shared
-    by h and w, so that a position means the same at every clip length and resolution; its slowest wave is 100 times
-    the fastest, not 10000, as no axis is long.
-    """
-    def encode(index: Tensor, C: int) -> Tensor:
-        rate = (10000 if kind == "1d" else 100) ** (-2 * torch.arange((C + 1) // 2, dtype=torch.float64) / C)
-        angle = index.double()[:, None] * rate
-        return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C]
-
-    T, h, w = grid
-    t, i, j = (index.flatten() for index in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
-    if kind == "1d":
-        table = encode(torch.arange(T * h * w), C)
-    else:
-        Ct, Ch = C // 4, (C - C // 4) // 2
-        table = torch.cat([encode(t, Ct), encode(i, Ch), encode(j, C - Ct - Ch)], 1)
-    return table.float().to(device)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; in a decoder its keys and values can come from elsewhere."""
-
-    def __init__(self, C: int, heads: int, drop_path: float = 0.0, cross: bool = False):
-        super().__init__()
-        self.heads, self.drops = heads, drop_path > 0
-        # A tensor: of numbers that differ from block to block torch.compile makes several programs.
-        self.register_buffer("drop_path", torch.tensor(drop_path), persistent=False)
-        self.norm1 = nn.LayerNorm(C, eps=1e-6)
-        if cross:
-            self.norm_kv, self.q, self.kv = nn.LayerNorm(C, eps=1e-6), nn.Linear(C, C), nn.Linear(C, 2 * C)
-        else:
-            self.qkv = nn.Linear(C, 3 * C)
-        self.proj = nn.Linear(C, C)
-        self.norm2 = nn.LayerNorm(C, eps=1e-6)
-        self.fc1, self.fc2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-    def split(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
-        """(B, S, nC) -> n of (B, H, S, C / H)."""
-        B, S, nC = x.shape
-        return x.view(B, S, n, self.heads, nC // n // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Stochastic depth, a clip at a time."""
-        if not (self.training and self.drops):
-            return x
-        stay = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * stay / (1 - self.drop_path)
-
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x (B, S, C), context (B, S', C) for a cross block, bias (B, 1, 1, S) of the logits -> (B, S, C)."""
-        y = self.norm1(x)
-        if context is None:
-            q, k, v = self.split(self.qkv(y), 3)
-        else:
-            (q,), (k, v) = self.split(self.q(y), 1), self.split(self.kv(self.norm_kv(context)), 2)
-        bias = None if bias is None else bias.to(q.dtype)
-        x = x + self.drop(self.proj(attend(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)))
-        return x + self.drop(self.fc2(nnf.gelu(self.fc1(self.norm2(x)))))
-
-
-def xavier(module: nn.Module):
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-class ViT(nn.Module):
-    """Joint space-time ViT of any T, H and W, over all tokens of a clip or over those that are kept."""
-
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # of its pixels: ImageNet's, as UMT
-
-    def __init__(self, patch=16, width=768, depth=12, heads=12, drop_path=0.0, positions="1d"):
-        super().__init__()
-        self.patch, self.positions = patch, positions
-        self.embed = nn.Linear(3 * patch * patch, width)
-        self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(xavier)
-        self.register_buffer("pixel_mean", torch.tensor(self.mean).repeat_interleave(patch * patch), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(self.std).repeat_interleave(patch * patch), persistent=False)
-
-    def grid(self, video: Tensor) -> tuple[int, int, int]:
-        """(T, h, w) of a video (B, T, 3, H, W)."""
-        return video.shape[1], video.shape[3] // self.patch, video.shape[4] // self.patch
-
-    def pixels(self, video: Tensor, ids: Tensor | None) -> Tensor:
-        """video (B, T, 3, H, W) uint8, ids (B, S) flat or None for all tokens -> their pixels (B, S, 3 patch^2)."""
-        x = patches(video.flatten(0, 1), self.patch).view(len(video), -1, self.embed.in_features)
-        if ids is not None:         # before anything is computed from pixels
-            x = x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
-        return (x.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
-
-    def forward(self, video: Tensor, keep: Tensor | None = None, size: Tensor | None = None) -> Tensor:
-        """
-        video (B, T, 3, H, W) uint8, keep (B, S) flat ids or None for all tokens -> (B, S, C).
-
-        size (B, S): a token attracts as much attention as that many of its kind would (Bolya et al., Token Merging,
-        arXiv 2210.09461, proportional attention).
-        """
-        positions = sinusoids(self.grid(video), self.embed.out_features, self.positions, video.device)
-        positions = positions.expand(len(video), *positions.shape) if keep is None else positions[keep]
-        x = self.embed(self.pixels(video, keep)) + positions
-        bias = None if size is None else size.log()[:, None, None]                          # (B, 1, 1, S)
-        for block in self.blocks:
-            x = block(x, bias=bias)
-        return self.norm(x)
-
-
-# BERT
-
-@dataclass
-class BertConfig:
-    """Names and defaults of Hugging Face's BertConfig, and what fusion adds."""
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_dropout_prob: float = 0.1        # of the attention weights too: attention_probs_dropout_prob is not read
-    layer_norm_eps: float = 1e-12
-    fusion_layers: int = 3       # the last layers, which have cross-attention
-    encoder_width: int = 768     # channels of the video tokens
-    is_decoder: bool = False     # a word sees those before it alone
-
-
-def read_bert_config(values: dict, where: str, **changes) -> BertConfig:
-    """
-    The BertConfig of a config.json, less what this BERT does not do; what it lacks has the published default.
-
-    The changes that are allowed are those that leave its weights what they are: dropout, fusion.
-    """
-    values = {k: v for k, v in values.items() if v is not None}
-    kind = values.get("model_type", "bert")
-    demand(kind == "bert", where, "model_type", "'bert'", kind)
-    kinds = values.get("architectures", [])
-    demand("model_type" in values or all(str(kind).startswith("Bert") for kind in kinds), where, "architectures",
-           "those of a BERT", kinds)
-    for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False),
-                        ("pad_token_id", Bert.PAD)):
-        value = values.get(key, wanted)
-        demand(value == wanted, where, key, repr(wanted), value)
-    cfg = asdict(known(BertConfig, values))
-    for key, value in changes.items():
-        free = key in ("hidden_dropout_prob", "fusion_layers", "encoder_width")
-        demand(free or cfg.get(key) == value, where, key, repr(value), cfg.get(key))
-    cfg = BertConfig(**{**cfg, **changes})
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        demand(isinstance(value, (int, f.type)), where, f.name, f"of type {f.type.__name__}", value)
-    heads, layers = cfg.num_attention_heads, cfg.num_hidden_layers
-    demand(heads > 0 and cfg.hidden_size % heads == 0, where, "hidden_size",
-           f"a multiple of num_attention_heads, {heads}", cfg.hidden_size)
-    demand(0 <= cfg.fusion_layers <= layers, where, "fusion_layers", f"0 to {layers}, the layers that there are",
-           cfg.fusion_layers)
-    return cfg
-
-
-class BertSelf(nn.Module):
-    def __init__(self, cfg: BertConfig, context: int):
-        super().__init__()
-        self.heads, self.dropout = cfg.num_attention_heads, cfg.hidden_dropout_prob
-        self.query = nn.Linear(cfg.hidden_size, cfg.hidden_size)
-        self.key = nn.Linear(context, cfg.hidden_size)
-        self.value = nn.Linear(context, cfg.hidden_size)
-
-    def split(self, x: Tensor) -> Tensor:
-        """(M, L, D) -> (M, H, L, D / H)."""
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, rows: Tensor | None = None,
-                past: list | None = None) -> Tensor:
-        """`past` keeps keys and values from call to call: of the words so far, or of a context that stays as it is."""
-        if past and context is not x:
-            k, v = past
-        else:
-            k, v = self.split(self.key(context)), self.split(self.value(context))
-            if past:
-                k, v = (torch.cat(both, 2) for both in zip(past, (k, v), strict=True))
-        if past is not None:
-            past[:] = k, v
-        if rows is not None:        # keys and values once a clip, though several texts attend to it
-            k, v = k[rows], v[rows]
-        q = self.query(x).view(len(k), -1, x.shape[-1])     # of a word of each of W beams: W places that ask one clip
-        y = attend(self.split(q), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(x.shape)
-
-
-class BertOutput(nn.Module):
-    """Dense, dropout, residual, LayerNorm."""
-
-    def __init__(self, cfg: BertConfig, width: int):
-        super().__init__()
-        self.dense = nn.Linear(width, cfg.hidden_size)
-        self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
-        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
-
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.LayerNorm(x + self.dropout(self.dense(y)))
-
-
-class BertAttention(nn.Module):
-    def __init__(self, cfg: BertConfig, context: int):
-        super().__init__()
-        self.self = BertSelf(cfg, context)
-        self.output = BertOutput(cfg, cfg.hidden_size)
-
-    def forward(self, x, context, mask, rows=None, past=None):
-        return self.output(self.self(x, context, mask, rows, past), x)
-
-
-class BertIntermediate(nn.Module):
-    def __init__(self, cfg: BertConfig):
-        super().__init__()
-        self.dense = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
-
-
-class BertLayer(nn.Module):
-    def __init__(self, cfg: BertConfig, fusion: bool):
-        super().__init__()
-        self.attention = BertAttention(cfg, cfg.hidden_size)
-        if fusion:
-            self.crossattention = BertAttention(cfg, cfg.encoder_width)
-        self.intermediate = BertIntermediate(cfg)
-        self.output = BertOutput(cfg, cfg.intermediate_size)
-
-    def forward(self, x, mask, video=None, rows=None, there=None, past=(None, None)):
-        x = self.attention(x, x, mask, None, past[0])
-        if video is not None:
-            x = self.crossattention(x, video, there, rows, past[1])
-        return self.output(nnf.gelu(self.intermediate.dense(x)), x)
-
-
-class BertEmbeddings(nn.Module):
-    def __init__(self, cfg: BertConfig):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(cfg.vocab_size, cfg.hidden_size, padding_idx=0)
-        self.position_embeddings = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
-        self.token_type_embeddings = nn.Embedding(cfg.type_vocab_size, cfg.hidden_size)
-        self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
-        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
-
-    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
-        """Of word pieces (M, L) that begin at place `start`."""
-        end = start + ids.shape[1]
-        if end > self.position_embeddings.num_embeddings:
-            raise ValueError(f"this BERT takes {self.position_embeddings.num_embeddings} word pieces, got {end}")
-        position = self.position_embeddings.weight[start:end]
-        x = self.word_embeddings(ids) + position + self.token_type_embeddings.weight[0]
-        return self.dropout(self.LayerNorm(x))
-
-
-class BertEncoder(nn.Module):
-    def __init__(self, cfg: BertConfig):
-        super().__init__()
-        first = cfg.num_hidden_layers - cfg.fusion_layers
-        self.layer = nn.ModuleList(BertLayer(cfg, i >= first) for i in range(cfg.num_hidden_layers))
-
-
-class BertBody(nn.Module):
-    def __init__(self, cfg: BertConfig):
-        super().__init__()
-        self.embeddings = BertEmbeddings(cfg)
-        self.encoder = BertEncoder(cfg)
-
-
-class BertHead(nn.Module):
-    """Masked-language-model head; its decoder is the word embedding."""
-
-    def __init__(self, cfg: BertConfig):
-        super().__init__()
-        self.predictions = nn.Module()
-        self.predictions.transform = nn.Module()
-        self.predictions.transform.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
-        self.predictions.transform.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
-        self.predictions.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
-
-
-class Bert(nn.Module):
-    """BERT in two parts: `text` in its first layers, `fuse` in its last, which read the video where there is one."""
-
-    PAD = 0
-    new: tuple[str, ...] = ()       # keys of the weights that from_pretrained did not find
-
-    def __init__(self, cfg: BertConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.first = cfg.num_hidden_layers - cfg.fusion_layers
-        self.bert = BertBody(cfg)
-        self.cls = BertHead(cfg)
-        # BERT's 0.02 is of 768 channels: narrower layers would pass on next to nothing of what attention found.
-        std = 0.02 * max(1, 768 / cfg.hidden_size) ** 0.5
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=std)
-            if isinstance(m, nn.Linear):
-                nn.init.zeros_(m.bias)
-
-    def text(self, ids: Tensor) -> Tensor:
-        """ids (M, L) -> states (M, L, D) after the text-only layers."""
-        x, mask = self.bert.embeddings(ids), self.mask(ids)
-        for layer in self.bert.encoder.layer[:self.first]:
-            x = layer(x, mask)
-        return x
-
-    def fuse(self, states: Tensor, ids: Tensor, video: Tensor | None = None, rows: Tensor | None = None,
-             there: Tensor | None = None) -> Tensor:
-        """
-        The last layers: states (M, L, D), ids (M, L), video (B, S, C) -> (M, L, D).
-
-        Text m attends to clip rows[m]; without rows to clip m; without a video the layers are plain BERT's. In place of
-        the video can stand another text's states, then `there` (M, 1, 1, S) is True where that has a word.
-        """
-        mask = self.mask(ids)
-        for layer in self.bert.encoder.layer[self.first:]:
-            states = layer(states, mask, video, rows, there)
-        return states
-
-    def words(self, states: Tensor) -> Tensor:
-        """states (..., D) -> logits (..., vocab)."""
-        p = self.cls.predictions
-        x = p.transform.LayerNorm(nnf.gelu(p.transform.dense(states)))
-        return nnf.linear(x, self.bert.embeddings.word_embeddings.weight, p.bias)
-
-    def predict(self, states: Tensor, labels: Tensor) -> Tensor:
-        """
-        states (M, L, D), labels (M, L), -100 where nothing is predicted -> the cross-entropy, summed over words.
-
-        Logits are formed at as many places whatever the words, so that no host waits for a device to count them.
-        """
-        labels = labels.flatten()
-        places = (labels == -100).byte().argsort(stable=True)[:most_words(labels.numel())]      # the words come first
-        logits = self.words(states.flatten(0, 1)[places]).float()
-        return nnf.cross_entropy(logits, labels[places], reduction="sum")
-
-    def mask(self, ids: Tensor) -> Tensor:
-        """ids (M, L) -> (M, 1, 1, L), True where there is a word; of a decoder (M, 1, L, L), True where it is seen."""
-        there = (ids != self.PAD)[:, None, None, :]
-        return there & there.new_ones(2 * ids.shape[1:]).tril() if self.cfg.is_decoder else there
-
-    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Training on text alone: corrupted ids and labels (M, L), as `corrupt` makes them -> the MLM loss by name."""
-        count = (labels != -100).sum().clamp_min(1)
-        return {"mlm": self.predict(self.fuse(self.text(ids), ids), labels) / count}
-
-    @classmethod
-    def from_pretrained(cls, name: str, **changes) -> "Bert":
-        """
-        A folder in Hugging Face's layout, or a hub id: config.json, model.safetensors (or its shards). In eval mode.
-
-        Strict, but for what an encoder may lack: the cross-attention of a fusion layer and the MLM head, whole, are
-        then new and their keys in `new`. `changes` to dropout and fusion are made; any other must be what is found.
-        """
-        folder = find_folder(name, "a BERT")
-        refuse_pickles(folder)
-        config, found = read_folder(folder, "a BERT")
-        where = os.path.join(folder, "model*.safetensors")
-        model, saved = cls(read_bert_config(config, os.path.join(folder, "config.json"), **changes)), {}
-        prefix = "" if any(key.startswith("bert.") for key in found) else "bert."
-        for key, value in found.items():
-            key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            key = key if key.startswith("cls.") else prefix + key
-            # The pooler and the next-sentence head have no place here; position_ids are 0, 1, 2, ...
-            if not key.startswith(("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")):
-                saved[key] = value
-        for key, home in (("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-                          ("cls.predictions.decoder.bias", "cls.predictions.bias")):
-            value = saved.pop(key, None)
-            if value is not None and not torch.equal(value, saved.setdefault(home, value)):
-                raise ValueError(f"{where}: {key} is not {home}, wanted the same: here the head's decoder is tied")
-
-        def part(key):          # what a file may lack: a layer's cross-attention, the head
-            return key.split("crossattention")[0] if "crossattention" in key else key.startswith("cls.")
-
-        there = {False, *map(part, saved)}
-        new = {key: value for key, value in model.state_dict().items() if part(key) not in there}
-        load_weights(model, new | saved, where)
-        model.new = tuple(new)
-        return model.eval()
-
-    def save(self, folder: str):
-        """config.json and model.safetensors into the folder."""
-        os.makedirs(folder, exist_ok=True)
-        save_weights(self, folder)
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump({"model_type": "bert", **asdict(self.cfg)}, f, indent=1)
-
-
-def refuse_pickles(folder: str):
-    """A folder whose weights are in pytorch_model.bin alone is refused, with the command that converts them."""
-    there = [os.path.isfile(os.path.join(folder, name))
-             for name in ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json")]
-    if there == [True, False, False]:
-        raise FileNotFoundError(
-            f"{folder} is no folder of a BERT: it has no model.safetensors, and its pytorch_model.bin is not read; to "
-            'convert it, in that folder: python -c "import torch, safetensors.torch as s; s.save_file({k: '
-            "v.contiguous().clone() for k, v in torch.load('pytorch_model.bin', weights_only=True).items()}, "
-            "'model.safetensors')\"")
-
-
-def corrupt(ids: Tensor, vocab: int, mask_id: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """
-    Half of the words to be predicted: ids (M, L) -> corrupted ids, labels (-100 where nothing is predicted).
-
-    Of the chosen 80 % become [MASK], 10 % a random word, 10 % stay. The special tokens, whose ids go up to [MASK]'s as
-    in bert-base-uncased, are never chosen, nor drawn; nor is what comes after the first `most_words`.
-    """
-    chosen, kind = (sent(torch.rand(ids.shape, generator=generator), ids.device) for _ in range(2))
-    word = sent(torch.randint(mask_id + 1, vocab, ids.shape, generator=generator), ids.device)
-    chosen = (chosen < 0.5) & (ids > mask_id)
-    chosen &= chosen.flatten().cumsum(0).view(ids.shape) <= most_words(ids.numel())
-    corrupted = torch.where(chosen & (kind < 0.8), mask_id, ids)
-    corrupted = torch.where(chosen & (kind >= 0.9), word, corrupted)
-    return corrupted, torch.where(chosen, ids, -100)
-
-
-def most_words(places: int) -> int:
-    """How many of so many places are predicted at most: half of them and six standard deviations of a fair choice."""
-    return min(places, math.ceil(places / 2 + 3 * places ** 0.5))
-
-
-# Decoder
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders
 
 class Decoder(nn.Module):
-    """Encoded visible tokens -> what masked tokens are about, vectors in the teacher's joint space; or their pixels."""
+    """Predict masked tokens from the visible ones: their embeddings in the teacher's joint space, or their pixels."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, vit: ViTConfig, cfg: ModelConfig):
         super().__init__()
-        self.kind, self.positions, self.draws = cfg.decoder, cfg.positions, cfg.objective == "pixels"
+        self.pos_embed, self.is_joint = vit.pos_embed, cfg.decoder == "joint"
+        self.predicts_pixels = cfg.objective == "pixels"
         C = cfg.decoder_width
-        self.embed = nn.Linear(cfg.width, C)
+        self.in_proj = nn.Linear(vit.width, C)
         self.query = nn.Parameter(torch.empty(C))
-        cross = cfg.decoder == "cross"
-        self.blocks = nn.ModuleList(Block(C, cfg.decoder_heads, cross=cross) for _ in range(cfg.decoder_depth))
+        self.blocks = nn.ModuleList(Block(C, cfg.decoder_heads, cross=not self.is_joint)
+                                    for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(C, eps=1e-6)
-        self.proj = nn.Linear(C, 3 * cfg.patch ** 2 if self.draws else cfg.target)
-        self.apply(xavier)
+        self.proj = nn.Linear(C, 3 * vit.patch_size ** 2 if self.predicts_pixels else cfg.target_dim)
+        self.apply(init_xavier)
         nn.init.normal_(self.query, std=0.02)
 
-    def forward(self, visible: Tensor, keep: Tensor, wanted: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """visible (B, S, C) at the ids keep (B, S); wanted (B, Q) flat ids -> (B, Q, E), unit length, or pixels."""
-        positions = sinusoids(grid, self.query.shape[0], self.positions, visible.device)
-        visible = self.embed(visible) + positions[keep]
-        x = self.query + positions[wanted]
-        if self.kind == "joint":
-            x = torch.cat([visible, x], 1)
+    def forward(self, tokens: Tensor, visible_ids: Tensor, query_ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """
+        tokens (B, S, C) of the visible_ids (B, S), query_ids (B, Q) flat, grid (T, h, w) -> (B, Q, E) of unit length,
+        or (B, Q, 3 patch_size^2) if it predicts pixels.
+        """
+        positions = sincos_pos_embed(grid, self.query.shape[0], self.pos_embed, tokens.device)
+        tokens = self.in_proj(tokens) + positions[visible_ids]
+        x = self.query + positions[query_ids]
+        if self.is_joint:
+            x = torch.cat([tokens, x], 1)
         for block in self.blocks:
-            x = block(x) if self.kind == "joint" else block(x, visible)
-        x = self.proj(self.norm(x[:, -wanted.shape[1]:])).float()
-        return x if self.draws else nnf.normalize(x, dim=-1)
+            x = block(x) if self.is_joint else block(x, tokens)
+        x = self.proj(self.norm(x[:, -query_ids.shape[1]:])).float()
+        return x if self.predicts_pixels else nnf.normalize(x, dim=-1)
 
 
 class LinearDecoder(nn.Module):
-    """UMT's, on the last layer alone: visible tokens -> what they are about, vectors in the teacher's joint space."""
+    """UMT's decoder, on the last layer only: predict the embeddings of the visible tokens (Linear_Decoder of UMT)."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, vit: ViTConfig, cfg: ModelConfig):
         super().__init__()
-        self.positions = cfg.positions
-        self.head, self.norm = nn.Linear(cfg.width, cfg.target), nn.LayerNorm(cfg.target)
-        self.apply(xavier)
+        self.pos_embed = vit.pos_embed
+        self.head, self.norm = nn.Linear(vit.width, cfg.target_dim), nn.LayerNorm(cfg.target_dim)
+        self.apply(init_xavier)
 
-    def forward(self, visible: Tensor, keep: Tensor, wanted: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """visible (B, S, C) at the ids keep (B, S), which are those wanted -> (B, S, E), unit length."""
-        x = visible + sinusoids(grid, visible.shape[-1], self.positions, visible.device)[keep]
+    def forward(self, tokens: Tensor, visible_ids: Tensor, query_ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """tokens (B, S, C) of the visible_ids (B, S), which are the query_ids -> (B, S, E) of unit length."""
+        x = tokens + sincos_pos_embed(grid, tokens.shape[-1], self.pos_embed, tokens.device)[visible_ids]
         return nnf.normalize(self.norm(self.head(x)).float(), dim=-1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
-def gather(x: Tensor) -> Tensor:
-    """x (...) of each rank -> (world, ...), without gradient."""
-    x = x.detach().contiguous()
-    if not dist.is_initialized():
-        return x[None]
-    out = x.new_empty((dist.get_world_size(), *x.shape))
-    dist.all_gather(list(out.unbind(0)), x)
-    return out
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum of x over the ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def vtc_loss(video: Tensor, text: Tensor, media: Tensor, temp: Tensor) -> Tensor:
+def vtc_loss(video: Tensor, text: Tensor, media_ids: Tensor, temp: Tensor) -> Tensor:
     """
-    Symmetric InfoNCE: video (B, E), text (B, E), media (B,) -> scalar.
+    Symmetric InfoNCE: video (B, E'), text (B, E'), media_ids (B,) -> scalar.
 
     video_i is the mean over frames of unit vectors, so that video_i . text_j is the mean of the frames' cosines. Clips
-    of one medium are all positives of each other's captions: targets are the row-normalised equality of the media.
+    of one medium are positives of each other's captions: targets are the row-normalised equality of media_ids.
     """
     with torch.autocast(video.device.type, enabled=False):
         logits = video.float() @ text.float().T / temp                              # (B, B)
-        same = (media[:, None] == media[None]).float()
-        target = same / same.sum(1, keepdim=True)
+        positive = (media_ids[:, None] == media_ids[None]).float()
+        target = positive / positive.sum(1, keepdim=True)
         return (nnf.cross_entropy(logits, target) + nnf.cross_entropy(logits.T, target)) / 2
 
 
-def spread(p: Tensor, relevance) -> Tensor:
-    """The relevance form of p (B, Q, E) minus its clip's mean, averaged: the cost of predicting each clip's mean."""
-    return relevance(p - p.mean(1, keepdim=True)).mean()
+def target_variance(targets: Tensor, form) -> Tensor:
+    """Average form(p minus its clip's mean) over targets p (B, Q, E): MRM's error of predicting that mean."""
+    return form(targets - targets.mean(1, keepdim=True)).mean()
 
 
-def hard_negatives(similarity: Tensor, media: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def hard_negatives(similarity: Tensor, media_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """
-    For each row a column of another medium, drawn from the softmax of similarity (B, B): (B,) columns, (B,) valid.
+    Draw for each row a column of another medium from the softmax of similarity (B, B) -> columns (B,), valid (B,).
 
-    The draw is a Gumbel argmax. A row whose every column is of its own medium has no negative and is not valid.
+    The draw is a Gumbel argmax. A row is not valid if all columns are of its own medium.
     """
-    other = media[:, None] != media[None]
-    noise = torch.rand(similarity.shape, generator=generator).clamp_(1e-7, 1 - 1e-7).log().neg().log().neg()
-    score = (similarity.float() + sent(noise, similarity.device)).masked_fill(~other, -torch.inf)
-    return score.argmax(1), other.any(1)
+    is_negative = media_ids[:, None] != media_ids[None]
+    noise = to_device(gumbel_noise(similarity.shape, generator), similarity.device)
+    score = (similarity.float() + noise).masked_fill(~is_negative, -torch.inf)
+    return score.argmax(1), is_negative.any(1)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return x, with its gradient multiplied by factor."""
+    return x.detach() + factor * (x - x.detach())
 
 
 @dataclass
-class Whole:
-    """What a micro-batch must know of the batch it is part of."""
-    gram: Tensor | None         # G (E, E), mean over the batch's texts of s s^T
-    variance: Tensor | None     # v, the spread of the relevance targets
-    words: Tensor               # masked words a micro-batch, on average
-    scale: float                # of VTC's gradient: the parts' gradients are averaged, and it is a sum over them
-    index: int                  # this micro-batch among them
-    corrupted: tuple | None     # ids and labels of the masked words
-    wanted: Tensor | None       # (B, Q) flat ids of the tokens that are predicted
-    others: tuple | None = None     # video (parts, B, E), text (parts, B, E), media (parts, B), if already known
+class BatchStats:
+    """
+    Statistics of the global batch that the loss of one micro-batch needs.
 
+    parts: the number of micro-batches of the batch, over all ranks.
+    """
+    text_gram: Tensor | None            # G (E, E), mean of s s^T over the texts of the batch
+    target_variance: Tensor | None      # v, the MRM error of predicting each clip's mean target
+    mlm_denominator: Tensor             # masked tokens per micro-batch, averaged over the batch
+    grad_scale: float                   # parts: VTC's gradients are averaged over the parts, but must be summed
+    index: int                          # of this micro-batch among the parts
+    mlm_inputs: tuple[Tensor, Tensor] | None    # masked ids and labels (B, L)
+    query_ids: Tensor | None            # (B, Q) flat ids of the tokens that are predicted
+    gathered_features: tuple[Tensor, ...] | None = None     # video, text (parts, B, E'), media_ids (parts, B)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The student
 
 class ClusterSTM(nn.Module):
-    """The student and its losses."""
+    """The student: ViT, BERT, decoder, projections and losses."""
 
-    def __init__(self, cfg: ModelConfig, text: Bert | None = None):
+    def __init__(self, vit: ViTConfig, text: TextEncoderConfig, cfg: ModelConfig, bert: Bert | None = None):
         super().__init__()
-        if not (cfg.vocab and cfg.mask_id and cfg.target):
-            raise ValueError(f"a model wants vocab, mask_id and target, got {cfg.vocab}, {cfg.mask_id}, {cfg.target}")
-        self.cfg = cfg
-        self.mlm = True         # whether words are masked and predicted; fine-tuning does without
-        self.vit = ViT(cfg.patch, cfg.width, cfg.depth, cfg.heads, cfg.drop_path, cfg.positions)
-        self.bert = text or Bert(bert_config(cfg))
-        if self.bert.cfg != bert_config(cfg):
-            raise ValueError(f"the text encoder is {self.bert.cfg}, the config wants {bert_config(cfg)}")
-        self.decoder = LinearDecoder(cfg) if cfg.objective == "visible" else Decoder(cfg)
-        self.pool_norm = nn.LayerNorm(cfg.width, eps=1e-6)
-        self.vision_proj = nn.Linear(cfg.width, cfg.embed)
-        self.text_proj = nn.Linear(cfg.text_width, cfg.embed)
-        self.itm_head = nn.Linear(cfg.text_width, 2)
+        for name, value in (("text.vocab_size", text.vocab_size), ("text.mask_token_id", text.mask_token_id),
+                            ("model.target_dim", cfg.target_dim)):
+            if not value:
+                raise ValueError(f"{name} must be set to build a student, got {value}")
+        self.vit_cfg, self.text_cfg, self.cfg = vit, text, cfg
+        self.use_mlm = True         # train.py turns MLM off in fine-tuning
+        self.vit = ViT(vit)
+        self.bert = bert or Bert(bert_config(text, vit.width))
+        if self.bert.cfg != bert_config(text, vit.width):
+            raise ValueError(f"the text encoder must be {bert_config(text, vit.width)}, got {self.bert.cfg}")
+        self.decoder = LinearDecoder(vit, cfg) if cfg.objective == "visible" else Decoder(vit, cfg)
+        self.pool_norm = nn.LayerNorm(vit.width, eps=1e-6)
+        self.vision_proj = nn.Linear(vit.width, cfg.embed_dim)
+        self.text_proj = nn.Linear(text.width, cfg.embed_dim)
+        self.itm_head = nn.Linear(text.width, 2)
         self.temp = nn.Parameter(torch.tensor(0.07))
         for m in (self.vision_proj, self.text_proj, self.itm_head):
-            xavier(m)
+            init_xavier(m)
 
-    # What a video and a caption are: used alike in training and evaluation.
+    # Features. Training and evaluation share them.
 
-    def encode_video(self, video: Tensor, keep: Tensor | None = None,
-                     size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode_video(self, video: Tensor, visible_ids: Tensor | None = None,
+                     token_size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
-        video (B, T, 3, H, W) uint8, keep and size (B, S) as the ViT's -> tokens (B, S, C), feature (B, E): the mean
-        over frames of unit vectors.
+        video (B, T, 3, H, W) uint8, visible_ids and token_size (B, S) as of ViT -> tokens (B, S, C), feature (B, E').
+
+        The feature is the mean over frames of the unit vector of each frame's mean token.
         """
-        T, h, w = self.vit.grid(video)
-        tokens = self.vit(video, keep, size)
-        if keep is None:
+        T, h, w = self.vit.grid_size(video)
+        tokens = self.vit(video, visible_ids, token_size)
+        if visible_ids is None:
             weight = torch.ones(len(tokens), T, device=tokens.device)
             frames = tokens.view(len(tokens), T, h * w, -1).mean(2)                 # (B, T, C)
-        else:       # a mask of the whole clip may leave a frame few tokens, or none: that frame does not count
-            member = keep[..., None] // (h * w) == torch.arange(T, device=keep.device)
-            member = member.to(tokens.dtype)                                        # (B, S, T)
-            if size is not None:
-                member = member * size[..., None].to(tokens.dtype)
-            count = member.sum(1)                                                   # (B, T)
+        else:       # a mask of the whole clip may leave a frame without a visible token: that frame has weight 0
+            in_frame = visible_ids[..., None] // (h * w) == torch.arange(T, device=visible_ids.device)
+            in_frame = in_frame.to(tokens.dtype)                                    # (B, S, T)
+            if token_size is not None:
+                in_frame = in_frame * token_size[..., None].to(tokens.dtype)
+            count = in_frame.sum(1)                                                 # (B, T)
             weight = (count > 0).float()
-            frames = member.mT @ tokens / count.clamp_min(1)[..., None]
+            frames = in_frame.mT @ tokens / count.clamp_min(1)[..., None]
         unit = nnf.normalize(self.vision_proj(self.pool_norm(frames)).float(), dim=-1)
         return tokens, (unit * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (M, L) -> states (M, L, D), feature (M, E) of unit length."""
-        states = self.bert.text(ids)
+        """ids (M, L) -> states (M, L, D), feature (M, E') of unit length."""
+        states = self.bert.forward_text(ids)
         return states, self.text_feature(states)
 
     def text_feature(self, states: Tensor) -> Tensor:
+        """states (M, L, D) -> feature (M, E') of unit length, from the [CLS] token."""
         return nnf.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
 
-    def match(self, states: Tensor, ids: Tensor, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
-        """How well texts (M, L, D) fit clips tokens (B, S, C): (M, 2) logits, the second for a match."""
-        return self.itm_head(self.bert.fuse(states, ids, tokens, rows)[:, 0])
-
-    # Training
-
-    def encode(self, batch, guide: Guide | None, corrupted: tuple | None):
-        """What forward begins with, and what `whole` needs beforehand for VTC."""
-        tokens, video = self.encode_video(batch.video, guide and guide.keep, guide and guide.size)
-        ids = torch.cat([batch.ids, corrupted[0]]) if corrupted else batch.ids
-        states = self.bert.text(ids)                                                # (2B, L, D), without MLM (B, L, D)
-        return tokens, video, states, self.text_feature(states[:len(batch.ids)])
-
-    def corrupt(self, batch) -> tuple[Tensor, Tensor]:
-        return corrupt(batch.ids, self.cfg.vocab, self.cfg.mask_id, stream(batch, 1))
-
-    def wanted(self, batch, guide: Guide) -> Tensor:
+    def match(self, states: Tensor, ids: Tensor, tokens: Tensor, clip_index: Tensor | None = None) -> Tensor:
         """
-        The tokens to be predicted: (B, Q) flat ids; the masked ones, all of them or a share drawn anew each step, or
-        the visible ones.
+        Match texts with clips: states (M, L, D), ids (M, L), tokens (B, S, C) -> logits (M, 2), the second of a match.
+
+        Text m is matched with clip clip_index[m], or with clip m if there is no index.
         """
+        return self.itm_head(self.bert.forward_fusion(states, ids, tokens, clip_index)[:, 0])
+
+    def forward_features(self, batch: "Batch", targets: TeacherTargets | None, mlm_inputs: tuple | None):
+        """-> tokens (B, S, C), video feature (B, E'), states (2B, L, D), masked texts last, text feature (B, E')."""
+        tokens, video = self.encode_video(batch.video, targets and targets.visible_ids, targets and targets.token_size)
+        ids = torch.cat([batch.text_ids, mlm_inputs[0]]) if mlm_inputs else batch.text_ids
+        states = self.bert.forward_text(ids)                                        # without MLM (B, L, D)
+        return tokens, video, states, self.text_feature(states[:len(batch.text_ids)])
+
+    # What is drawn at random for a micro-batch
+
+    def mask_text(self, batch: "Batch") -> tuple[Tensor, Tensor]:
+        """-> masked ids and labels (B, L), see mask_tokens."""
+        generator = seeded_generator(batch, Stream.MLM)
+        return mask_tokens(batch.text_ids, self.text_cfg.vocab_size, self.text_cfg.mask_token_id, generator)
+
+    def sample_queries(self, batch: "Batch", targets: TeacherTargets) -> Tensor:
+        """
+        -> flat ids (B, Q) of the tokens that the decoder predicts: of the masked ones all (joint) or a random share
+        (cross); if the objective is "visible", the visible ones.
+        """
+        visible_ids = targets.visible_ids
         if self.cfg.objective == "visible":
-            return guide.keep
-        B, T, N, _ = guide.aligned.shape
-        Q = T * N - guide.keep.shape[1]
-        draw = sent(torch.rand(B, T * N, generator=stream(batch, 2)), guide.keep.device)
+            return visible_ids
+        B, T, N, _ = targets.token_targets.shape
+        Q = T * N - visible_ids.shape[1]
+        score = to_device(torch.rand(B, T * N, generator=seeded_generator(batch, Stream.QUERIES)), visible_ids.device)
         if self.cfg.decoder == "cross":
-            Q = min(Q, max(1, round(Q * self.cfg.decoder_share)))
-        return draw.scatter(1, guide.keep, 2.0).argsort(1)[:, :Q]                   # the kept ones come last
+            Q = min(Q, max(1, round(Q * self.cfg.decoder_query_ratio)))
+        return score.scatter(1, visible_ids, 2.0).argsort(1)[:, :Q]                 # visible tokens sort last
 
-    def relevance(self, guide: Guide, gram: Tensor | None):
-        """The form e -> e^T G e, e (B, Q, E) -> (B, Q)."""
-        if self.cfg.relevance == "batch":
-            return lambda e: ((e @ gram) * e).sum(-1)
-        if self.cfg.relevance == "own":
-            return lambda e: (e @ guide.text.float()[..., None]).squeeze(-1).square()
-        return lambda e: e.square().sum(-1)
-
-    def reconstruct(self, batch, guide: Guide, whole: Whole, q: Tensor) -> dict[str, Tensor]:
-        """The loss of what the decoder says of the wanted tokens, q (B, Q, E), or of their pixels (B, Q, 3 patch^2)."""
-        if self.cfg.objective == "pixels":
-            x = self.vit.pixels(batch.video, whole.wanted).float()
-            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
-            return {"pixels": (q - x).square().mean()}
-        p = guide.at(whole.wanted)
-        if self.cfg.objective == "visible":
-            return {"align": 2 - 2 * nnf.cosine_similarity(q, p, -1).mean()}
-        form = self.relevance(guide, whole.gram)
-        return {"mrm": form(q - p).mean() / whole.variance.clamp_min(1e-8)}
+    # Statistics of the batch
 
     @torch.no_grad()
-    def whole(self, batches: list, guides: list[Guide | None]) -> list[Whole]:
+    def batch_stats(self, batches: list["Batch"], targets: list[TeacherTargets | None]) -> list[BatchStats]:
         """
-        The micro-batches of this rank -> what each must know of the whole batch; called by all ranks together.
+        The micro-batches of this rank -> the statistics for each. All ranks must call it together.
 
-        With one micro-batch a rank, VTC's features are gathered in `forward`. With several, those of the others are
-        computed here first, so that VTC still runs over the whole batch.
+        With one micro-batch per rank, `forward` gathers VTC's features. With several, the features of all are computed
+        here first, so that VTC still runs over the whole batch (as GradCache, Gao et al., arXiv 2101.06983).
         """
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = rank_and_world()
         parts = world * len(batches)
-        corrupted = [self.corrupt(b) if self.mlm else None for b in batches]
-        masked = [(both[1] != -100).sum() for both in corrupted if both]
-        words = total(sum(masked, torch.zeros((), device=batches[0].ids.device)).float()).clamp_min(1) / parts
-        gram = variance = others = None
-        wanted = [None] * len(batches)
-        if guides[0] is not None and guides[0].aligned is not None:
-            wanted = [self.wanted(b, g) for b, g in zip(batches, guides, strict=True)]
-        if wanted[0] is not None and self.cfg.objective == "relevance":
-            with torch.autocast(words.device.type, enabled=False):
-                texts = [g.text.float() for g in guides]
-                gram = total(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
-                forms = [self.relevance(g, gram) for g in guides]
-                spreads = [spread(g.at(ids), form) for g, ids, form in zip(guides, wanted, forms, strict=True)]
-                variance = total(sum(spreads)) / parts
+        mlm_inputs = [self.mask_text(b) if self.use_mlm else None for b in batches]
+        mlm_denominator = self.count_masked_tokens(batches, mlm_inputs) / parts
+        text_gram = variance = gathered = None
+        query_ids = [None] * len(batches)
+        if targets[0] is not None and targets[0].token_targets is not None:
+            query_ids = [self.sample_queries(b, t) for b, t in zip(batches, targets, strict=True)]
+            if self.cfg.objective == "relevance":
+                text_gram, variance = self.mrm_stats(targets, query_ids, parts)
         if len(batches) > 1:
-            features = []
-            for b, g, words_masked in zip(batches, guides, corrupted, strict=True):
-                torch.manual_seed(b.seed)           # the dropout of the forward pass that follows
-                _, video, _, text = self.encode(b, g, words_masked)
-                features.append((video, text, b.media))
-            others = tuple(gather(torch.stack(x)).flatten(0, 1) for x in zip(*features, strict=True))
-        scale = len(batches) if self.cfg.umt_vtc else parts
-        return [Whole(gram, variance, words, scale, rank * len(batches) + i, *drawn, others)
-                for i, drawn in enumerate(zip(corrupted, wanted, strict=True))]
+            gathered = self.gather_features(batches, targets, mlm_inputs)
+        return [BatchStats(text_gram, variance, mlm_denominator, parts, rank * len(batches) + i, *drawn, gathered)
+                for i, drawn in enumerate(zip(mlm_inputs, query_ids, strict=True))]
 
-    def forward(self, batch, guide: Guide | None, whole: Whole | None = None) -> dict[str, Tensor]:
+    def count_masked_tokens(self, batches: list["Batch"], mlm_inputs: list[tuple | None]) -> Tensor:
+        """Count the masked text tokens of the batch, over all ranks; at least 1."""
+        counts = [(labels != -100).sum() for _, labels in filter(None, mlm_inputs)]
+        return all_reduce_sum(sum(counts, torch.zeros((), device=batches[0].text_ids.device)).float()).clamp_min(1)
+
+    def mrm_stats(self, targets: list[TeacherTargets], query_ids: list[Tensor], parts: int) -> tuple[Tensor, Tensor]:
+        """-> G (E, E) and v of the whole batch, over all ranks (docs/method.md, MRM)."""
+        with torch.autocast(query_ids[0].device.type, enabled=False):
+            texts = [t.text_embeds.float() for t in targets]
+            text_gram = all_reduce_sum(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
+            variances = [target_variance(t.gather(ids), self.relevance_form(t, text_gram))
+                         for t, ids in zip(targets, query_ids, strict=True)]
+            return text_gram, all_reduce_sum(sum(variances)) / parts
+
+    def gather_features(self, batches: list["Batch"], targets: list[TeacherTargets | None],
+                        mlm_inputs: list[tuple | None]) -> tuple[Tensor, ...]:
+        """-> video and text features (parts, B, E') and media_ids (parts, B) of the whole batch, without gradient."""
+        features = []
+        for batch, target, inputs in zip(batches, targets, mlm_inputs, strict=True):
+            torch.manual_seed(batch.seed)           # the same dropout as in the forward pass that follows
+            _, video, _, text = self.forward_features(batch, target, inputs)
+            features.append((video, text, batch.media_ids))
+        return tuple(all_gather(torch.stack(x)).flatten(0, 1) for x in zip(*features, strict=True))
+
+    # Losses
+
+    def relevance_form(self, targets: TeacherTargets, text_gram: Tensor | None):
+        """The quadratic form of MRM, e -> e^T G e with G of the chosen texts, as a function: e (B, Q, E) -> (B, Q)."""
+        if self.cfg.mrm_texts == "batch":
+            return lambda e: ((e @ text_gram) * e).sum(-1)
+        if self.cfg.mrm_texts == "own":
+            return lambda e: (e @ targets.text_embeds.float()[..., None]).squeeze(-1).square()
+        return lambda e: e.square().sum(-1)
+
+    def reconstruction_loss(self, batch: "Batch", targets: TeacherTargets, stats: BatchStats,
+                            predictions: Tensor) -> dict[str, Tensor]:
         """
-        batch: video (B, T, 3, H, W) uint8, ids (B, L), media (B,), seed -> the losses by name.
+        predictions (B, Q, E), or pixels (B, Q, 3 patch_size^2), of the query_ids -> one loss by name.
 
-        The mean of a loss over the micro-batches of a batch, and over the ranks, is that loss of the batch, and so is
-        its gradient. Without a guide, the unmasked stage: all tokens, and no MRM nor what stands in its place; nor
-        where the guide has no targets.
+        mrm: the relevance error over its value for each clip's mean; align: UMT's 2 - 2 cos; pixels: MAE's squared
+        error on patches normalised by their mean and variance (He et al., arXiv 2111.06377).
         """
-        if whole is None:
-            whole, = self.whole([batch], [guide])
-        with torch.no_grad():
-            self.temp.clamp_(0.001, 0.5)
-        B = len(batch.ids)
-        tokens, video, states, text = self.encode(batch, guide, whole.corrupted)
-        losses = {}
+        if self.cfg.objective == "pixels":
+            x = self.vit.patch_pixels(batch.video, stats.query_ids).float()
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+            return {"pixels": (predictions - x).square().mean()}
+        token_targets = targets.gather(stats.query_ids)
+        if self.cfg.objective == "visible":
+            return {"align": 2 - 2 * nnf.cosine_similarity(predictions, token_targets, -1).mean()}
+        form = self.relevance_form(targets, stats.text_gram)
+        return {"mrm": form(predictions - token_targets).mean() / stats.target_variance.clamp_min(1e-8)}
 
-        if whole.wanted is not None and whole.wanted.numel():
-            q = self.decoder(tokens, guide.keep, whole.wanted, self.vit.grid(batch.video))
-            with torch.autocast(tokens.device.type, enabled=False):
-                losses |= self.reconstruct(batch, guide, whole, q)
+    def contrastive_loss(self, batch: "Batch", video: Tensor, text: Tensor, stats: BatchStats) -> Tensor:
+        """
+        VTC over the whole batch; video, text (B, E') of this micro-batch.
 
-        # The features of the other micro-batches are constants, own ones carry the gradient: summed over the parts.
-        others = whole.others or (gather(video), gather(text), gather(batch.media))
-        i = whole.index
-        every = [torch.cat([x[:i], scale_gradient(own, whole.scale)[None], x[i + 1:]]).flatten(0, 1)
-                 for x, own in zip(others, (video, text), strict=False)]
-        losses["vtc"] = vtc_loss(*every, others[2].flatten(), self.temp)
+        The features of the other micro-batches are constants, those of this one carry the gradient. Added over the
+        micro-batches, these are the gradient of the whole batch.
+        """
+        gathered = stats.gathered_features or (all_gather(video), all_gather(text), all_gather(batch.media_ids))
+        i, all_features = stats.index, []
+        for constants, features in zip(gathered[:2], (video, text), strict=True):
+            features = scale_gradient(features, stats.grad_scale)[None]
+            all_features.append(torch.cat([constants[:i], features, constants[i + 1:]]).flatten(0, 1))
+        return vtc_loss(*all_features, gathered[2].flatten(), self.temp)
 
-        # One pass of the fusion layers: matching pairs, another clip, another text; and MLM, with the matching clip.
+    def fusion_losses(self, batch: "Batch", tokens: Tensor, states: Tensor, similarity: Tensor,
+                      stats: BatchStats) -> dict[str, Tensor]:
+        """
+        VTM and MLM from one pass of the fusion layers: tokens (B, S, C), states (2B, L, D), similarity (B, B) -> both.
+
+        VTM classifies the matching pairs, each text with a hard negative clip and each clip with a hard negative text,
+        all of this micro-batch (ALBEF, Li et al., arXiv 2107.07651). MLM reads the matching clip.
+        """
+        ids, B = batch.text_ids, len(batch.text_ids)
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            similarity = video @ text.T / self.temp
-            clip, clip_ok = hard_negatives(similarity.T, batch.media, stream(batch, 3))     # for each text
-            other, text_ok = hard_negatives(similarity, batch.media, stream(batch, 4))      # for each clip
-        own = torch.arange(B, device=tokens.device)
-        clean, corrupted = states[:B], states[B:]
-        fused = self.bert.fuse(torch.cat([clean, clean, clean[other], corrupted]),
-                               torch.cat([batch.ids, batch.ids, batch.ids[other], batch.ids[:len(corrupted)]]),
-                               tokens, torch.cat([own, clip, own, own[:len(corrupted)]]))   # (4B, L, D)
-        matched = self.itm_head(fused[:3 * B, 0]).float()
-        label = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-        valid = torch.cat([torch.ones_like(clip_ok), clip_ok, text_ok])
-        each = nnf.cross_entropy(matched, label, reduction="none")
-        losses["vtm"] = each.where(valid, 0).sum() / valid.sum()
-
-        if self.mlm:
-            losses["mlm"] = self.bert.predict(fused[3 * B:], whole.corrupted[1]) / whole.words
+            negative_clip, has_clip = hard_negatives(similarity.T, batch.media_ids,
+                                                     seeded_generator(batch, Stream.NEG_CLIP))
+            negative_text, has_text = hard_negatives(similarity, batch.media_ids,
+                                                     seeded_generator(batch, Stream.NEG_TEXT))
+        index = torch.arange(B, device=tokens.device)
+        texts, masked_texts = states[:B], states[B:]
+        fused = self.bert.forward_fusion(
+            torch.cat([texts, texts, texts[negative_text], masked_texts]),
+            torch.cat([ids, ids, ids[negative_text], ids[:len(masked_texts)]]),
+            tokens, torch.cat([index, negative_clip, index, index[:len(masked_texts)]]))            # (4B, L, D)
+        logits = self.itm_head(fused[:3 * B, 0]).float()
+        label = torch.cat([torch.ones_like(index), torch.zeros_like(index), torch.zeros_like(index)])
+        valid = torch.cat([torch.ones_like(has_clip), has_clip, has_text])
+        errors = nnf.cross_entropy(logits, label, reduction="none")
+        losses = {"vtm": errors.where(valid, 0).sum() / valid.sum()}
+        if self.use_mlm:
+            losses["mlm"] = self.bert.mlm_loss(fused[3 * B:], stats.mlm_inputs[1]) / stats.mlm_denominator
         return losses
 
-    def start_from(self, folder: str):
-        """The weights of a folder that tools/convert.py or train.py wrote, but for what its config.json calls new."""
-        config, saved = read_folder(folder, "a student")
-        new = tuple(config.get("new", ()))
-        trained = {"objective": "relevance"} | config.get("model", {})          # older runs had no other
-        if "decoder.".startswith(new):
-            del trained["objective"]
-        for name in ("heads", "text_heads", "positions", "objective"):          # no shape need tell of these
-            wanted = getattr(self.cfg, name)
-            have = trained.get(name, wanted)
-            if have != wanted:
-                raise ValueError(f"{folder}/config.json: model.{name} is {have!r}, wanted {wanted!r}")
-        kept = {key: value for key, value in self.state_dict().items() if key.startswith(new)}
-        load_weights(self, kept | {key: value for key, value in saved.items() if not key.startswith(new)}, folder)
+    def forward(self, batch: "Batch", targets: TeacherTargets | None,
+                stats: BatchStats | None = None) -> dict[str, Tensor]:
+        """
+        batch: video (B, T, 3, H, W) uint8, text_ids (B, L), media_ids (B,), seed -> the losses by name.
 
-    def save(self, folder: str):
-        """model.safetensors into the folder, whole or not at all; its config.json is the run's."""
-        save_weights(self, folder)
+        The mean of a loss over the micro-batches of a batch, on all ranks, is that loss of the batch, and so is its
+        gradient. Without targets (the unmasked stage) all tokens are visible and there is no reconstruction loss;
+        nor is there one if the targets have no token_targets.
+        """
+        if stats is None:
+            stats, = self.batch_stats([batch], [targets])
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+        tokens, video, states, text = self.forward_features(batch, targets, stats.mlm_inputs)
+        losses = {}
+        if stats.query_ids is not None and stats.query_ids.numel():
+            grid = self.vit.grid_size(batch.video)
+            predictions = self.decoder(tokens, targets.visible_ids, stats.query_ids, grid)
+            with torch.autocast(tokens.device.type, enabled=False):
+                losses |= self.reconstruction_loss(batch, targets, stats, predictions)
+        losses["vtc"] = self.contrastive_loss(batch, video, text, stats)
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            similarity = video @ text.T / self.temp                                 # (B, B)
+        return losses | self.fusion_losses(batch, tokens, states, similarity, stats)
+
+    # Folders
+
+    def init_from(self, folder: str):
+        """
+        Load the weights of a folder written by train.py or tools/convert.py.
+
+        Weights whose names begin with an entry of "new" in its config.json keep their values. Settings that no shape of
+        a weight shows must agree: attention heads, position embeddings, and the objective if the decoder is loaded.
+        """
+        config, weights = read_checkpoint(folder, "a student")
+        path, new = f"{folder}/config.json", tuple(config.get("new", ()))
+        configs = {"vit": self.vit_cfg, "text": self.text_cfg, "model": self.cfg}
+        # A setting that the file does not have is taken to agree.
+        trained = {part: config_from_dict(type(cfg), asdict(cfg) | config.get(part, {}), f"{path}: {part}")
+                   for part, cfg in configs.items()}
+        for part, name in (("vit", "heads"), ("vit", "pos_embed"), ("text", "heads"), ("model", "objective")):
+            expected, value = getattr(configs[part], name), getattr(trained[part], name)
+            if name != "objective" or not "decoder.".startswith(new):
+                require(value == expected, path, f"{part}.{name}", repr(expected), value)
+        unchanged = {key: value for key, value in self.state_dict().items() if key.startswith(new)}
+        loaded = {key: value for key, value in weights.items() if not key.startswith(new)}
+        load_state_dict_strict(self, unchanged | loaded, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "ClusterSTM":
-        """A folder that train.py wrote: config.json, model.safetensors. In eval mode."""
+        """Load a folder written by train.py (config.json, model.safetensors), in eval mode."""
         return load_model(folder, cls)
 
 
-# Answers
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers and captions
 
 class VideoToText(nn.Module):
     """
-    The student and a decoder that says something of a clip: the answer to a question, or a caption.
+    The student with a text decoder that generates the answer to a question about a clip, or a caption.
 
     The decoder is UMT's (multi_modality/models/umt_qa.py): a causal BERT of as many layers as fuse, each with
-    cross-attention, to the states of the question that was fused with the video; of a caption to the video's tokens.
+    cross-attention to its context. That is the question's states, fused with the video, or the video tokens of a
+    caption.
     """
 
-    def __init__(self, cfg: ModelConfig, asks: bool):
-        """asks: whether there is a question."""
+    def __init__(self, vit: ViTConfig, text: TextEncoderConfig, cfg: ModelConfig, has_question: bool):
+        """has_question: whether it answers questions; otherwise it generates captions."""
         super().__init__()
-        self.cfg = cfg
-        self.vit = ViT(cfg.patch, cfg.width, cfg.depth, cfg.heads, cfg.drop_path, cfg.positions)
-        self.bert = Bert(bert_config(cfg)) if asks else None
-        self.text_decoder = Bert(replace(bert_config(cfg), num_hidden_layers=cfg.fusion, is_decoder=True,
-                                         encoder_width=cfg.text_width if asks else cfg.width))
+        self.vit_cfg, self.text_cfg, self.cfg = vit, text, cfg
+        encoder_cfg = bert_config(text, vit.width)
+        self.vit = ViT(vit)
+        self.bert = Bert(encoder_cfg) if has_question else None
+        self.text_decoder = Bert(replace(encoder_cfg, num_hidden_layers=text.fusion_layers, is_decoder=True,
+                                         encoder_width=text.width if has_question else vit.width))
 
     @classmethod
-    def from_student(cls, student: ClusterSTM, asks: bool) -> "VideoToText":
-        """It begins with the student's ViT and BERT; the decoder with BERT's words, last layers and head."""
-        model, bert = cls(student.cfg, asks), student.bert
+    def from_student(cls, student: ClusterSTM, has_question: bool) -> "VideoToText":
+        """Start from a student's ViT and BERT. The decoder gets BERT's embeddings, fusion layers and head."""
+        model, bert = cls(student.vit_cfg, student.text_cfg, student.cfg, has_question), student.bert
         model.vit.load_state_dict(student.vit.state_dict())
-        if asks:
+        if has_question:
             model.bert.load_state_dict(bert.state_dict())
         state = model.text_decoder.state_dict()
         for key, value in bert.state_dict().items():
             layer = re.match(r"bert\.encoder\.layer\.(\d+)\.", key)
-            if layer and int(layer[1]) < bert.first:
+            index = int(layer[1]) - bert.num_text_layers if layer else 0
+            if index < 0:
                 continue
-            key = key.replace(layer[0], f"bert.encoder.layer.{int(layer[1]) - bert.first}.") if layer else key
-            # Made of video tokens so far: where a question's states are wider or narrower, they are new.
-            made_of = "crossattention.self.key." in key or "crossattention.self.value." in key
-            if not (asks and made_of and model.cfg.width != model.cfg.text_width):
+            key = key.replace(layer[0], f"bert.encoder.layer.{index}.") if layer else key
+            # Trained on video tokens. If a question's states have another width, these weights are new.
+            reads_context = "crossattention.self.key." in key or "crossattention.self.value." in key
+            if not (has_question and reads_context and model.vit_cfg.width != model.text_cfg.width):
                 state[key] = value
         model.text_decoder.load_state_dict(state)
         return model
 
-    def encode_video(self, video: Tensor, keep: Tensor | None = None,
-                     size: Tensor | None = None) -> tuple[Tensor, None]:
-        """video (B, T, 3, H, W) uint8 -> tokens (B, S, C); no feature, as it compares nothing."""
-        return self.vit(video, keep, size), None
+    def encode_video(self, video: Tensor, visible_ids: Tensor | None = None,
+                     token_size: Tensor | None = None) -> tuple[Tensor, None]:
+        """video (B, T, 3, H, W) uint8 -> tokens (B, S, C), and None for the feature, which this model does not have."""
+        return self.vit(video, visible_ids, token_size), None
 
-    def ask(self, tokens: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode_context(self, tokens: Tensor, ids: Tensor, clip_index: Tensor) -> tuple[Tensor, Tensor | None]:
         """
-        What the decoder attends to, and where there is something: tokens (B, S, C), questions ids (Q, L) about clips
-        rows (Q,) -> (Q, L, D), (Q, L); for captions the tokens themselves, None.
+        Make the decoder's context and its mask: tokens (B, S, C), questions ids (Q, L) about clips clip_index (Q,).
+
+        For questions: their states fused with the video (Q, L, D) and a mask (Q, L), False at padding; for captions the
+        tokens and no mask.
         """
         if self.bert is None:
             return tokens, None
-        return self.bert.fuse(self.bert.text(ids), ids, tokens, rows), ids != Bert.PAD
+        states = self.bert.forward_fusion(self.bert.forward_text(ids), ids, tokens, clip_index)
+        return states, ids != Bert.PAD_ID
 
-    def log_likelihood(self, answers: Tensor, asked: Tensor, memory: Tensor, there: Tensor | None) -> Tensor:
-        """answers (A, L'), answer a being to memory asked[a] -> (A, L' - 1) log p of each piece; 0 past its end."""
-        decoder, heard = self.text_decoder, None if there is None else there[asked][:, None, None, :]
-        before, after = answers[:, :-1], answers[:, 1:]
-        said = after != Bert.PAD
-        states = decoder.fuse(decoder.text(before), before, memory, asked, heard)
-        if self.training:           # padding too: what it costs is less than to wait for the device to count pieces
-            logits = decoder.words(states).float().flatten(0, 1)
-            return -nnf.cross_entropy(logits, after.flatten(), reduction="none", ignore_index=Bert.PAD).view(said.shape)
-        logits = decoder.words(states[said]).float()                                # (pieces, vocab)
-        each = nnf.cross_entropy(logits, after[said], reduction="none")
-        return torch.zeros(said.shape, device=each.device).masked_scatter(said, -each)
+    def log_likelihood(self, answer_ids: Tensor, context_index: Tensor, context: Tensor,
+                       context_mask: Tensor | None) -> Tensor:
+        """
+        answer_ids (A, L'), answer a conditioned on context[context_index[a]] -> log p of each token after the first,
+        (A, L' - 1), 0 at padding.
+        """
+        decoder = self.text_decoder
+        cross_mask = None if context_mask is None else context_mask[context_index][:, None, None, :]
+        inputs, labels = answer_ids[:, :-1], answer_ids[:, 1:]
+        is_token = labels != Bert.PAD_ID
+        states = decoder.forward_fusion(decoder.forward_text(inputs), inputs, context, context_index, cross_mask)
+        if self.training:           # logits of padding too: that is cheaper than to wait for a count from the device
+            logits = decoder.lm_logits(states).float().flatten(0, 1)
+            errors = nnf.cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=Bert.PAD_ID)
+            return -errors.view(labels.shape)
+        logits = decoder.lm_logits(states[is_token]).float()                        # (tokens, vocab_size)
+        errors = nnf.cross_entropy(logits, labels[is_token], reduction="none")
+        return torch.zeros(labels.shape, device=errors.device).masked_scatter(is_token, -errors)
 
-    def forward(self, batch, guide: Guide | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: "Batch", targets: TeacherTargets | None = None) -> dict[str, Tensor]:
         """
-        The cost of the answers by name, in nats: summed over pieces, weighted over answers, mean over questions. With a
-        guide the ViT sees the tokens that it keeps.
+        Compute the answers' negative log-likelihood, by name: summed over tokens, weighted over the answers of a
+        question, mean over questions. The ViT sees the visible_ids of the targets, or all tokens without targets.
         """
-        tokens = self.vit(batch.video, guide and guide.keep, guide and guide.size)
-        memory, there = self.ask(tokens, batch.ids, batch.rows)
-        told = batch.asked if self.bert else batch.rows[batch.asked]                # a question's states, or a clip
-        cost = -self.log_likelihood(batch.answers, told, memory, there).sum(1)      # (A,)
-        return {"lm": (cost * batch.weight).sum() / len(batch.ids)}
+        tokens = self.vit(batch.video, targets and targets.visible_ids, targets and targets.token_size)
+        context, context_mask = self.encode_context(tokens, batch.text_ids, batch.clip_index)
+        # The context of an answer is a question's states, or the tokens of a clip.
+        context_index = batch.question_index if self.bert else batch.clip_index[batch.question_index]
+        errors = -self.log_likelihood(batch.answer_ids, context_index, context, context_mask).sum(1)        # (A,)
+        return {"lm": (errors * batch.answer_weight).sum() / len(batch.text_ids)}
+
+    def next_log_probs(self, ids: Tensor, position: int, context: Tensor, cross_mask: Tensor | None,
+                       caches: list) -> Tensor:
+        """ids (Q, W, 1), the tokens at `position` of W beams, context (Q, S, C) -> log p (Q, W, vocab_size)."""
+        decoder = self.text_decoder
+        x = decoder.bert.embeddings(ids.flatten(0, 1), position)                    # (QW, 1, D)
+        for layer, past in zip(decoder.bert.encoder.layer, caches, strict=True):
+            x = layer(x, None, context, None, cross_mask, past)
+        return decoder.lm_logits(x[:, 0]).float().log_softmax(-1).unflatten(0, ids.shape[:2])
 
     @torch.no_grad()
-    def generate(self, memory: Tensor, there: Tensor | None, length: int, beams: int, cls: int, sep: int) -> Tensor:
+    def generate(self, context: Tensor, context_mask: Tensor | None, max_length: int, beams: int, cls_id: int,
+                 sep_id: int) -> Tensor:
         """
-        What the decoder says of memory (Q, S, C): ids (Q, length), [CLS] to [SEP], padded with [PAD].
+        Generate a text for each context (Q, S, C): ids (Q, max_length) from [CLS] to [SEP], padded with [PAD].
 
-        Beam search; sentences are compared by the mean log p of their pieces, finished or not. beams = 1 is greedy.
+        Beam search; finished and unfinished texts are compared by the mean log p of their tokens. beams = 1 is greedy.
         """
-        decoder, Q, W = self.text_decoder, len(memory), beams
-        heard = None if there is None else there[:, None, None, :]
-        past = [([], []) for _ in decoder.bert.encoder.layer]
-        said = torch.full((Q, W, 1), cls, device=memory.device)
-        total = torch.zeros(Q, W, device=memory.device)
-        total[:, 1:] = -torch.inf                                                   # all begin alike: one will do
-        count = torch.zeros(Q, W, device=memory.device)
-        done = torch.zeros(Q, W, dtype=torch.bool, device=memory.device)
-        for t in range(length - 1):
-            x = decoder.bert.embeddings(said[..., -1:].flatten(0, 1), t)            # (QW, 1, D)
-            for layer, kept in zip(decoder.bert.encoder.layer, past, strict=True):
-                x = layer(x, None, memory, None, heard, kept)
-            p = decoder.words(x[:, 0]).float().log_softmax(-1).view(Q, W, -1)       # (Q, W, V)
-            p[..., Bert.PAD] = -torch.inf
-            p = torch.where(done[..., None], -torch.inf, p)
-            p[..., Bert.PAD] = torch.where(done, 0.0, p[..., Bert.PAD])             # what is finished stays as it is
-            sums, counts = total[..., None] + p, count + ~done                      # (Q, W, V), (Q, W)
-            best = (sums / counts[..., None]).flatten(1).topk(W).indices            # (Q, W)
-            beam, piece = best // p.shape[-1], best % p.shape[-1]
-            total, count = sums.flatten(1).gather(1, best), counts.gather(1, beam)
-            done = done.gather(1, beam) | (piece == sep)
-            said = torch.cat([said.gather(1, beam[..., None].expand(-1, -1, t + 1)), piece[..., None]], -1)
+        Q, device, PAD = len(context), context.device, Bert.PAD_ID
+        cross_mask = None if context_mask is None else context_mask[:, None, None, :]
+        caches = [([], []) for _ in self.text_decoder.bert.encoder.layer]           # of self- and cross-attention
+        ids = torch.full((Q, beams, 1), cls_id, device=device)
+        total = torch.zeros(Q, beams, device=device)                                # sum of log p
+        total[:, 1:] = -torch.inf                                                   # all beams start equal: use one
+        count = torch.zeros(Q, beams, device=device)                                # generated tokens
+        done = torch.zeros(Q, beams, dtype=torch.bool, device=device)
+        for t in range(max_length - 1):
+            log_p = self.next_log_probs(ids[..., -1:], t, context, cross_mask, caches)
+            log_p[..., PAD] = -torch.inf
+            log_p = torch.where(done[..., None], -torch.inf, log_p)
+            log_p[..., PAD] = torch.where(done, 0.0, log_p[..., PAD])               # a finished text only gets [PAD]
+            totals, counts = total[..., None] + log_p, count + ~done                # (Q, W, V), (Q, W)
+            best = (totals / counts[..., None]).flatten(1).topk(beams).indices      # (Q, W)
+            beam, token = best // log_p.shape[-1], best % log_p.shape[-1]
+            total, count = totals.flatten(1).gather(1, best), counts.gather(1, beam)
+            done = done.gather(1, beam) | (token == sep_id)
+            ids = torch.cat([ids.gather(1, beam[..., None].expand(-1, -1, t + 1)), token[..., None]], -1)
             if done.all():
                 break
-            if W > 1:
-                origin = (beam + W * torch.arange(Q, device=beam.device)[:, None]).flatten()
-                for own, _ in past:
-                    own[:] = own[0][origin], own[1][origin]
-        first = (total / count.clamp_min(1)).argmax(1)
-        said = said[torch.arange(Q, device=said.device), first]
-        return nnf.pad(said, (0, length - said.shape[1]), value=Bert.PAD)
+            if beams > 1:               # reorder the caches as the beams
+                origin = (beam + beams * torch.arange(Q, device=device)[:, None]).flatten()
+                for cache, _ in caches:
+                    cache[:] = cache[0][origin], cache[1][origin]
+        ids = ids[torch.arange(Q, device=device), (total / count.clamp_min(1)).argmax(1)]
+        return nnf.pad(ids, (0, max_length - ids.shape[1]), value=PAD)
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "VideoToText":
-        """A folder that train.py --stage finetune wrote for question answering or captioning. In eval mode."""
+        """Load a folder that train.py --stage finetune wrote for question answering or captioning, in eval mode."""
         return load_model(folder, cls)
 
 
-def load_model(folder: str, kind: type | None = None) -> ClusterSTM | VideoToText:
-    """The model of a folder that train.py wrote, in eval mode; ValueError if it is not of the kind that is wanted."""
-    config, saved = read_folder(folder, "a trained model")
-    where = f"{folder}/config.json"
-    if "model" not in config:
-        raise ValueError(f"{where} has no 'model' part: no run of train.py wrote it")
-    cfg, speaks = known(ModelConfig, config["model"]), any(key.startswith("text_decoder.") for key in saved)
-    if kind and kind is not (VideoToText if speaks else ClusterSTM):
-        raise ValueError(f"{folder} holds a model that {'speaks' if speaks else 'compares'}, wanted a {kind.__name__}")
-    model = VideoToText(cfg, any(key.startswith("bert.") for key in saved)) if speaks else ClusterSTM(cfg)
-    load_weights(model, saved, folder)
+def load_model(folder: str, cls: type | None = None) -> ClusterSTM | VideoToText:
+    """Load a model that train.py wrote, in eval mode. ValueError if it is not of the class cls, if that is passed."""
+    config, weights = read_checkpoint(folder, "a trained model")
+    path, parts = f"{folder}/config.json", {"vit": ViTConfig, "text": TextEncoderConfig, "model": ModelConfig}
+    for part in parts:
+        require(isinstance(config.get(part), dict), path, part, "an object, as train.py writes it", config.get(part))
+    configs = [config_from_dict(kind, config[part], f"{path}: {part}") for part, kind in parts.items()]
+    kind = VideoToText if any(key.startswith("text_decoder.") for key in weights) else ClusterSTM
+    if cls not in (None, kind):
+        raise ValueError(f"{folder} must hold a {cls.__name__}, got a {kind.__name__}")
+    has_question = any(key.startswith("bert.") for key in weights)
+    model = VideoToText(*configs, has_question) if kind is VideoToText else ClusterSTM(*configs)
+    load_state_dict_strict(model, weights, folder)
     return model.eval()
-
-
-def bert_config(cfg: ModelConfig) -> BertConfig:
-    return BertConfig(
-        vocab_size=cfg.vocab, hidden_size=cfg.text_width, num_hidden_layers=cfg.text_depth,
-        num_attention_heads=cfg.text_heads, intermediate_size=4 * cfg.text_width, hidden_dropout_prob=cfg.dropout,
-        max_position_embeddings=512, fusion_layers=cfg.fusion, encoder_width=cfg.width,
-    )
-
-
-def save_weights(model: nn.Module, folder: str):
-    path = os.path.join(folder, "model.safetensors")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def stream(batch, k: int) -> torch.Generator:
-    """Random numbers of a micro-batch, for one of its purposes; drawn on the CPU, so the same on every device."""
-    return torch.Generator().manual_seed((batch.seed + k * 0x9E3779B97F4A7C15) % 2 ** 63)
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself, its gradient times factor."""
-    return x.detach() + factor * (x - x.detach())
-
-

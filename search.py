@@ -4,12 +4,15 @@ Search a folder of videos by text.
     python search.py FOLDER "a dog in the snow" "two people hug"
     python search.py FOLDER "a red square" --checkpoint out/sprites --export features.safetensors
 
-The first run decodes every video under FOLDER, once, and writes FOLDER.index.safetensors beside it; later ones decode
-what is new or has changed. A long video is cut into equal segments, and is found by its best one. A segment's feature
-is the mean over its frames of unit vectors; it is not made one again, so a score, text . feature, is the mean of the
-frames' cosines, as in eval.py. The checkpoint is a folder that train.py wrote, or a SigLIP.
+Inputs: a folder of videos, and a checkpoint: a folder that train.py wrote, or a SigLIP. Outputs: the best videos of
+each query, and an index with the features of all videos, FOLDER.index.safetensors beside the folder. The first run
+decodes every video once; later runs decode only videos that are new or have changed.
 
-What --export writes (n segments; the feature of segment i is that of file names[file[i]] from start[i] to end[i]):
+A long video is cut into segments of equal length and is found by its best segment. The feature of a segment is the mean
+over its frames of unit vectors. The mean is not normalised again, so that a score, text . feature, is the mean of the
+frames' cosines, as in eval.py.
+
+--export writes n segments. Segment i is part of the file names[file[i]], from start[i] to end[i]:
 
     with safetensors.safe_open("features.safetensors", "pt") as f:
         features, start, end, file = map(f.get_tensor, ("features", "start", "end", "file"))    # (n, E), (n,) seconds
@@ -28,36 +31,38 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 import tyro
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
+from tyro.conf import arg
 
-import data
-import decoding
+import video
+from data import encode_texts, load_tokenizer
 from model import ClusterSTM
-from teacher import (
-    FILTERS,
-    SigLIP,
-    SigLIPConfig,
-    VisionConfig,
-    demand,
-    find_folder,
-    one_line,
+from runtime import (
+    atomic_write,
+    format_error,
+    num_cpus,
     read_json,
-    read_pixels,
-    read_tower,
-    resized,
+    require,
+    resolve_checkpoint,
+    run_cli,
+    select_device,
 )
+from tasks import normalize_caption
+from teacher import SigLIP, SigLIPConfig, VisionConfig, read_image_processor, read_tower_config
+from video import RESAMPLE_MODES, eval_transform, resize_like_pillow, sample_frame_indices
 
-VERSION = 1             # of the index: counts up when its form changes, or what becomes of a frame
-SAVE_EVERY = 60         # seconds of indexing that a crash can cost
+VERSION = 1             # of the index: increase it if the format or the preprocessing of frames changes
+SAVE_EVERY = 60         # seconds of indexing that a crash may lose
 EXTENSIONS = tuple("." + name for name in """
     mp4 m4v mov qt mkv webm avi divx wmv asf flv f4v mpg mpeg mpe m1v m2v vob ts mts m2ts m2t mod tod mxf gif apng
     ogv ogm 3gp 3gpp 3g2 y4m rm rmvb dv nut h264 264 h265 265 hevc ivf mjpg mjpeg wtv amv
@@ -66,78 +71,78 @@ EXTENSIONS = tuple("." + name for name in """
 
 @dataclass
 class Config:
-    """Search a folder of videos by text; without a query only its index is brought up to date."""
-    folder: tyro.conf.Positional[str]                       # folder of videos, looked through with its subfolders
-    queries: tyro.conf.Positional[tuple[str, ...]] = ()     # what to look for; each text in quotes
-    checkpoint: str = "google/siglip-base-patch16-224"      # folder that train.py wrote; or a SigLIP's, or its hub id
-    top: int = 5                # videos shown for a query
-    segment: float = 10.0       # longer videos are cut into equal parts of at most about so many seconds; 0: never
-    frames: int = 0             # frames a segment; 0: as the model was trained, of a SigLIP 8
-    index: str = ""             # file with the features; empty: FOLDER.index.safetensors, beside the folder
-    export: str = ""            # .safetensors to write the features to, for use elsewhere
-    batch: int = 16             # segments that the model is given at once
-    workers: int = -1           # decoding processes; 0: this one; -1: one a core, at most 8
-    device: str = "auto"        # cpu, cuda, or auto: cuda where there is one
+    """Search a folder of videos by text. Without a query, only update the index."""
+    # folder of videos; its subfolders are searched too
+    folder: Annotated[tyro.conf.Positional[str], arg(metavar="FOLDER")]
+    # texts to search for, each in quotes; without one only the index is updated
+    queries: Annotated[tyro.conf.Positional[tuple[str, ...]], arg(metavar="[QUERY ...]")] = ()
+    checkpoint: str = "google/siglip-base-patch16-224"      # folder that train.py wrote, or a SigLIP's folder or hub id
+    top: int = 5                # videos to show per query
+    segment: float = 10.0       # cut longer videos into equal segments of about this many seconds; 0: do not cut
+    frames: int = 0             # frames per segment; 0: as the model was trained, or 8 for a SigLIP
+    index: str = ""             # file of the index, .safetensors; empty: FOLDER.index.safetensors beside the folder
+    export: str = ""            # .safetensors file to write all features to, for other programs; empty: none
+    batch: int = 16             # segments per forward pass
+    workers: int = -1           # decoding processes; 0: decode in the main process; -1: one per core, at most 8
+    device: Literal["auto", "cpu", "cuda"] = "auto"         # auto: cuda if there is a GPU
 
     def __post_init__(self):
         for name, least in (("top", 1), ("segment", 0), ("frames", 0), ("batch", 1), ("workers", -1)):
             if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)}: wants at least {least}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device wants to be auto, cpu or cuda, is {self.device!r}")
+                raise ValueError(f"{name} must be at least {least} and finite, got {getattr(self, name)}")
         for query in self.queries:
-            if not data.clean(query):
-                raise ValueError(f"the query {query!r} has no words")
+            if not normalize_caption(query):
+                raise ValueError(f"a query must have at least one word, got {query!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two kinds of checkpoint
+# Two kinds of checkpoints
 
-def square(frame: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, S, S) uint8, as eval.py shows it to the student."""
-    return decoding.test_view(frame[None], size)[0]
+def eval_square(frame: Tensor, size: int) -> Tensor:
+    """(3, H, W) uint8 -> (3, size, size) uint8, as eval.py shows it to the student."""
+    return eval_transform(frame[None], size)[0]
 
 
-class Student:
-    """A folder that train.py wrote. What indexing needs is known from its config.json; `load` comes before the rest."""
+class StudentEncoder:
+    """A folder that train.py wrote. Its config.json is enough for decoding; `load` must come before encoding."""
 
     def __init__(self, folder: str, config: dict):
-        view = config.get("data") or {}
-        demand({"frames", "size"} <= view.keys(), os.path.join(folder, "config.json"), "data",
-               "the frames and size that it was trained with", view)
-        self.folder, self.frames, self.size = folder, view["frames"], [view["size"]] * 2
-        self.view = partial(square, size=view["size"])
+        data = config.get("data") or {}
+        require({"num_frames", "image_size"} <= data.keys(), os.path.join(folder, "config.json"), "data",
+                "an object with num_frames and image_size", data)
+        self.folder, self.num_frames, self.image_size = folder, data["num_frames"], [data["image_size"]] * 2
+        self.transform = partial(eval_square, size=data["image_size"])
 
     def load(self, device: torch.device):
         self.model = ClusterSTM.from_pretrained(self.folder).to(device).requires_grad_(False)
-        self.tokenizer = data.load_tokenizer(os.path.join(self.folder, "tokenizer.json"))
+        self.tokenizer = load_tokenizer(os.path.join(self.folder, "tokenizer.json"))
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """(B, T, 3, S, S) uint8 -> (B, E), means over the frames of unit vectors."""
+        """video (B, T, 3, S, S) uint8 -> (B, E), means over the frames of unit vectors."""
         return self.model.encode_video(video)[1]
 
     def encode_text(self, text: str) -> tuple[Tensor, int, int]:
-        """-> (E,) of unit length; the pieces that the text has, and how many of them count."""
-        cfg = self.model.cfg
-        ids = data.encode(self.tokenizer, [text], cfg.text_length, cfg.sep).to(self.model.temp.device)
-        pieces = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return self.model.encode_text(ids)[1][0], pieces, cfg.text_length - 1 - cfg.sep
+        """-> feature (E,) of unit length, the number of tokens of the text, the number that the model reads."""
+        cfg = self.model.text_cfg
+        ids = encode_texts(self.tokenizer, [text], cfg.max_length, cfg.add_sep).to(self.model.temp.device)
+        num_tokens = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self.model.encode_text(ids)[1][0], num_tokens, cfg.max_length - 1 - cfg.add_sep
 
 
-class Teacher:
-    """A SigLIP, which sees each frame by itself; otherwise as a Student."""
+class SiglipEncoder:
+    """A SigLIP, which encodes each frame by itself; the same methods as a StudentEncoder."""
 
     def __init__(self, folder: str, config: dict):
-        vision = read_tower(VisionConfig, config, "vision_config", os.path.join(folder, "config.json"))
-        pixels = SigLIPConfig(vision, pixels=read_pixels(folder)).pixels
-        self.folder, self.frames, self.size = folder, 8, list(pixels.size)
-        self.view = partial(resized, size=pixels.size, mode=FILTERS[pixels.resample])
+        vision = read_tower_config(VisionConfig, config, "vision_config", os.path.join(folder, "config.json"))
+        processor = SigLIPConfig(vision, image_processor=read_image_processor(folder)).image_processor
+        self.folder, self.num_frames, self.image_size = folder, 8, list(processor.size)
+        self.transform = partial(resize_like_pillow, size=processor.size, mode=RESAMPLE_MODES[processor.resample])
 
     def load(self, device: torch.device):
         self.model = SigLIP.from_pretrained(self.folder).to(device)
 
     def encode_video(self, video: Tensor) -> Tensor:
-        _, pooled = self.model.encode_image(self.model.pixels(video.flatten(0, 1)))         # (BT, E)
+        _, pooled = self.model.encode_image(self.model.normalize(video.flatten(0, 1)))      # (BT, E)
         return nnf.normalize(pooled.float(), dim=-1).unflatten(0, video.shape[:2]).mean(1)
 
     def encode_text(self, text: str) -> tuple[Tensor, int, int]:
@@ -147,58 +152,58 @@ class Teacher:
         return feature, len(tokenizer.encode(text).ids), self.model.cfg.text_config.max_position_embeddings
 
 
-def open_checkpoint(name: str) -> Student | Teacher:
-    """A folder, or a hub id of a SigLIP; its config.json says which of the two it is. No weights are read yet."""
+def open_checkpoint(name: str) -> StudentEncoder | SiglipEncoder:
+    """Open a folder or a SigLIP's hub id. Its config.json says which of the two it is; no weights are read yet."""
     try:
-        folder = find_folder(name, "a model to search with")
+        folder = resolve_checkpoint(name, "a model to search with")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; or give --checkpoint a folder that train.py wrote, or a SigLIP's") from None
+        raise FileNotFoundError(f"{error}; or pass --checkpoint a folder of train.py or of a SigLIP") from None
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{folder} is no folder of a trained model or a SigLIP: it has no config.json")
+        raise FileNotFoundError(f"{folder} must be a folder of a trained model or a SigLIP, but it has no config.json")
     config = read_json(path)
     if "model" in config:
-        return Student(folder, config)
-    kind = config.get("model_type")
-    demand(kind == "siglip", path, "model_type", "'siglip', where there is no 'model' part of a run of train.py", kind)
-    return Teacher(folder, config)
+        return StudentEncoder(folder, config)
+    model_type = config.get("model_type")
+    require(model_type == "siglip", path, "model_type", "'siglip' if there is no 'model' part of train.py", model_type)
+    return SiglipEncoder(folder, config)
 
 
 def fingerprint(folder: str) -> str:
-    """Another one for other weights, without reading them; the same wherever the folder is moved to."""
-    seen, weights = hashlib.blake2b(digest_size=16), 0
+    """Hash a checkpoint: other weights, which are not read, change it; moving the folder does not."""
+    digest, num_files = hashlib.blake2b(digest_size=16), 0
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if name in ("config.json", "preprocessor_config.json"):
             with open(path, "rb") as f:
-                seen.update(f.read())
+                digest.update(f.read())
         elif name.startswith("model") and name.endswith(".safetensors"):
-            seen.update(f"{name} {stamp(path)}".encode())
-            weights += 1
-    if not weights:
-        raise FileNotFoundError(f"{folder} has no model.safetensors: is its run still under way?")
-    return seen.hexdigest()
+            digest.update(f"{name} {file_stamp(path)}".encode())
+            num_files += 1
+    if not num_files:
+        raise FileNotFoundError(f"{folder} must have a model.safetensors, which training writes at its end")
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Videos -> segments
 
-def scan(folder: str) -> dict[str, list[int]]:
-    """Files with a video's ending, in subfolders too, but none hidden: path relative to the folder -> its stamp."""
+def list_videos(folder: str) -> dict[str, list[int]]:
+    """All video files in a folder and its subfolders, except hidden ones: relative path -> file_stamp."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = []
+    paths = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(parent, name), folder) for name in names
+        paths += [os.path.relpath(os.path.join(parent, name), folder) for name in names
                   if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
-    if not found:
-        raise FileNotFoundError(f"{folder}: no video in it, of the endings {' '.join(EXTENSIONS)}")
-    return {name: stamp(os.path.join(folder, name)) for name in sorted(found)}
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no video; a video's name ends in one of {' '.join(EXTENSIONS)}")
+    return {path: file_stamp(os.path.join(folder, path)) for path in sorted(paths)}
 
 
-def stamp(path: str) -> list[int]:
-    """[bytes, time of the last change in ns]; where there is no file, as at the end of a broken link, [0, 0]."""
+def file_stamp(path: str) -> list[int]:
+    """[size in bytes, time of the last change in ns]; [0, 0] if there is no file, for instance at a broken link."""
     try:
         status = os.stat(path)
     except OSError:
@@ -206,62 +211,66 @@ def stamp(path: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def cut(times: np.ndarray, length: float, T: int) -> tuple[list[tuple[float, float]], np.ndarray]:
+def segment_times(times: np.ndarray, length: float, T: int) -> tuple[list[tuple[float, float]], np.ndarray]:
     """
-    times (n,) of the frames, ascending seconds from 0 -> (start, end) of s equal segments, picks (s T,) ascending.
+    Cut a video into s equal segments of about `length` seconds: times (n,) of its frames, ascending seconds from 0
+    -> (start, end) of each segment, frame indices (s T,) ascending.
 
-    A segment's frames are picked as eval.py picks a video's. One without frames shows the frame before it.
+    The T frames of a segment are sampled as eval.py samples those of a video. A segment without frames gets the frame
+    before it.
     """
     n = len(times)
     if not n:
         raise ValueError("has no frames")
     end = float(times[-1]) * n / max(1, n - 1)                              # the last frame lasts as long as the others
-    # A video that is a tenth of a segment too long is not cut for that.
+    # A video that is too long by a tenth of a segment gets no segment for that.
     count = min(n, max(1, math.ceil(end / length - 0.1))) if length else 1
     edges = np.linspace(0, end, count + 1)
-    at = [*np.searchsorted(times, edges[:-1] - 1e-6), n]                    # a frame on an edge opens its segment
-    picks = [a + decoding.pick(T, b - a) if a < b else np.full(T, a - 1) for a, b in pairwise(at)]
-    return list(pairwise(edges.tolist())), np.concatenate(picks)
+    bounds = [*np.searchsorted(times, edges[:-1] - 1e-6), n]                # a frame on an edge opens its segment
+    indices = [first + sample_frame_indices(T, last - first) if first < last else np.full(T, first - 1)
+               for first, last in pairwise(bounds)]
+    return list(pairwise(edges.tolist())), np.concatenate(indices)
 
 
-class Segments(IterableDataset):
+class SegmentDataset(IterableDataset):
     """
-    Decodes each file once -> (name, (start, end), frames (T, 3, S, S)) of its segments, in order, and when it is over
-    (name, None, what is wrong with it, if anything is).
+    Decode each file once. Yields (name, (start, end), frames (T, 3, S, S)) for its segments in order and then, at the
+    end of the file, (name, None, error), where error is empty if the file could be read.
     """
 
-    def __init__(self, folder: str, names: list[str], length: float, T: int, view, workers: int):
-        self.folder, self.names, self.length, self.T, self.view = folder, names, length, T, view
-        self.at = torch.full((max(1, workers),), -1).share_memory_()       # the file that each process is at
+    def __init__(self, folder: str, names: list[str], length: float, T: int, transform, workers: int):
+        self.folder, self.names, self.length, self.T, self.transform = folder, names, length, T, transform
+        self.current = torch.full((max(1, workers),), -1).share_memory_()   # index of the file that each process reads
 
     def __iter__(self):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for i in range(first, len(self.names), step):
-            self.at[first] = i
-            wrong, path = "", os.path.join(self.folder, self.names[i])
+            self.current[first] = i
+            message, path = "", os.path.join(self.folder, self.names[i])
             try:
-                for span, frames in self.read(path):
-                    yield self.names[i], span, frames
+                for segment, frames in self.read(path):
+                    yield self.names[i], segment, frames
             except (ValueError, OSError) as error:
-                wrong = str(error).removeprefix(f"{path}: ") or type(error).__name__
+                message = str(error).removeprefix(f"{path}: ") or type(error).__name__
             except Exception as error:                                      # no file may stop the others
-                wrong = one_line(error)
-            yield self.names[i], None, wrong
+                message = format_error(error)
+            yield self.names[i], None, message
 
     def read(self, path: str):
-        spans, frames = [], []
+        """Decode a file; yield (start, end) and frames (T, 3, S, S) of each segment."""
+        segments, frames = [], []
 
-        def choose(times):
-            some, picks = cut(times, self.length, self.T)
-            spans.extend(some)
-            return picks
+        def select(times):
+            file_segments, indices = segment_times(times, self.length, self.T)
+            segments.extend(file_segments)
+            return indices
 
-        # As soon as one is decoded it is shrunk, and handed on: an hour of frames would be gigabytes.
-        for frame in decoding.chosen_frames(path, choose):
-            frames.append(self.view(decoding.to_tensor(frame, None)))
+        # Each frame is resized and each segment handed on at once: the frames of an hour would take gigabytes.
+        for frame in video.iter_frames(path, select):
+            frames.append(self.transform(video.frame_to_tensor(frame, None)))
             if len(frames) == self.T:
-                yield spans.pop(0), torch.stack(frames)
+                yield segments.pop(0), torch.stack(frames)
                 frames.clear()
 
 
@@ -269,121 +278,127 @@ class Segments(IterableDataset):
 # Index
 
 @dataclass
-class Video:
-    """What the index knows of a file."""
-    stamp: list[int]                        # of the file when it was read
-    error: str                              # why it has no segments
-    spans: list[tuple[float, float]]        # start and end of its s segments, seconds
+class IndexEntry:
+    """The entry of a file in the index."""
+    stamp: list[int]                        # file_stamp of the file when it was read
+    error: str                              # why it has no segments; empty if it has
+    segments: list[tuple[float, float]]     # start and end of its s segments, in seconds
     features: Tensor                        # (s, E) fp32
 
 
-def write_tensors(path: str, videos: dict[str, Video], **metadata):
-    """features (n, E), start, end (n,) seconds, file (n,) int64: the place of its name in `videos`. Whole or not."""
-    file = [i for i, video in enumerate(videos.values()) for _ in video.spans]
-    spans = torch.tensor([span for video in videos.values() for span in video.spans], dtype=torch.float64).view(-1, 2)
-    features = [video.features for video in videos.values() if video.spans]
+def write_tensors(path: str, entries: dict[str, IndexEntry], **metadata):
+    """Write features (n, E), start and end (n,) in seconds, and file (n,) int64, the index of its name in `entries`."""
+    file = [i for i, entry in enumerate(entries.values()) for _ in entry.segments]
+    segments = [segment for entry in entries.values() for segment in entry.segments]
+    segments = torch.tensor(segments, dtype=torch.float64).view(-1, 2)
+    features = [entry.features for entry in entries.values() if entry.segments]
     tensors = {"features": torch.cat(features) if features else torch.zeros(0, 0), "file": torch.tensor(file).long(),
-               "start": spans[:, 0].contiguous(), "end": spans[:, 1].contiguous()}
-    beside = f"{path}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, beside, {name: json.dumps(value) for name, value in metadata.items()})
-        os.chmod(beside, 0o644)             # safetensors writes private files
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+               "start": segments[:, 0].contiguous(), "end": segments[:, 1].contiguous()}
+    with atomic_write(path) as f:
+        f.write(save(tensors, {name: json.dumps(value) for name, value in metadata.items()}))
 
 
-def write_index(path: str, videos: dict[str, Video], about: dict):
-    videos = dict(sorted(videos.items()))
-    write_tensors(path, videos, about=about, files=[[n, v.stamp, v.error] for n, v in videos.items()])
+def write_index(path: str, entries: dict[str, IndexEntry], metadata: dict):
+    entries = dict(sorted(entries.items()))
+    files = [[name, entry.stamp, entry.error] for name, entry in entries.items()]
+    write_tensors(path, entries, about=metadata, files=files)
 
 
-def read_index(path: str, about: dict) -> tuple[dict[str, Video], str]:
-    """-> its videos and no words; or, where the index does not serve, none and why."""
+def read_index(path: str, metadata: dict) -> tuple[dict[str, IndexEntry], str]:
+    """Read an index -> its entries and "", or no entries and why it cannot be used. Without a file, {} and ""."""
     if not os.path.isfile(path):
         return {}, ""
     try:
         with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-            if not {"about", "files"} <= metadata.keys():
-                raise FileExistsError(f"{path} is there and is no index of search.py: give another --index")
-            was = json.loads(metadata["about"])
-            changed = [key for key in about if key != "checkpoint" and was.get(key) != about[key]]
-            if changed:
-                name, now = was["checkpoint"], about["checkpoint"]
-                said = [f"{key} {was.get(key)}, now {about[key]}" for key in changed if key != "weights"]
-                if "weights" in changed:
-                    said.insert(0, f"checkpoint {name}, " + (f"now {now}" if now != name else "which has changed"))
-                return {}, f"it was made with {', '.join(said)}"
+            stored = f.metadata() or {}
+            if not {"about", "files"} <= stored.keys():
+                raise FileExistsError(f"{path} exists and is not an index of search.py: pass another --index")
+            if difference := describe_difference(json.loads(stored["about"]), metadata):
+                return {}, difference
             features, start, end, file = map(f.get_tensor, ("features", "start", "end", "file"))
-            files, rows = json.loads(metadata["files"]), defaultdict(list)
+            files, rows = json.loads(stored["files"]), defaultdict(list)
             for row, i in enumerate(file.tolist()):
                 rows[i].append(row)
             if len(features) != len(file) or set(rows) != {i for i, (*_, error) in enumerate(files) if not error}:
-                raise ValueError("its files and features do not go together")
-            spans = list(zip(start.tolist(), end.tolist(), strict=True))
-            return {name: Video(seen, error, [spans[row] for row in rows[i]], features[rows[i]])
-                    for i, (name, seen, error) in enumerate(files)}, ""
+                raise ValueError("its files and features do not match")
+            segments = list(zip(start.tolist(), end.tolist(), strict=True))
+            return {name: IndexEntry(stamp, error, [segments[row] for row in rows[i]], features[rows[i]])
+                    for i, (name, stamp, error) in enumerate(files)}, ""
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"it is damaged ({one_line(error)})"
+        return {}, f"it is damaged ({format_error(error)})"
+
+
+def describe_difference(before: dict, now: dict) -> str:
+    """Say how the settings that an index was made with differ from those of now; "" if it can be used."""
+    changed = [key for key in now if key != "checkpoint" and before.get(key) != now[key]]
+    if not changed:
+        return ""
+    changes = [f"{key} {before.get(key)}, now {now[key]}" for key in changed if key != "weights"]
+    if "weights" in changed:
+        same_name = before["checkpoint"] == now["checkpoint"]
+        change = "whose weights have changed" if same_name else f"now {now['checkpoint']}"
+        changes.insert(0, f"checkpoint {before['checkpoint']}, {change}")
+    return f"it was made with {', '.join(changes)}"
 
 
 @torch.inference_mode()
-def encoded(segments, encode, batch: int, device: torch.device, bar):
-    """The items of Segments -> (name, error, spans, features (s, E)) of each file, when all of it is encoded."""
-    waiting, found, over = [], defaultdict(list), []
+def encode_segments(items, encode, batch: int, device: torch.device, bar):
+    """Encode the items of a SegmentDataset; yield (name, error, segments, features (s, E)) when a file is complete."""
+    waiting, encoded, finished = [], defaultdict(list), []
 
     def flush():
         if waiting:
-            video = torch.stack([frames for *_, frames in waiting]).to(device)
+            clips = torch.stack([frames for *_, frames in waiting]).to(device)
             with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-                features = encode(video).float().cpu()                      # (b, E)
-            for (name, span, _), feature in zip(waiting, features, strict=True):
-                found[name].append((span, feature))
-            bar.set_postfix_str(f"{waiting[-1][0]} to {clock(waiting[-1][1][1])}")
+                features = encode(clips).float().cpu()                      # (b, E)
+            for (name, segment, _), feature in zip(waiting, features, strict=True):
+                encoded[name].append((segment, feature))
+            bar.set_postfix_str(f"{waiting[-1][0]} to {format_time(waiting[-1][1][1])}")
             waiting.clear()
-        for name, error in over:
-            own = [] if error else found[name]
-            found.pop(name, None)
-            yield name, error, [span for span, _ in own], torch.stack([x for _, x in own]) if own else torch.zeros(0, 0)
-        over.clear()
+        for name, error in finished:
+            parts = encoded.pop(name, [])
+            if error:
+                parts = []
+            features = torch.stack([feature for _, feature in parts]) if parts else torch.zeros(0, 0)
+            yield name, error, [segment for segment, _ in parts], features
+        finished.clear()
 
-    for name, span, what in segments:
-        if span is None:
-            over.append((name, what))
+    for name, segment, payload in items:    # the payload is frames, or the error at the end of a file
+        if segment is None:
+            finished.append((name, payload))
         else:
-            waiting.append((name, span, what))
+            waiting.append((name, segment, payload))
         if len(waiting) in (0, batch):
             yield from flush()
     yield from flush()
 
 
-def add(videos: dict[str, Video], names: list[str], stamps: dict, cfg: Config, checkpoint, T: int, device, save):
-    """Indexes these files into `videos`, and saves now and then, at the end, and when it is interrupted."""
-    workers = min(len(names), min(data.cores(), 8) if cfg.workers < 0 else cfg.workers)
-    segments = Segments(cfg.folder, names, cfg.segment, T, checkpoint.view, workers)
+def index_files(entries: dict[str, IndexEntry], names: list[str], stamps: dict, cfg: Config, encoder, num_frames: int,
+                device: torch.device, save):
+    """Index these files into `entries`. Call `save` from time to time, at the end, and when it is interrupted."""
+    workers = min(len(names), min(num_cpus(), 8) if cfg.workers < 0 else cfg.workers)
+    segments = SegmentDataset(cfg.folder, names, cfg.segment, num_frames, encoder.transform, workers)
     loader = DataLoader(segments, batch_size=None, num_workers=workers, in_order=not workers)
-    saved, new = time.monotonic(), 0
+    last_saved, count = time.monotonic(), 0
     try:
         with tqdm(total=len(names), desc="indexing", unit="file", disable=None) as bar:
-            for name, *found in encoded(loader, checkpoint.encode_video, cfg.batch, device, bar):
-                videos[name] = Video(stamps[name], *found)
-                new += 1
+            for name, *values in encode_segments(loader, encoder.encode_video, cfg.batch, device, bar):
+                entries[name] = IndexEntry(stamps[name], *values)
+                count += 1
                 bar.update()
-                if time.monotonic() - saved > SAVE_EVERY:
+                if time.monotonic() - last_saved > SAVE_EVERY:
                     save()
-                    saved = time.monotonic()
+                    last_saved = time.monotonic()
     except KeyboardInterrupt:
-        sys.exit(f"search.py: interrupted; {new} of {len(names)} new or changed videos are in the index, and the same "
-                 f"command goes on from there")
+        sys.exit(f"search.py: interrupted; {count} of {len(names)} new or changed videos are in the index, and the "
+                 f"same command continues from there")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise ValueError(f"a decoding process died ({one_line(error)}), at one of "
-                         f"{', '.join(names[i] for i in segments.at.tolist() if i >= 0)}") from None
+        raise ValueError(f"a decoding process died ({format_error(error)}), at one of "
+                         f"{', '.join(names[i] for i in segments.current.tolist() if i >= 0)}") from None
     finally:
-        if new:
+        if count:
             save()
 
 
@@ -392,6 +407,7 @@ def add(videos: dict[str, Video], names: list[str], stamps: dict, cfg: Config, c
 
 @dataclass
 class Hit:
+    """A video that was found, with its best segment."""
     score: float
     name: str
     start: float        # seconds
@@ -399,8 +415,8 @@ class Hit:
     parts: int          # segments that the video has
 
 
-def best(scores: Tensor, rows: list[tuple], top: int) -> list[Hit]:
-    """scores (n,) of segments, rows: name, start, end, parts of each -> the top videos, each with its best segment."""
+def top_videos(scores: Tensor, rows: list[tuple], top: int) -> list[Hit]:
+    """scores (n,) of segments, their (name, start, end, parts) -> the top videos, each with its best segment."""
     hits = {}
     for i in scores.argsort(descending=True, stable=True).tolist():
         if rows[i][0] not in hits:
@@ -410,98 +426,112 @@ def best(scores: Tensor, rows: list[tuple], top: int) -> list[Hit]:
     return list(hits.values())
 
 
-def clock(seconds: float) -> str:
+def format_time(seconds: float) -> str:
+    """83.4 -> "1:23"."""
     return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
-def main(cfg: Config) -> dict[str, list[Hit]]:
-    """Brings the index up to date, then answers: query -> its hits, best first."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, and this machine or this build of torch has no CUDA GPU")
-    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-    index = cfg.index or os.path.abspath(cfg.folder) + ".index.safetensors"
-    for path in filter(None, (index, cfg.export)):
+def check_output_paths(index: str, export: str):
+    """Raise a ValueError unless index and export are different .safetensors files in folders that exist."""
+    for path in filter(None, (index, export)):
         if not path.endswith(".safetensors") or not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
-            raise ValueError(f"{path}: wanted a name that ends in .safetensors, in a folder that is there")
-    if cfg.export and os.path.realpath(cfg.export) == os.path.realpath(index):
-        raise ValueError(f"{index} is the index: export to another file")
+            raise ValueError(f"--index and --export must end in .safetensors and be in an existing folder, got {path}")
+    if export and os.path.realpath(export) == os.path.realpath(index):
+        raise ValueError(f"--export must be another file than the index, got {export}")
 
-    stamps = scan(cfg.folder)
-    checkpoint = open_checkpoint(cfg.checkpoint)
-    T = cfg.frames or checkpoint.frames
-    about = {"version": VERSION, "checkpoint": cfg.checkpoint, "weights": fingerprint(checkpoint.folder), "frames": T,
-             "segment": cfg.segment, "size": checkpoint.size}
-    old, wrong = read_index(index, about)
-    if wrong:
-        print(f"{index}: {wrong}; all is indexed anew")
+
+def update_index(cfg: Config, index: str, stamps: dict[str, list[int]], encoder,
+                 device: torch.device) -> tuple[dict[str, IndexEntry], dict]:
+    """Index the files that are new or have changed -> entries of all files by name, the settings they belong to."""
+    num_frames = cfg.frames or encoder.num_frames
+    metadata = {"version": VERSION, "checkpoint": cfg.checkpoint, "weights": fingerprint(encoder.folder),
+                "frames": num_frames, "segment": cfg.segment, "size": encoder.image_size}
+    old, reason = read_index(index, metadata)
+    if reason:
+        print(f"{index}: {reason}; all videos are indexed again")
     if old and not old.keys() & stamps.keys():
-        raise ValueError(f"{index} is of another folder, none of its {len(old)} files is in {cfg.folder}: give another "
-                         f"--index, or remove it")
-    videos = {name: video for name, video in old.items() if stamps.get(name) == video.stamp}
-    new = [name for name in stamps if name not in videos]
-    gone = len(old.keys() - stamps.keys())
-    save = lambda: write_index(index, videos, about)
+        raise ValueError(f"{index} is the index of another folder: none of its {len(old)} files is in {cfg.folder}; "
+                         f"pass another --index or remove it")
+    entries = {name: entry for name, entry in old.items() if stamps.get(name) == entry.stamp}
+    new = [name for name in stamps if name not in entries]
+    num_gone = len(old.keys() - stamps.keys())
     if new:
         try:
             tempfile.TemporaryFile(dir=os.path.dirname(index) or ".").close()
         except OSError as error:
-            raise ValueError(f"{index}: cannot be written ({error.strerror}); give --index another place") from None
+            raise ValueError(f"{index} cannot be written ({error.strerror}); pass another --index") from None
     if new or cfg.queries:
-        checkpoint.load(device)
-    if cfg.queries:                         # what is wrong with the tokenizer is known before hours of decoding
-        checkpoint.encode_text(data.clean(cfg.queries[0]))
+        encoder.load(device)
+    if cfg.queries:                         # a broken tokenizer must show before hours of decoding
+        encoder.encode_text(normalize_caption(cfg.queries[0]))
     started = time.monotonic()
     if new:
-        add(videos, new, stamps, cfg, checkpoint, T, device, save)
-    elif gone:
-        save()
-    videos = dict(sorted(videos.items()))
-    tell(cfg, videos, new, gone, time.monotonic() - started)
-
-    good = {name: video for name, video in videos.items() if video.spans}
-    if not good:
-        raise ValueError(f"{cfg.folder}: none of its {len(videos)} files could be indexed")
-    if cfg.export:
-        write_tensors(cfg.export, good, files=list(good), **about)
-        print(f"features written to {cfg.export}")
-    if not cfg.queries and not cfg.export:
-        print(f'to search: python search.py {cfg.folder} "what to look for"')
-    features = torch.cat([video.features for video in good.values()]).to(device)            # (n, E)
-    rows = [(name, *span, len(video.spans)) for name, video in good.items() for span in video.spans]
-    return {query: answer(query, checkpoint, features, rows, cfg) for query in cfg.queries}
+        save = partial(write_index, index, entries, metadata)
+        index_files(entries, new, stamps, cfg, encoder, num_frames, device, save)
+    elif num_gone:
+        write_index(index, entries, metadata)
+    entries = dict(sorted(entries.items()))
+    print_summary(cfg, entries, new, num_gone, time.monotonic() - started)
+    return entries, metadata
 
 
-def tell(cfg: Config, videos: dict[str, Video], new: list[str], gone: int, seconds: float):
-    """What the index holds, and what it could not take."""
-    bad = [name for name, video in videos.items() if video.error]
-    now = [f"{len(new)} new or changed, read in {seconds:.1f} s"] * bool(new) + [f"{gone} gone"] * bool(gone)
-    print(f"{cfg.folder}: {len(videos) - len(bad)} of {len(videos)} videos indexed, "
-          f"{sum(len(video.spans) for video in videos.values())} segments" + "".join(f"; {text}" for text in now))
-    fresh = set(bad) & set(new)
-    for name in bad if len(bad) <= 5 else sorted(fresh):
-        print(f"  not indexed: {name}: {videos[name].error}")
-    if len(bad) > max(5, len(fresh)):
-        print(f"  not indexed: {len(bad) - len(fresh)} that failed before and have not changed")
+def print_summary(cfg: Config, entries: dict[str, IndexEntry], new: list[str], num_gone: int, seconds: float):
+    """Print what the index holds, and which files could not be indexed."""
+    failed = [name for name, entry in entries.items() if entry.error]
+    num_segments = sum(len(entry.segments) for entry in entries.values())
+    line = f"{cfg.folder}: {len(entries) - len(failed)} of {len(entries)} videos indexed, {num_segments} segments"
+    if new:
+        line += f"; {len(new)} new or changed, read in {seconds:.1f} s"
+    if num_gone:
+        line += f"; {num_gone} gone"
+    print(line)
+    newly_failed = set(failed) & set(new)
+    for name in failed if len(failed) <= 5 else sorted(newly_failed):
+        print(f"  not indexed: {name}: {entries[name].error}")
+    if len(failed) > max(5, len(newly_failed)):
+        print(f"  not indexed: {len(failed) - len(newly_failed)} that failed before and have not changed")
 
 
 @torch.inference_mode()
-def answer(query: str, checkpoint, features: Tensor, rows: list[tuple], cfg: Config) -> list[Hit]:
-    """Prints and returns the best videos for a query."""
+def answer_query(query: str, encoder, features: Tensor, rows: list[tuple], cfg: Config) -> list[Hit]:
+    """Print and return the best videos for a query."""
     started = time.monotonic()
-    text, pieces, room = checkpoint.encode_text(data.clean(query))
-    hits = best((features @ text.float()).cpu(), rows, cfg.top)
+    text, num_tokens, max_tokens = encoder.encode_text(normalize_caption(query))
+    hits = top_videos((features @ text.float()).cpu(), rows, cfg.top)
     print(f"\n{query}  ({len(rows)} segments, {1000 * (time.monotonic() - started):.0f} ms)")
-    if pieces > room:
-        print(f"  cut: the query has {pieces} word pieces, the model reads {room}")
+    if num_tokens > max_tokens:
+        print(f"  the query was cut: it has {num_tokens} tokens, the model reads {max_tokens}")
     for rank, hit in enumerate(hits, 1):
-        part = f"  {clock(hit.start)}-{clock(hit.end)}" if hit.parts > 1 else ""
+        part = f"  {format_time(hit.start)}-{format_time(hit.end)}" if hit.parts > 1 else ""
         print(f"{rank:3}  {hit.score:6.3f}  {os.path.join(cfg.folder, hit.name)}{part}")
     return hits
 
 
+def main(cfg: Config) -> dict[str, list[Hit]]:
+    """Update the index, then answer the queries -> query: its hits, best first."""
+    device = select_device(cfg.device)
+    index = cfg.index or os.path.abspath(cfg.folder) + ".index.safetensors"
+    check_output_paths(index, cfg.export)
+    stamps = list_videos(cfg.folder)
+    encoder = open_checkpoint(cfg.checkpoint)
+    entries, metadata = update_index(cfg, index, stamps, encoder, device)
+
+    indexed = {name: entry for name, entry in entries.items() if entry.segments}
+    if not indexed:
+        raise ValueError(f"{cfg.folder}: none of its {len(entries)} files could be indexed")
+    if cfg.export:
+        write_tensors(cfg.export, indexed, files=list(indexed), **metadata)
+        print(f"features written to {cfg.export}")
+    if not cfg.queries and not cfg.export:
+        print(f'to search: python search.py {cfg.folder} "what to look for"')
+    features = torch.cat([entry.features for entry in indexed.values()]).to(device)         # (n, E)
+    rows = [(name, *segment, len(entry.segments)) for name, entry in indexed.items() for segment in entry.segments]
+    return {query: answer_query(query, encoder, features, rows, cfg) for query in cfg.queries}
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # a file's name may be no text
+    sys.stdout.reconfigure(errors="backslashreplace")       # a file name may not be valid Unicode
     try:
-        data.command("search.py", lambda: main(tyro.cli(Config)))
+        run_cli("search.py", lambda: main(tyro.cli(Config, prog="python search.py")))
     except KeyboardInterrupt:
         sys.exit("search.py: interrupted")

@@ -1,29 +1,285 @@
 """
-The benchmarks as a table: whose files, which split, how it is scored, how one fine-tunes for it; and their readers.
+Annotation files -> `Annotation` objects; and the table of benchmarks: their files, evaluation settings, fine-tuning
+recipes and readers.
 
-Everything lies under one folder, --data-root, in VindLU's layout, whose annotations UMT reads too:
+An annotation file is a JSON list of objects, a .jsonl file with one object per line, or VindLU's SQLite database.
+All files of a benchmark are under one folder, --data-root, in VindLU's layout. UMT uses the same annotation files:
 
-    DATA/anno_downstream/msrvtt_ret_train9k.json    (or DATA/msrvtt_ret_train9k.json; .jsonl and .sqlite as well)
-    DATA/videos_images/msrvtt/video0.mp4            (or any of the row's folders)
+    DATA_ROOT/anno_downstream/msrvtt_ret_train9k.json   (or DATA_ROOT/msrvtt_ret_train9k.json; also .jsonl and .sqlite)
+    DATA_ROOT/videos_images/msrvtt/video0.mp4           (or another folder of the task's media_dirs)
 
-Recipes are UMT's (OpenGVLab/unmasked_teacher, multi_modality/exp/finetuning, the 25M files), those of captioning and of
-the embedded set our own. T2V is text-to-video, a caption looking for its video: img_r in UMT's logs, and V2T is txt_r.
+The recipes are UMT's (OpenGVLab/unmasked_teacher, multi_modality/exp/finetuning, the 25M files). The recipes of
+captioning and of the embedded data set are our own. T2V is text-to-video retrieval, which UMT's logs call img_r;
+V2T is txt_r.
 """
 
 import difflib
+import hashlib
+import json
 import os
+import re
+import sqlite3
+from array import array
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from urllib.parse import quote
 
-import data
-from data import Question, Row, check_media, clean, file_names, media_id, read_entries, short, texts
+import ijson
+import numpy as np
+from tqdm import tqdm
 
-KINDS = {"retrieval": "retrieval", "qa": "question answering", "choice": "multiple choice", "caption": "captioning"}
+from runtime import atomic_write, atomic_write_text, read_json, shorten
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Annotations
+
+def normalize_caption(caption: str) -> str:
+    """Normalise a text as UMT does (multi_modality/dataset/utils.py, pre_text)."""
+    caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
+    caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    return " ".join(caption.split())
+
+
+@dataclass
+class Question:
+    """A question about a clip and its answers. In captioning the text is empty and the answers are the captions."""
+    text: str                                      # normalised
+    answers: dict[str, float]                      # answer -> weight; the weights sum to 1
+    id: str | int = ""
+    question_type: str = ""                        # empty if the file has none
+    source: str = ""                               # annotation file and row, for messages
+
+
+@dataclass
+class Annotation:
+    """One video or image with its texts."""
+    video: str                                     # path
+    captions: list[str]                            # normalised
+    frame_caption: str | None                      # a caption that is true of each single frame, if the file has one
+    media_id: int                                  # media_id(video)
+    questions: list[Question] = field(default_factory=list)
+    correct_index: int | None = None               # multiple choice: index of the true caption
+    source: str = ""                               # annotation file and row, for messages
+
+
+def _iter_json_list(path: str) -> Iterator:
+    count = 0
+    with open(path, "rb") as f:
+        try:
+            if next(ijson.basic_parse(f))[0] == "start_array":
+                f.seek(0)
+                for entry in ijson.items(f, "item", use_float=True):
+                    yield entry
+                    count += 1
+                return
+        except (ijson.JSONError, ValueError) as error:                      # ValueError: not UTF-8
+            reason = re.split(r"\n|\\n", str(error).removeprefix("b'"))[0]   # the rest shows the bytes around it
+            raise ValueError(f"{path}, row {count}: not JSON ({reason})") from None
+        f.seek(0)
+        raise ValueError(f"{path}: must hold a list of rows, got {shorten(f.read(100).decode(errors='replace'))}")
+
+
+def _iter_json_lines(path: str) -> Iterator:
+    number = 0
+    try:
+        with open(path, "rb") as f:
+            for line in f:
+                number += 1
+                if line.strip():
+                    yield json.loads(line.decode())
+    except ValueError as error:                                             # not JSON or not UTF-8
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+def _iter_sqlite(path: str) -> Iterator[dict]:
+    try:
+        with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as database:
+            database.row_factory = sqlite3.Row
+            for row in database.execute("select * from annos order by id"):
+                yield dict(row)
+    except sqlite3.Error as error:
+        raise ValueError(f"{path}: must be SQLite with a table annos ({error})") from None
+
+
+def iter_annotations(path: str) -> Iterator:
+    """
+    Yield the entries of an annotation file as they are in the file; a file without entries is an error.
+
+    The file is a JSON list, a .jsonl file with one value per line, or VindLU's SQLite in a .sqlite or .db file, a table
+    annos(id, image or video, caption). JSON lists are streamed, because they may be larger than memory.
+
+    The parser of JSON lists is stricter than Python's: NaN, Infinity and integers beyond 64 bits are errors. A high
+    surrogate without its low one, such as "\\ud83d" alone, is read as "?".
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such annotation file")
+    if path.endswith((".sqlite", ".db")):
+        entries = _iter_sqlite(path)
+    else:
+        entries = _iter_json_lines(path) if path.endswith(".jsonl") else _iter_json_list(path)
+    count = 0
+    for entry in entries:
+        yield entry
+        count += 1
+    if not count:
+        raise ValueError(f"{path}: must hold a list of rows, got an empty one")
+
+
+def iter_objects(path: str) -> Iterator[tuple[str, dict]]:
+    """Yield (source, entry) for each entry of an annotation file, which must be a JSON object."""
+    for i, entry in enumerate(iter_annotations(path)):
+        source = f"{path}, row {i}"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{source}: must be an object, got {shorten(entry)}")
+        yield source, entry
+
+
+def parse_file_names(entry: dict, source: str) -> list[str]:
+    """Return the file names under "video" or, as in older files, under "image": one name or a list of names."""
+    names = entry.get("video", entry.get("image"))
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f'{source}: "video" or "image" must be a file name or a list of them, got {shorten(entry)}')
+    return names
+
+
+def parse_texts(entry: dict, key: str, source: str) -> list[str]:
+    """Return the list of texts under `key`, not normalised. Each must have a word left after normalisation."""
+    texts = entry.get(key)
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f'{source}: "{key}" must be a text or a list of texts, got {shorten(texts)}')
+    for text in texts:
+        if not normalize_caption(text):
+            raise ValueError(f'{source}: "{key}" must have words, got {text!r}')
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f'{source}: "{key}" must be valid Unicode, got half a surrogate pair in {text!r}')
+    return texts
+
+
+def media_id(video: str) -> int:
+    """Hash the absolute path to 63 bits. Two corpora may use one name for two files."""
+    return int.from_bytes(hashlib.blake2b(os.path.abspath(video).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def check_files_exist(annotations: list[Annotation], root: str):
+    """Raise FileNotFoundError if videos do not exist. The message names the first and counts all."""
+    if not os.path.isdir(root):
+        path = annotations[0].source.rpartition(", row")[0]
+        raise FileNotFoundError(f"{root}: there is no such folder of the videos in {path}")
+    exists = {video: os.path.isfile(video) for video in {a.video for a in annotations}}
+    missing = [a for a in annotations if not exists[a.video]]
+    if missing:
+        raise FileNotFoundError(f"{missing[0].source}: there is no file {missing[0].video} "
+                                f"({len(missing)} of {len(annotations)} rows have no file)")
+
+
+def make_annotation(source: str, root: str, name: str, captions: list[str], frame_caption: str | None = None,
+                    **fields) -> Annotation:
+    """Make the Annotation of the file `name` under root."""
+    video = os.path.join(root, name)
+    return Annotation(video, captions, frame_caption, media_id(video), source=source, **fields)
+
+
+def iter_rows(path: str, root: str) -> Iterator[Annotation]:
+    """
+    Yield an Annotation for each row {"video" or "image": name under root, "caption": text or list of texts}, in order.
+
+    This is the form of UMT's and VindLU's files. If the name is a list, the captions are true of each of these videos,
+    and each gets an Annotation with the same source. Our own key "still" has a caption that is true of each frame.
+    """
+    for source, entry in iter_objects(path):
+        captions = [normalize_caption(text) for text in parse_texts(entry, "caption", source)]
+        still = normalize_caption(entry["still"]) if isinstance(entry.get("still"), str) else ""
+        for name in parse_file_names(entry, source):
+            yield make_annotation(source, root, name, captions, frame_caption=still or None)
+
+
+def read_annotations(path: str, root: str, check: bool = True) -> list[Annotation]:
+    """Read an annotation file whose videos are under root. check: raise an error if a video does not exist."""
+    annotations = list(iter_rows(path, root))
+    if check:
+        check_files_exist(annotations, root)
+    return annotations
+
+
+class MappedAnnotations(Sequence):
+    """
+    A sequence of annotations in a memory-mapped file. annotations[i] reads and parses entry i.
+
+    A process that holds this has 8 bytes of page cache for each entry, shared with all other processes.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.digest = read_json(path + ".json")["digest"]                   # of all entries
+        self.text = np.memmap(path + ".jsonl", np.uint8, mode="r")
+        self.offsets = np.memmap(path + ".offsets", np.int64, mode="r")     # (N + 1,), entry i is [i] to [i + 1]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> Annotation:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"index must be below {len(self)}, got {i}")
+        i %= len(self)
+        return Annotation(**json.loads(self.text[self.offsets[i]:self.offsets[i + 1]].tobytes()))
+
+    def __reduce__(self):                          # pickle the path only: another process maps the file again
+        return MappedAnnotations, (self.path,)
+
+
+ROWS_VERSION = 1       # of the lines in annotations_HASH.jsonl
+
+
+def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str) -> MappedAnnotations:
+    """
+    Write the annotations of all corpora, (annotation file, video folder) each, to a memory-mapped file in `folder`.
+
+    The file is written unless it exists; a change of an annotation file gives another name. If several processes need
+    it, one should call this first.
+    """
+    for path, root in corpora:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: there is no such annotation file")
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"{root}: there is no such folder of the videos in {path}")
+    stats = [os.stat(path) for path, _ in corpora]
+    key = [ROWS_VERSION] + [(os.path.abspath(path), root, s.st_size, s.st_mtime_ns)
+           for (path, root), s in zip(corpora, stats, strict=True)]
+    name = "annotations_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
+    out = os.path.join(folder, name)
+    if os.path.exists(out + ".json"):
+        return MappedAnnotations(out)
+    os.makedirs(folder, exist_ok=True)
+    offsets, digest = array("q", [0]), hashlib.blake2b(digest_size=16)
+    with atomic_write(out + ".jsonl") as f:
+        for path, root in corpora:
+            for annotation in tqdm(iter_rows(path, root), path, unit=" rows", mininterval=1, disable=None):
+                line = json.dumps(vars(annotation), default=vars).encode() + b"\n"
+                digest.update(line)
+                f.write(line)
+                offsets.append(offsets[-1] + len(line))
+    with atomic_write(out + ".offsets") as f:
+        f.write(offsets)
+    # Written last: it exists only if the other two are complete.
+    atomic_write_text(out + ".json", json.dumps({"digest": digest.hexdigest()}))
+    return MappedAnnotations(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of benchmarks
+
+TASK_KINDS = {
+    "retrieval": "retrieval", "qa": "question answering", "choice": "multiple choice", "caption": "captioning",
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fine-tuning, AdamW and a cosine."""
+    """Fine-tuning with AdamW and a cosine schedule."""
     lr: float
     epochs: int
     warmup: int             # epochs
@@ -32,50 +288,53 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark. Files are relative to --data-root; of names with | between them the first that is there counts."""
-    kind: str               # of KINDS
-    media: str              # folder that the names in its annotations are relative to
-    train: str              # annotations, without their ending
-    val: str                # those a model is selected on; empty: none are published
-    test: str
-    length: int             # word pieces of a caption or question, [CLS] included
-    base: Recipe            # of a student up to 1023 channels wide
-    large: Recipe           # of a wider one
-    tested: int = 0         # rows of the published test split, 0 where files that differ are about
-    answers: str = ""       # question answering: the list of answers that are ranked
-    answer_length: int = 0  # word pieces of an answer or of a caption to be said, [CLS] and [SEP] included
-    paragraph: bool = False     # a list of captions is one text, its sentences joined
-    seconds: float = 0      # of a video only its first so many
-    flip: bool = True       # whether a mirrored clip still means the same
-    frames: int = 12        # a clip, fine-tuned
-    zero_shot: int = 4      # a clip, scored as pretrained
-    rerank: int = 128       # the matching head re-ranks the top k; so many answers are scored whole
-    per_clip: int = 1       # questions or captions of a clip that are trained on together
-    batch: int = 256        # clips a step
-    masked: bool = False    # fine-tuned on the tokens that the pretraining's mask keeps
-    root: str = ""          # where --data-root is if not given
+    """A benchmark. Paths are relative to --data-root; of names separated by | the first that exists is used."""
+    kind: str               # a key of TASK_KINDS
+    media_dirs: str         # folder of the videos
+    train_file: str         # annotation files, without their extension
+    val_file: str           # for model selection; empty: the benchmark publishes no validation split
+    test_file: str
+    max_text_length: int    # tokens of a caption or question, including [CLS]
+    recipe_base: Recipe     # for students less than 1024 channels wide
+    recipe_large: Recipe    # for wider students
+    test_rows: int = 0      # rows of the published test split; 0: several versions exist
+    answer_list: str = ""   # question answering: file with the answers that are ranked
+    max_answer_length: int = 0  # tokens of a generated answer or caption, including [CLS] and [SEP]
+    paragraph: bool = False     # join a list of captions to one text
+    seconds: float = 0      # use only the first seconds of each video; 0: all of it
+    flip: bool = True       # whether training may mirror clips
+    num_frames: int = 12    # frames per clip in fine-tuning
+    zero_shot_frames: int = 4   # frames per clip when a pretrained model is evaluated
+    rerank_topk: int = 128  # candidates that the matching head re-ranks, and answers that are scored in full
+    texts_per_clip: int = 1     # questions or captions of one clip that are trained on together
+    batch: int = 256        # clips per step
+    finetune_masked: bool = False   # fine-tune on visible tokens only, with the mask of the pretraining
+    default_root: str = ""  # --data-root if none is given
 
 
-def sprites(kind: str, train: str, test: str, length: int, epochs: int, lr: float, **more) -> Task:
+def sprites_task(kind: str, train_file: str, test_file: str, max_text_length: int, epochs: int, lr: float,
+                 **fields) -> Task:
+    """Make the Task of a benchmark on the embedded data set."""
     recipe = Recipe(lr, epochs, 1, 0.0)
-    return Task(kind, "videos", train, test.replace("test", "val"), test, length, recipe, recipe, flip=False, frames=8,
-                zero_shot=8, masked=True, root="data/sprites", **{"rerank": 16, "batch": 32, **more})
+    return Task(kind, "videos", train_file, test_file.replace("test", "val"), test_file, max_text_length, recipe,
+                recipe, flip=False, num_frames=8, zero_shot_frames=8, finetune_masked=True,
+                default_root="data/sprites", **{"rerank_topk": 16, "batch": 32, **fields})
 
 
 MSRVTT, MSVD = "videos_images/msrvtt|videos_images/msrvtt_2fps_224", "videos_images/msvd|videos_images/msvd_2fps_224"
 ANET = "videos_images/activitynet|videos_images/activity_net_2fps_360"
 SSV2 = "videos_images/ssv2"
-ANSWERS = dict(answer_length=5)             # [CLS], three pieces and [SEP], as in UMT
-CAPTIONS = dict(answer_length=32)
+ANSWERS = dict(max_answer_length=5)         # [CLS], three word pieces and [SEP], as in UMT
+CAPTIONS = dict(max_answer_length=32)
 
 TASKS = {
-    # Retrieval. Of MSR-VTT's 1k-A "val" and "test" are one list, so there is none to select on.
+    # Retrieval. The "val" and "test" lists of MSR-VTT 1k-A are the same, so there is no list for model selection.
     "msrvtt": Task(
         "retrieval", MSRVTT, "msrvtt_ret_train9k", "", "msrvtt_ret_test1k|msrvtt_test1k", 32,
-        Recipe(1e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), tested=1000),
+        Recipe(1e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), test_rows=1000),
     "msrvtt-7k": Task(
         "retrieval", MSRVTT, "msrvtt_ret_train7k", "", "msrvtt_ret_test1k|msrvtt_test1k", 32,
-        Recipe(1e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), tested=1000),
+        Recipe(1e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), test_rows=1000),
     "didemo": Task(
         "retrieval", "videos_images/didemo|videos_images/didemo_2fps_360_trimed30",
         "didemo_ret_train", "didemo_ret_val", "didemo_ret_test", 64,
@@ -85,220 +344,237 @@ TASKS = {
         Recipe(4e-5, 20, 1, 0.1), Recipe(4e-5, 20, 1, 0.2), paragraph=True),
     "lsmdc": Task(
         "retrieval", "videos_images/lsmdc", "lsmdc_ret_train", "", "lsmdc_ret_test_1000", 96,
-        Recipe(2e-5, 10, 1, 0.2), Recipe(2e-5, 8, 1, 0.2), tested=1000),
-    # Several captions a video, each of them one query: not a paragraph, which would add 20 points.
+        Recipe(2e-5, 10, 1, 0.2), Recipe(2e-5, 8, 1, 0.2), test_rows=1000),
+    # Several captions per video, each of which is a query. Joining them to a paragraph would add 20 points.
     "msvd": Task(
         "retrieval", MSVD, "msvd_ret_train", "", "msvd_ret_test", 64,
-        Recipe(1e-5, 5, 0, 0.2), Recipe(1e-5, 3, 0, 0.3), tested=670),
-    # Several videos a caption. Its labels speak of left and right.
+        Recipe(1e-5, 5, 0, 0.2), Recipe(1e-5, 3, 0, 0.3), test_rows=670),
+    # Several videos per caption. The labels distinguish left and right.
     "ssv2-label": Task(
         "retrieval", SSV2, "ssv2_ret_label_train", "", "ssv2_ret_label_val_small", 25,
         Recipe(5e-5, 10, 0, 0.1), Recipe(4e-5, 10, 0, 0.2), flip=False),
     "ssv2-template": Task(
         "retrieval", SSV2, "ssv2_ret_template_train", "", "ssv2_ret_template_val_small", 25,
-        Recipe(1e-4, 10, 1, 0.1), Recipe(1e-4, 5, 1, 0.2), tested=174, flip=False),
+        Recipe(1e-4, 10, 1, 0.1), Recipe(1e-4, 5, 1, 0.2), test_rows=174, flip=False),
     # Question answering.
     "msrvtt-qa": Task(
         "qa", MSRVTT, "msrvtt_qa_train", "msrvtt_qa_val", "msrvtt_qa_test", 25,
-        Recipe(2e-5, 8, 1, 0.2), Recipe(4e-5, 5, 1, 0.4), tested=72_821, answers="msrvtt_qa_answer_list", **ANSWERS),
+        Recipe(2e-5, 8, 1, 0.2), Recipe(4e-5, 5, 1, 0.4), test_rows=72_821,
+        answer_list="msrvtt_qa_answer_list", **ANSWERS),
     "msvd-qa": Task(
         "qa", MSVD, "msvd_qa_train", "msvd_qa_val", "msvd_qa_test", 25,
-        Recipe(6e-5, 6, 1, 0.2), Recipe(6e-5, 6, 1, 0.4), tested=13_157, answers="msvd_qa_answer_list", **ANSWERS),
+        Recipe(6e-5, 6, 1, 0.2), Recipe(6e-5, 6, 1, 0.4), test_rows=13_157,
+        answer_list="msvd_qa_answer_list", **ANSWERS),
     "activitynet-qa": Task(
         "qa", ANET, "anet_qa_train", "anet_qa_val", "anet_qa_test", 25,
-        Recipe(4e-5, 12, 1, 0.2), Recipe(4e-5, 10, 1, 0.3), tested=8000, answers="anet_qa_answer_list", **ANSWERS),
+        Recipe(4e-5, 12, 1, 0.2), Recipe(4e-5, 10, 1, 0.3), test_rows=8000,
+        answer_list="anet_qa_answer_list", **ANSWERS),
     # Multiple choice, trained as retrieval.
     "msrvtt-mc": Task(
         "choice", MSRVTT, "msrvtt_ret_train7k", "", "msrvtt_mc_test", 32,
-        Recipe(8e-5, 3, 0, 0.2), Recipe(4e-5, 5, 0, 0.3), tested=2990),
-    # Captioning: 6513 / 497 / 2990 and 1200 / 100 / 670 videos, a caption a row or a list of them.
+        Recipe(8e-5, 3, 0, 0.2), Recipe(4e-5, 5, 0, 0.3), test_rows=2990),
+    # Captioning: 6513 / 497 / 2990 and 1200 / 100 / 670 videos. A row has one caption or a list of captions.
     "msrvtt-caption": Task(
         "caption", MSRVTT, "msrvtt_cap_train", "msrvtt_cap_val", "msrvtt_cap_test", 2,
-        Recipe(2e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), tested=2990, **CAPTIONS),
+        Recipe(2e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), test_rows=2990, **CAPTIONS),
     "msvd-caption": Task(
         "caption", MSVD, "msvd_cap_train", "msvd_cap_val", "msvd_cap_test", 2,
-        Recipe(2e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), tested=670, **CAPTIONS),
-    # The embedded set.
-    "sprites": sprites("retrieval", "sprites_train", "sprites_test", 36, 12, 1e-3, batch=256),
-    "sprites-qa": sprites("qa", "sprites_qa_train", "sprites_qa_test", 16, 40, 5e-4, answers="sprites_qa_answer_list",
-                          answer_length=6, per_clip=6),
-    "sprites-mc": sprites("choice", "sprites_train", "sprites_mc_test", 36, 12, 1e-3, batch=256),
-    "sprites-caption": sprites("caption", "sprites_cap_train", "sprites_cap_test", 2, 14, 5e-4, answer_length=40,
-                               per_clip=4),
+        Recipe(2e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), test_rows=670, **CAPTIONS),
+    # The embedded data set.
+    "sprites": sprites_task("retrieval", "sprites_train", "sprites_test", 36, 12, 1e-3, batch=256),
+    "sprites-qa": sprites_task("qa", "sprites_qa_train", "sprites_qa_test", 16, 40, 5e-4,
+                               answer_list="sprites_qa_answer_list", max_answer_length=6, texts_per_clip=6),
+    "sprites-mc": sprites_task("choice", "sprites_train", "sprites_mc_test", 36, 12, 1e-3, batch=256),
+    "sprites-caption": sprites_task("caption", "sprites_cap_train", "sprites_cap_test", 2, 14, 5e-4,
+                                    max_answer_length=40, texts_per_clip=4),
 }
 
 
-def find_task(name: str) -> Task:
-    """The row of that name, or a ValueError with the nearest."""
+def get_task(name: str) -> Task:
+    """Return the benchmark of that name. The ValueError for an unknown name suggests the nearest one."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1)
-        raise ValueError(f"there is no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-                         + f" There are: {', '.join(TASKS)}")
+        nearest = difflib.get_close_matches(name, TASKS, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{hint}")
     return TASKS[name]
 
 
-# Files
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of a benchmark
 
 def find_file(names: str, root: str) -> str:
-    """The first annotation file of those names that is under root."""
-    tried = [f"{folder}{name}{ending}" for name in names.split("|") for folder in ("anno_downstream/", "")
-             for ending in (".json", ".jsonl", ".sqlite", ".db")]
-    for name in tried:
-        if os.path.isfile(os.path.join(root, name)):
-            return os.path.join(root, name)
-    raise FileNotFoundError(f"{root} has no {tried[0]}, nor {names.split('|')[0]}.json beside it; "
-                            "the layout is at the top of tasks.py")
+    """Find the first annotation file under root that has one of the names (separated by |)."""
+    candidates = [f"{folder}{name}{extension}" for name in names.split("|") for folder in ("anno_downstream/", "")
+                  for extension in (".json", ".jsonl", ".sqlite", ".db")]
+    for candidate in candidates:
+        if os.path.isfile(os.path.join(root, candidate)):
+            return os.path.join(root, candidate)
+    raise FileNotFoundError(f"{root} has neither {candidates[0]} nor {names.split('|')[0]}.json; "
+                            "docs/data.md shows the layout")
 
 
 def find_media(task: Task, root: str) -> str:
-    names = task.media.split("|")
+    """Find the first folder of task.media_dirs that exists under root."""
+    names = task.media_dirs.split("|")
     for name in names:
         if os.path.isdir(os.path.join(root, name)):
             return os.path.join(root, name)
     raise FileNotFoundError(f"{root} has no folder {' or '.join(name + '/' for name in names)} with the task's videos")
 
 
-def data_root(task: Task, given: str) -> str:
-    root = given or task.root
+def resolve_data_root(task: Task, data_root: str) -> str:
+    """Return `data_root`, or the task's default if it is empty. The folder must exist."""
+    root = data_root or task.default_root
     if not root:
-        raise ValueError("--data-root is wanted: the folder with anno_downstream/ and videos_images/")
+        raise ValueError("--data-root must be the folder that has anno_downstream/ and videos_images/, got none")
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder, wanted as --data-root")
+        raise FileNotFoundError(f"--data-root must be a folder, got {root}, which does not exist")
     return root
 
 
-def split_files(task: Task, split: str, given: str) -> tuple[str, str]:
-    """split: train, val or test -> annotation file, media folder under --data-root, which must be there."""
-    names = getattr(task, split)
+def split_files(task: Task, split: str, root: str) -> tuple[str, str]:
+    """Find the annotation file and video folder of a split: train, val or test. root: --data-root, may be empty."""
+    names = getattr(task, f"{split}_file")
     if not names:
-        raise ValueError(f"the task has no {split} split: none is published")
-    root = data_root(task, given)
+        raise ValueError(f"the task publishes no {split} split")
+    root = resolve_data_root(task, root)
     return find_file(names, root), find_media(task, root)
 
 
-# Readers
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers of the annotation files of a benchmark
 
-def read_rows(task: Task, path: str, root: str, train: bool, absent: list | None = None) -> list[Row]:
+def read_rows(task: Task, path: str, root: str, train: bool, missing: list | None = None) -> list[Annotation]:
     """
-    The rows of an annotation file of the task's kind, media under root. For training each caption is a row, or
-    per_clip questions of one clip are; for scoring each video with all that is asked or said of it.
+    Read an annotation file of the task's kind; the videos are under root.
 
-    Where `absent` is a list, rows whose video is not there go into it, else they are an error.
+    For training, an Annotation has one caption, or up to task.texts_per_clip questions. For evaluation it has all texts
+    of a video. If `missing` is a list, annotations whose video does not exist are moved into it; otherwise they are an
+    error. If no video at all exists, that is always an error.
     """
+    texts_per_clip = task.texts_per_clip if train else 0
     if task.kind == "qa":
-        rows = read_questions(path, root, task.per_clip if train else 0)
+        annotations = read_questions(path, root, texts_per_clip)
     elif task.kind == "caption":
-        rows = read_captions(path, root, task.per_clip if train else 0)
+        annotations = read_captions(path, root, texts_per_clip)
     elif task.kind == "choice" and not train:
-        rows = read_choices(path, root)
+        annotations = read_choices(path, root)
     else:
-        rows = read_pairs(path, root, task.paragraph, train)
-    if absent is not None:
-        there = {video: os.path.isfile(video) for video in {row.video for row in rows}}
-        absent += [row for row in rows if not there[row.video]]
-        rows = [row for row in rows if there[row.video]] or rows
-    check_media(rows, root)
-    return rows
+        annotations = read_retrieval(path, root, task.paragraph, train)
+    if missing is not None:
+        exists = {video: os.path.isfile(video) for video in {a.video for a in annotations}}
+        missing += [a for a in annotations if not exists[a.video]]
+        annotations = [a for a in annotations if exists[a.video]] or annotations
+    check_files_exist(annotations, root)
+    return annotations
 
 
-def row(where: str, root: str, name: str, captions: list[str], **more) -> Row:
-    video = os.path.join(root, name)
-    return Row(video, captions, None, media_id(video), where=where, **more)
+def single_file(entry: dict, source: str) -> str:
+    """Return the one file name of an entry that must not list several."""
+    names = parse_file_names(entry, source)
+    if len(names) > 1:
+        raise ValueError(f'{source}: "video" must be one file name, got {len(names)}')
+    return names[0]
 
 
-def one_file(entry: dict, where: str) -> str:
-    name, *more = file_names(entry, where)
-    if more:
-        raise ValueError(f"{where}: wanted one file, got {1 + len(more)}")
-    return name
-
-
-def read_pairs(path: str, root: str, paragraph: bool, train: bool) -> list[Row]:
+def read_retrieval(path: str, root: str, paragraph: bool, train: bool) -> list[Annotation]:
     """
-    {"video": name, or list of names that the caption is true of, "caption": text, or list of texts}: of a paragraph one
-    text; for training a row for each caption.
+    Read {"video": name, or list of names that the captions are true of, "caption": text, or list of texts}.
+
+    paragraph: join the captions of a row to one. train: return one Annotation for each caption.
     """
-    rows = data.read_annotations(path, root, check=False)
+    annotations = read_annotations(path, root, check=False)
     if paragraph:
-        rows = [replace(r, captions=[" ".join(r.captions)]) for r in rows]
-    return [replace(r, captions=[caption]) for r in rows for caption in r.captions] if train else rows
+        annotations = [replace(a, captions=[" ".join(a.captions)]) for a in annotations]
+    return [replace(a, captions=[caption]) for a in annotations for caption in a.captions] if train else annotations
 
 
-def read_choices(path: str, root: str) -> list[Row]:
-    """{"video": name, "caption": list of texts, "answer": the place, from 0, of the one that is true}."""
-    rows = []
-    for where, entry in read_entries(path):
-        captions, right = [clean(text) for text in texts(entry, "caption", where)], entry.get("answer")
+def read_choices(path: str, root: str) -> list[Annotation]:
+    """Read {"video": name, "caption": list of texts, "answer": index of the true text}."""
+    annotations = []
+    for source, entry in iter_objects(path):
+        captions = [normalize_caption(text) for text in parse_texts(entry, "caption", source)]
+        correct = entry.get("answer")
         if len(captions) < 2:
-            raise ValueError(f'{where}: wanted several texts under "caption", got one')
-        if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(captions):
-            raise ValueError(f'{where}: wanted 0 to {len(captions) - 1} under "answer", got {right!r}')
-        rows.append(row(where, root, one_file(entry, where), captions, right=right))
-    return rows
+            raise ValueError(f'{source}: "caption" must be a list of two texts or more, got one text')
+        if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < len(captions):
+            raise ValueError(f'{source}: "answer" must be 0 to {len(captions) - 1}, got {correct!r}')
+        name = single_file(entry, source)
+        annotations.append(make_annotation(source, root, name, captions, correct_index=correct))
+    return annotations
 
 
-def read_questions(path: str, root: str, per_clip: int) -> list[Row]:
+def read_questions(path: str, root: str, texts_per_clip: int) -> list[Annotation]:
     """
-    {"video": name, "question": text, "answer": text or list of texts, "question_id": number or text, "type": kind of
-    question}; the last two may lack. -> rows of up to per_clip questions of a clip, or of all, for 0.
+    Read {"video": name, "question": text, "answer": text or list of texts, "question_id": number or text, "type": kind
+    of question}, of which the last two are optional. Each Annotation has up to texts_per_clip questions of one video,
+    or all of them if it is 0.
 
-    Several answers weigh as often as they are given.
+    The weight of an answer is its share in the list of answers.
     """
-    asked, seen = [], {}
-    for where, entry in read_entries(path):
-        question, *more = texts(entry, "question", where)
-        if more:
-            raise ValueError(f"{where}: wanted one question, got {1 + len(more)}")
-        answers = texts(entry, "answer", where)
-        name, kind = entry.get("question_id", len(asked)), entry.get("type")
-        if not isinstance(name, (int, str)):
-            raise ValueError(f'{where}: wanted a number or a text under "question_id", got {short(name)}')
-        if "question_id" in entry and name in seen:
-            raise ValueError(f"{where}: question_id {name!r} is there already, in {seen[name].rpartition(', ')[2]}")
+    items, source_of_id = [], {}
+    for source, entry in iter_objects(path):
+        texts = parse_texts(entry, "question", source)
+        if len(texts) > 1:
+            raise ValueError(f'{source}: "question" must be one text, got {len(texts)}')
+        answers = parse_texts(entry, "answer", source)
+        question_id, question_type = entry.get("question_id", len(items)), entry.get("type")
+        if not isinstance(question_id, (int, str)):
+            raise ValueError(f'{source}: "question_id" must be a number or a text, got {shorten(question_id)}')
+        if "question_id" in entry and question_id in source_of_id:
+            first = source_of_id[question_id].rpartition(", ")[2]
+            raise ValueError(f'{source}: "question_id" must be unique, got {question_id!r}, which {first} has too')
         if "question_id" in entry:
-            seen[name] = where
-        kind = "" if kind is None else str(kind)            # ActivityNet-QA's are numbers
+            source_of_id[question_id] = source
+        question_type = "" if question_type is None else str(question_type)     # a number in ActivityNet-QA
         weights = {answer: n / len(answers) for answer, n in Counter(answers).items()}
-        asked.append((where, one_file(entry, where), Question(clean(question), weights, name, kind, where)))
-    return [row(where, root, name, [q.text for q in some], questions=some)
-            for where, name, some in by_clip(asked, per_clip)]
+        question = Question(normalize_caption(texts[0]), weights, question_id, question_type, source)
+        items.append((source, single_file(entry, source), question))
+    return [make_annotation(source, root, name, [q.text for q in questions], questions=questions)
+            for source, name, questions in group_by_clip(items, texts_per_clip)]
 
 
-def read_captions(path: str, root: str, per_clip: int) -> list[Row]:
+def read_captions(path: str, root: str, texts_per_clip: int) -> list[Annotation]:
     """
-    {"video": name, "caption": text or list of texts}, a video in one row or in several -> rows of up to per_clip
-    captions of a clip, or of all, for 0: to be said, as the answers of a question without words.
+    Read {"video": name, "caption": text or list of texts} for captioning. A video may have several rows.
+
+    Each Annotation has up to texts_per_clip captions of one video, as the answers of a question without text. If
+    texts_per_clip is 0, it has all of them, not normalised, because the captioning metrics have their own tokenizer.
     """
-    said = [(where, one_file(entry, where), text) for where, entry in read_entries(path)
-            for text in texts(entry, "caption", where)]
-    rows = []
-    for where, name, some in by_clip(said, per_clip):
-        some = list(map(clean, some)) if per_clip else some     # to be compared with they stand as they are
-        weights = {text: n / len(some) for text, n in Counter(some).items()}
-        rows.append(row(where, root, name, some, questions=[Question("", weights)]))
-    return rows
+    items = [(source, single_file(entry, source), text) for source, entry in iter_objects(path)
+             for text in parse_texts(entry, "caption", source)]
+    annotations = []
+    for source, name, captions in group_by_clip(items, texts_per_clip):
+        captions = [normalize_caption(text) for text in captions] if texts_per_clip else captions
+        weights = {text: n / len(captions) for text, n in Counter(captions).items()}
+        annotations.append(make_annotation(source, root, name, captions, questions=[Question("", weights)]))
+    return annotations
 
 
-def by_clip(items: list[tuple], per_clip: int) -> list[tuple]:
-    """(where, name, item) -> (where of the first, name, up to per_clip items of that name, or all, for 0), in order."""
+def group_by_clip(items: list[tuple], texts_per_clip: int) -> list[tuple]:
+    """
+    Group (source, name, item) by name, in order of first appearance: (source of the first item, name, items). A group
+    has up to texts_per_clip items, or all of them if it is 0.
+    """
     clips = {}
-    for where, name, item in items:
-        clips.setdefault(name, []).append((where, item))
-    chunks = []
-    for name, some in clips.items():
-        size = per_clip or len(some)
-        for at in range(0, len(some), size):
-            chunks.append((some[at][0], name, [item for _, item in some[at:at + size]]))
-    return chunks
+    for source, name, item in items:
+        clips.setdefault(name, []).append((source, item))
+    groups = []
+    for name, members in clips.items():
+        size = texts_per_clip or len(members)
+        for i in range(0, len(members), size):
+            group = members[i:i + size]
+            groups.append((group[0][0], name, [item for _, item in group]))
+    return groups
 
 
 def read_answers(path: str) -> list[str]:
-    """The answers that are ranked: a JSON list of texts, no two alike."""
-    answers = list(data.list_entries(path))
+    """Read the answers that are ranked: a JSON list of texts without duplicates."""
+    answers = list(iter_annotations(path))
     for i, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"{path}, row {i}: wanted an answer, got {answer!r}")
-    twice = [answer for answer, n in Counter(answers).items() if n > 1]
-    if twice:
-        raise ValueError(f"{path}: {twice[0]!r} is there twice")
+            raise ValueError(f"{path}, row {i}: an answer must be a text, got {shorten(answer)}")
+    duplicates = [answer for answer, n in Counter(answers).items() if n > 1]
+    if duplicates:
+        raise ValueError(f"{path}: the answers must be unique, got {duplicates[0]!r} twice")
     return answers

@@ -1,110 +1,122 @@
 """
-The operations of the masking path, one a file: mathematics and cost, PyTorch reference, Triton kernel, public function.
+The operations of the masking path, one per file: mathematics, cost, PyTorch reference, Triton kernel, public function.
 
-The public functions take CUDA tensors to the kernel and CPU tensors to the reference. `check` says whether they look at
-values: a NaN, an infinity, a d_c that is not positive. On a GPU that look is a host synchronisation, so a training loop
-says check=False; wrong shapes, types and devices are refused either way. Unchecked, a NaN spoils what it touches and
-nothing else: tokens and clusters stay in range, none is kept twice.
+A public function runs the Triton kernel on CUDA tensors and the PyTorch reference on CPU tensors. This file holds what
+they share: argument checks and launch sizes. The folder imports nothing else of the project, so it can be copied under
+any name.
 
-A kernel squares its features in fp32, so on a GPU a token's largest component is 0 or within 1e-12 to 1e12.
+With check=True the functions read the values and raise ValueError for NaN, infinities and a d_c that is not positive.
+On a GPU this synchronises with the host, so training passes check=False; shapes, dtypes and devices are always checked.
+Without the check, a NaN affects only its own frame (across frames: its own clip); token and cluster indices stay in
+range and no token is selected twice.
+
+The kernels square features in fp32, so on a GPU the largest component of a token must be 0 or between 1e-12 and 1e12.
 """
 
 import torch
 import triton
 from torch import Tensor
 
-CACHED = 5 << 20     # bytes of features that the references work on at a time on a CPU: what then stays in its cache
+CPU_CHUNK_BYTES = 5 << 20       # the references process this many bytes of features at a time: they then stay in cache
+AXES = {3: "(F, N, C)", 4: "(B, T, N, C)"}
 
 
 def check_features(name: str, x: Tensor, ndim: int, check: bool = True) -> Tensor:
-    """x detached, or a one-line ValueError: `ndim` axes, none of them empty, floating, finite."""
-    letters = {3: "(F, N, C)", 4: "(B, T, N, C)", 2: "(F, N)"}[ndim]
+    """Return x detached. Raise ValueError unless it has `ndim` axes, none empty, and floating-point, finite values."""
     if x.ndim != ndim:
-        raise ValueError(f"{name} wants {letters}, got {tuple(x.shape)}")
+        raise ValueError(f"{name}: tokens must be {AXES[ndim]}, got {tuple(x.shape)}")
     if 0 in x.shape:
-        raise ValueError(f"{name} wants no empty axis in {letters}, got {tuple(x.shape)}")
+        raise ValueError(f"{name}: tokens {AXES[ndim]} must have no empty axis, got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"{name} wants floating-point values, got {x.dtype}")
+        raise ValueError(f"{name}: tokens must be floating-point, got {x.dtype}")
     x = x.detach()
-    if check and not torch.stack(x.aminmax()).isfinite().all():         # one pass, nothing allocated
-        raise ValueError(f"{name} wants finite values, got {int((~x.isfinite()).sum())} NaN or infinite of {x.numel()}")
+    if check and not torch.stack(x.aminmax()).isfinite().all():         # one pass, no allocation
+        count = int((~x.isfinite()).sum())
+        raise ValueError(f"{name}: tokens must be finite, got {count} NaN or infinite of {x.numel()}")
     return x
 
 
 def check_tokens(name: str, x: Tensor, ndim: int, check: bool = True) -> Tensor:
     """
-    x as the operations on it want it, or a one-line ValueError: check_features, and on a GPU what a kernel can read.
+    Return x as the kernels or references take it. Raise ValueError as check_features does, or if no kernel can read x.
 
-    In fp32 on a CPU (fp64 stays fp64: the tests' oracle is the reference in fp64), as it is on a GPU.
+    On a GPU x keeps its dtype. On a CPU it becomes fp32, but fp64 stays fp64: the tests use the references in fp64.
     """
     x = check_features(name, x, ndim, check)
     if not x.is_cuda:
         return x if x.dtype == torch.float64 else x.float()
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{name} wants float32, float16 or bfloat16 on a GPU, got {x.dtype}")
+        raise ValueError(f"{name}: tokens on a GPU must be float32, float16 or bfloat16, got {x.dtype}")
     if x.shape[-2] > 1024:
-        raise ValueError(f"{name} wants 1 to 1024 tokens a frame on a GPU, got {x.shape[-2]}")
+        raise ValueError(f"{name}: a frame on a GPU must have 1 to 1024 tokens, got {x.shape[-2]}")
     if check:
         largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, dtype=torch.float32)
         if not ((largest == 0) | (largest >= 1e-12) & (largest <= 1e12)).all():
             low, high = largest[largest > 0].aminmax()
-            raise ValueError(f"{name} wants tokens whose largest component is 0 or within 1e-12 to 1e12 on a GPU, "
+            raise ValueError(f"{name}: the largest component of a token on a GPU must be 0 or within 1e-12 to 1e12, "
                              f"got {low.item():g} to {high.item():g}")
     return x
 
 
 def check_bandwidth(d_c, count: int, like: Tensor, check: bool = True) -> Tensor:
-    """d_c, a positive number or one for each of `count` frames or clips -> (count,), fp64 if `like` is, else fp32."""
+    """Return d_c, one number or one per frame or clip, as (count,) beside `like`; fp64 if `like` is fp64, else fp32."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(d_c, Tensor):
         if d_c.ndim and d_c.device != like.device:
-            raise ValueError(f"d_c wants to be on {like.device}, as the features are, got {d_c.device}")
-        least = d_c.min() if check and d_c.numel() else 1
+            raise ValueError(f"d_c must be on {like.device} like the tokens, got {d_c.device}")
+        smallest = d_c.min() if check and d_c.numel() else 1
         d_c = d_c.detach().to(like.device, dtype)
     elif isinstance(d_c, (int, float)):
-        # Filled in on the device, not copied to it: a copy is no part of a CUDA graph.
-        least, d_c = d_c, torch.full((), d_c, dtype=dtype, device=like.device)
+        # torch.full runs on the device. A copy from the host could not be part of a CUDA graph.
+        smallest, d_c = d_c, torch.full((), d_c, dtype=dtype, device=like.device)
     else:
         d_c = torch.as_tensor(d_c, dtype=dtype)
-        least, d_c = d_c.min() if d_c.numel() else 1, d_c.to(like.device)
+        smallest, d_c = d_c.min() if d_c.numel() else 1, d_c.to(like.device)
     if d_c.ndim == 0:
         d_c = d_c.expand(count)
     if d_c.shape != (count,):
-        raise ValueError(f"d_c wants one number or ({count},), got {tuple(d_c.shape)}")
-    if not least > 0:
-        raise ValueError(f"d_c wants positive numbers, got {float(least):g}")
+        raise ValueError(f"d_c must be one number or ({count},), got {tuple(d_c.shape)}")
+    if not smallest > 0:
+        raise ValueError(f"d_c must be positive, got {float(smallest):g}")
     return d_c.contiguous()
 
 
-def cached(x: Tensor) -> int:
-    """How many of the frames or clips in x (F, ...) a reference takes at a time."""
-    return max(1, CACHED // (x[0].numel() * x.element_size())) if not x.is_cuda else len(x)
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Move x to a device. From CPU to GPU, pin its memory and copy without blocking: the host does not wait."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
-def chip(x: Tensor) -> str:
-    """The chip that x is on, as compilers name it. A CPU stands for sm_90, which the tests compile for."""
+def frames_per_chunk(x: Tensor) -> int:
+    """Return how many frames or clips of x (F, ...) a reference processes at a time: on a GPU all of them."""
+    return max(1, CPU_CHUNK_BYTES // (x[0].numel() * x.element_size())) if not x.is_cuda else len(x)
+
+
+def target_arch(x: Tensor) -> str:
+    """Return the compiler's name of the device of x, such as "sm_90" or "gfx942". A CPU counts as "sm_90"."""
     if not x.is_cuda:
         return "sm_90"
     device = torch.cuda.get_device_properties(x.device)
     return device.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{device.major}{device.minor}"
 
 
-def tiles(x: Tensor, n: int, block: int = 128) -> dict:
+def launch_config(x: Tensor, n: int, block: int = 128) -> dict:
     """
-    The launch of a kernel that multiplies n tokens of x with n others: blocks of tokens and channels, warps, stages.
+    Choose tile sizes, warps and stages of a kernel that multiplies n tokens of x (..., C) with n others.
 
-    Not measured: the largest blocks whose registers do not spill, by the compilers' reports (docs/bench.md).
+    They are not timed: by the reports in docs/bench.md these are the largest tiles that spill few or no registers.
     """
-    wide, name = x.element_size() == 4, chip(x)         # fp32 is multiplied in fp32, on the plain units
-    if wide or name not in ("sm_80", "sm_86", "sm_89", "sm_90"):
+    is_fp32, arch = x.element_size() == 4, target_arch(x)       # fp32 is multiplied in fp32, without matrix units
+    if is_fp32 or arch not in ("sm_80", "sm_86", "sm_89", "sm_90"):
         block = min(block, 64)
     return dict(
         BLOCK=min(block, max(16, triton.next_power_of_2(n))),
-        BLOCK_C=min(32 if wide else 64, max(16, triton.next_power_of_2(x.shape[-1]))),
-        num_warps=8, num_stages=2 if wide or name.startswith("gfx") else 3,
+        BLOCK_C=min(32 if is_fp32 else 64, max(16, triton.next_power_of_2(x.shape[-1]))),
+        num_warps=8, num_stages=2 if is_fp32 or arch.startswith("gfx") else 3,
     )
 
 
-def programs(x: Tensor) -> int:
-    """How many programs fill the device that x is on: their registers leave room for one on a multiprocessor."""
+def num_programs(x: Tensor) -> int:
+    """Return how many programs fill the device of x: their registers leave room for one per multiprocessor."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2

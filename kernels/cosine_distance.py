@@ -1,13 +1,13 @@
 """
 Cosine distances between the tokens of a frame: x (F, N, C) -> d (F, N, N).
 
-    d[f, i, j] = 1 - <x_i, x_j> / (|x_i| |x_j|),  clamped to [0, 2],  exactly 0 where i = j
+    d[f, i, j] = 1 - <x_i, x_j> / (|x_i| |x_j|),  clamped to [0, 2],  exactly 0 for i = j
 
-A zero vector has no direction: it is at distance 1 from every other token.
+A zero vector has no direction: its distance to every other token is 1.
 
-Cost. One N x N x C product a frame, 2FN^2C flop, of which the kernel does the half above the diagonal and mirrors it;
-4FN^2 bytes written. F, N, C = 1024, 196, 768: 60 Gflop, 157 MB. The other kernels call `distances` and keep its result
-on chip or in the L2 cache: this one is for those who want the matrix.
+Cost. One N x N x C product per frame, 2FN^2C flop, of which the kernel computes the half above the diagonal and mirrors
+it; 4FN^2 bytes written. F, N, C = 1024, 196, 768: 60 Gflop, 157 MB. The other kernels call `pairwise_distances` and
+keep its result on chip or in the L2 cache; this kernel is for callers who need the matrix.
 """
 
 import torch
@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import check_tokens, programs, tiles
+from . import check_tokens, launch_config, num_programs
 
 
-def unit(x: Tensor) -> Tensor:
-    """x (..., C) scaled to unit length, whatever its length; a zero vector stays zero."""
+def l2_normalize(x: Tensor) -> Tensor:
+    """Scale x (..., C) to unit length, whatever its length; a zero vector stays zero."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     safe = (length > 1e-15) & (length < 1e15)
-    if not safe.all():                                  # squares overflow or vanish: such tokens are scaled first
+    if not safe.all():                                  # squares overflow or underflow: scale these tokens first
         scaled = x / x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         x = torch.where(safe, x, scaled)
         length = torch.where(safe, length, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp_min(1e-12))
@@ -30,8 +30,8 @@ def unit(x: Tensor) -> Tensor:
 
 
 def cosine_distance_ref(x: Tensor) -> Tensor:
-    """The definition. x (F, N, C) -> (F, N, N) in the dtype of x."""
-    u = unit(x)
+    """The definition: x (F, N, C) -> (F, N, N) in the dtype of x."""
+    u = l2_normalize(x)
     d = (1 - u @ u.mT).clamp_(0, 2)             # (F, N, N)
     d = torch.maximum(d, d.mT)                  # a BLAS may round the two products of a pair differently
     d.diagonal(dim1=1, dim2=2).zero_()
@@ -39,23 +39,23 @@ def cosine_distance_ref(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def inverse(square):
-    """Squared lengths -> inverse lengths; 0 for a zero vector, and for one with a NaN or an infinity in it."""
-    good = (square > 0) & (square < float("inf"))
-    return tl.where(good, tl.div_rn(1.0, tl.sqrt_rn(tl.where(good, square, 1.0))), 0.0)
+def inverse_norm(square):
+    """Squared lengths -> inverse lengths; 0 for a zero vector and for a vector with a NaN or an infinity."""
+    valid = (square > 0) & (square < float("inf"))
+    return tl.where(valid, tl.div_rn(1.0, tl.sqrt_rn(tl.where(valid, square, 1.0))), 0.0)
 
 
 @triton.jit
-def dots(x_ptr, i, j, C, SAME: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The rows i (BLOCK,) of x (., C) times its rows j (BLOCK,), SAME where i = j: (BLOCK, BLOCK), summed in fp32."""
+def dot_tile(x_ptr, i, j, C, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Dot products of rows i (BLOCK,) and j (BLOCK,) of x (., C): (BLOCK, BLOCK), summed in fp32. DIAGONAL: i = j."""
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     c = tl.arange(0, BLOCK_C)
     a_ptr = x_ptr + (i[:, None] * C + c[None, :])
     b_ptr = x_ptr + (j[None, :] * C + c[:, None])
     for c0 in range(0, C, BLOCK_C):
         a = tl.load(a_ptr + c0, mask=(c < C - c0)[None, :], other=0.0)              # (I, C')
-        if SAME:
-            b = tl.trans(a)                                                         # (C', J), read once
+        if DIAGONAL:
+            b = tl.trans(a)                                                         # (C', J), without a second read
         else:
             b = tl.load(b_ptr + c0, mask=(c < C - c0)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")         # fp32 stays fp32, not tf32
@@ -63,83 +63,87 @@ def dots(x_ptr, i, j, C, SAME: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.co
 
 
 @triton.jit
-def cosine(dot, inv_i, inv_j):
-    """Dot products (I, J) and inverse lengths (I,), (J,) -> distances in [0, 2], a NaN too."""
-    return tl.minimum(tl.maximum(1.0 - dot * (inv_i[:, None] * inv_j[None, :]), 0.0), 2.0)
+def cosine_distance_tile(dot, inv_norm_i, inv_norm_j):
+    """Dot products (I, J) and inverse lengths (I,), (J,) -> distances (I, J) in [0, 2], even if a product is NaN."""
+    return tl.minimum(tl.maximum(1.0 - dot * (inv_norm_i[:, None] * inv_norm_j[None, :]), 0.0), 2.0)
 
 
 @triton.jit
-def token(i, n, total, ALL: tl.constexpr):
-    """The i-th of n tokens evenly spaced over `total`; past the end it is the last one again."""
+def sampled_token(i, n, total, ALL_TOKENS: tl.constexpr):
+    """Index of the i-th of n tokens evenly spaced over `total`; for i >= n, the last one."""
     i = tl.minimum(i, n - 1)
-    return i if ALL else i * total // n
+    return i if ALL_TOKENS else i * total // n
 
 
 @triton.jit
-def distances(
-    x_ptr, inv_ptr, d_ptr,              # (total, C), (n,) written, (n, n) written, rows `stride` apart
+def pairwise_distances(
+    x_ptr, inv_norm_ptr, d_ptr,         # (total, C) read; (n,) and (n, n), rows `stride` apart, written
     n, total, N, C, stride,
-    APART: tl.constexpr, SPARE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    CROSS_FRAME: tl.constexpr, PADDED_ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """
-    The distances between n tokens, and their inverse lengths. APART: n evenly spaced of the `total` tokens of a clip,
-    pairs of one frame of N tokens being at distance infinity; otherwise all tokens of a frame, n = total = N.
+    Write the distances between n tokens, and their inverse lengths.
 
-    Lengths are the diagonal of the products, so the features are read for the products alone. Each pair is written twice
-    from the product above the diagonal: d_ij = d_ji to the bit, however a matrix unit or a BLAS sums.
-    SPARE: a row has room for whole blocks, and what is written past n means nothing; stores are then 16 bytes wide.
-    Other threads of the program see what this writes after the barrier it ends with.
+    CROSS_FRAME: the n tokens are evenly spaced over the `total` tokens of a clip with N tokens per frame, and the
+    distance of two tokens of one frame is infinity. Otherwise they are all tokens of a frame: n = total = N.
+    PADDED_ROWS: a row has space for whole tiles; values past column n are arbitrary, and stores are 16 bytes wide.
+
+    Lengths come from the diagonal of the products, so features are read only for the products. Both entries of a pair
+    are written from the product above the diagonal: d_ij = d_ji bit for bit, however a matrix unit or a BLAS sums.
+    After the final barrier all threads of the program see the results.
     """
     for i0 in range(0, n, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        row = token(i, n, total, not APART)
-        dot = dots(x_ptr, row, row, C, True, BLOCK, BLOCK_C)
-        dot = tl.where(i[:, None] <= i[None, :], dot, tl.trans(dot))    # mirrored, as the blocks above the diagonal are
-        itself = i[:, None] == i[None, :]
-        square = tl.where(itself, dot, 0.0)
-        inv = inverse(tl.sum(square, 1))
-        d = tl.where(itself, 0.0, cosine(dot, inv, inverse(tl.sum(square, 0))))
-        if APART:
-            d = tl.where((row // N)[:, None] == (row // N)[None, :], float("inf"), d)
-        tl.store(inv_ptr + i, inv, mask=i < n)
-        tl.store(d_ptr + i[:, None] * stride + i[None, :], d, mask=(i < n)[:, None] & (SPARE | (i < n)[None, :]))
-    tl.debug_barrier()                                          # the lengths are there
+        token = sampled_token(i, n, total, not CROSS_FRAME)
+        dot = dot_tile(x_ptr, token, token, C, True, BLOCK, BLOCK_C)
+        diagonal = i[:, None] == i[None, :]
+        square = tl.where(diagonal, dot, 0.0)
+        inv_norm = inverse_norm(tl.sum(square, 1))
+        d = tl.where(diagonal, 0.0, cosine_distance_tile(dot, inv_norm, inverse_norm(tl.sum(square, 0))))
+        if CROSS_FRAME:
+            d = tl.where((token // N)[:, None] == (token // N)[None, :], float("inf"), d)
+        d = tl.where(i[:, None] <= i[None, :], d, tl.trans(d))      # mirrored; to mirror `dot` spills more registers
+        tl.store(inv_norm_ptr + i, inv_norm, mask=i < n)
+        tl.store(d_ptr + i[:, None] * stride + i[None, :], d, mask=(i < n)[:, None] & (PADDED_ROWS | (i < n)[None, :]))
+    tl.debug_barrier()                                          # the inverse lengths are written
     for i0 in range(0, n, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        row_i = token(i, n, total, not APART)
-        inv_i = tl.load(inv_ptr + i, mask=i < n, other=0.0)
+        token_i = sampled_token(i, n, total, not CROSS_FRAME)
+        inv_norm_i = tl.load(inv_norm_ptr + i, mask=i < n, other=0.0)
         for j0 in range(i0 + BLOCK, n, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
-            row_j = token(j, n, total, not APART)
-            inv_j = tl.load(inv_ptr + j, mask=j < n, other=0.0)
-            d = cosine(dots(x_ptr, row_i, row_j, C, False, BLOCK, BLOCK_C), inv_i, inv_j)
-            if APART:
-                d = tl.where((row_i // N)[:, None] == (row_j // N)[None, :], float("inf"), d)
-            tl.store(d_ptr + i[:, None] * stride + j[None, :], d, mask=SPARE | (j < n)[None, :])
+            token_j = sampled_token(j, n, total, not CROSS_FRAME)
+            inv_norm_j = tl.load(inv_norm_ptr + j, mask=j < n, other=0.0)
+            dot = dot_tile(x_ptr, token_i, token_j, C, False, BLOCK, BLOCK_C)
+            d = cosine_distance_tile(dot, inv_norm_i, inv_norm_j)
+            if CROSS_FRAME:
+                d = tl.where((token_i // N)[:, None] == (token_j // N)[None, :], float("inf"), d)
+            tl.store(d_ptr + i[:, None] * stride + j[None, :], d, mask=PADDED_ROWS | (j < n)[None, :])
             tl.store(d_ptr + j[:, None] * stride + i[None, :], tl.trans(d), mask=(j < n)[:, None])
-    tl.debug_barrier()                                          # the distances are there
+    tl.debug_barrier()                                          # the distances are written
 
 
 @triton.jit
 def cosine_distance_kernel(
-    x_ptr, inv_ptr, d_ptr,              # (F, N, C), (programs, N) scratch, (F, N, N) written
+    x_ptr, inv_norm_ptr, d_ptr,         # (F, N, C) read; (programs, N) scratch; (F, N, N) written
     F, N, C,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """One program: every so-many-th frame."""
-    inv_ptr += tl.program_id(0) * N
+    """One program: frames p, p + P, p + 2P, ... of P programs."""
+    inv_norm_ptr += tl.program_id(0) * N
     for f in range(tl.program_id(0), F, tl.num_programs(0)):
-        f = tl.cast(f, tl.int64)                                # f * N * C can pass 2^31
-        distances(x_ptr + f * N * C, inv_ptr, d_ptr + f * N * N, N, N, N, C, N, False, False, BLOCK, BLOCK_C)
+        f = tl.cast(f, tl.int64)                                # f * N * C can exceed 2^31
+        pairwise_distances(x_ptr + f * N * C, inv_norm_ptr, d_ptr + f * N * N, N, N, N, C, N,
+                           False, False, BLOCK, BLOCK_C)
 
 
 def cosine_distance_triton(x: Tensor) -> Tensor:
-    """The kernel's launch. x (F, N, C) in fp32, fp16 or bf16 -> (F, N, N) fp32."""
+    """Launch the kernel: x (F, N, C) in fp32, fp16 or bf16 -> (F, N, N) fp32."""
     F, N, C = x.shape
-    x, P = x.contiguous(), min(F, programs(x))
-    d, inv = torch.empty(F, N, N, device=x.device), torch.empty(P, N, device=x.device)
+    x, P = x.contiguous(), min(F, num_programs(x))
+    d, inv_norm = torch.empty(F, N, N, device=x.device), torch.empty(P, N, device=x.device)
     with torch.cuda.device_of(x):
-        cosine_distance_kernel[(P,)](x, inv, d, F, N, C, **tiles(x, N, block=64))     # 128 spill
+        cosine_distance_kernel[(P,)](x, inv_norm, d, F, N, C, **launch_config(x, N, block=64))  # 128 spills registers
     return d
 
 

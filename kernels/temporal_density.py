@@ -3,19 +3,19 @@ Temporal density: how often a token recurs in the other frames of its clip. x (B
 
     tau[t, i] = log of the sum, over all tokens j of all frames s != t, of exp(-d(x_ti, x_sj) / d_c)
 
-with d the cosine distance. As a logarithm it neither overflows nor, at small d_c, becomes zero for all tokens at once.
-It is the log-sum-exp of an attention: queries and keys the unit features, temperature d_c, the own frame masked out.
-At T = 1 the sum is empty and its logarithm -inf.
+with d the cosine distance. As a logarithm it does not overflow, and a small d_c does not make it zero for all tokens.
+It is the log-sum-exp of an attention with unit features as queries and keys and temperature d_c; a token's own frame is
+masked out. For T = 1 the sum is empty and its logarithm -inf.
 
-Cost. 2BT(T-1)N^2C flop. Held at a time by the reference: the logits of one frame of each clip, (B, N, TN), not (TN)^2.
+Cost. 2BT(T-1)N^2C flop. The reference holds the logits of one frame of each clip at a time, (B, N, TN), not (TN)^2.
 
 The kernel multiplies each pair of tokens once, as d_ij = d_ji: half the flop. A tile of 128 x 128 distances stays in
-registers; what leaves it is the logarithm of each row's sum and of each column's, into a slot of its own, and a second
-kernel adds the slots, always in one order: no atomics, the same bits every run. A token has 2 slots for each group of
-tiles, and groups are as large as keep them at most 32: at most 256 bytes a token, whatever T and N.
+registers; only the logarithms of its row sums and column sums are written, each group of tiles to its own memory. A
+second kernel adds these partial sums in a fixed order: no atomics, the same bits every run. A token has 2 partial sums
+per group of tiles, and groups are so large that a clip has at most 32: at most 256 bytes per token, whatever T and N.
 
-Where no exponential of the clip can underflow (d_c above 0.0123) the sums need no running maximum; where one could,
-each row and each column of a tile has its own.
+If no exponential of the clip can underflow (d_c above 0.0123), the sums need no running maximum; otherwise each row and
+each column of a tile has its own.
 """
 
 import torch
@@ -23,16 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import cached, check_bandwidth, check_tokens, tiles
-from kernels.cosine_distance import cosine, dots, inverse, unit
+from . import check_bandwidth, check_tokens, frames_per_chunk, launch_config
+from .cosine_distance import cosine_distance_tile, dot_tile, inverse_norm, l2_normalize
 
-SLOTS = 32          # groups of tiles a clip has at most
+MAX_GROUPS = 32     # groups of tiles per clip
 
 
 def temporal_density_ref(x: Tensor, d_c: Tensor) -> Tensor:
-    """The definition, a frame at a time. x (B, T, N, C), d_c (B,) -> (B, T, N)."""
+    """The definition, one frame at a time: x (B, T, N, C), d_c (B,) -> (B, T, N)."""
     B, T, N, C = x.shape
-    u = unit(x)
+    u = l2_normalize(x)
     keys = u.flatten(1, 2).mT                                                   # (B, C, TN)
     tau = []
     for t in range(T):
@@ -44,129 +44,137 @@ def temporal_density_ref(x: Tensor, d_c: Tensor) -> Tensor:
 
 
 @triton.jit
-def inverse_length_kernel(x_ptr, inv_ptr, rows, C, ROWS: tl.constexpr, C_PAD: tl.constexpr):
-    """One program: ROWS tokens of x (rows, C) -> their inverse lengths (rows,)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def inverse_norm_kernel(x_ptr, inv_norm_ptr, tokens, C, BLOCK: tl.constexpr, C_PAD: tl.constexpr):
+    """One program: BLOCK tokens of x (tokens, C) -> their inverse lengths (tokens,)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, C_PAD)
-    inside = (row < rows)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(inv_ptr + row, inverse(tl.sum(x * x, 1)), mask=row < rows)
+    inside = (i < tokens)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + i[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(inv_norm_ptr + i, inverse_norm(tl.sum(x * x, 1)), mask=i < tokens)
 
 
 @triton.jit
-def add_logs(a, b):
-    """log2(2^a + 2^b), elementwise; -inf is a sum of nothing."""
-    top = tl.maximum(a, b)
-    top = tl.where(top > -float("inf"), top, 0.0)
-    return top + tl.log2(tl.exp2(a - top) + tl.exp2(b - top))
+def finite_or_zero(maximum):
+    """Return the maximum to subtract in a log-sum-exp: 0 instead of -inf, which stands for an empty sum."""
+    return tl.where(maximum > -float("inf"), maximum, 0.0)
+
+
+@triton.jit
+def logaddexp2(a, b):
+    """log2(2^a + 2^b), elementwise; -inf is an empty sum."""
+    maximum = finite_or_zero(tl.maximum(a, b))
+    return maximum + tl.log2(tl.exp2(a - maximum) + tl.exp2(b - maximum))
 
 
 @triton.jit
 def temporal_density_kernel(
-    x_ptr, inv_ptr, d_c_ptr, slots_ptr,         # (B, n, C), (B, n), (B,), (B, 2, G, n) written; n = TN
+    x_ptr, inv_norm_ptr, d_c_ptr, partial_ptr,      # (B, n, C), (B, n), (B,) read; (B, 2, G, n) written; n = TN
     n, N, C, G, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """
-    One program: the tiles of group gi of a clip's tokens, as rows, with group gj >= gi, as columns.
+    One program: the tiles whose rows are group gi of a clip's tokens and whose columns are group gj >= gi.
 
-    slots[b, 0, gj] takes the sums along rows, slots[b, 1, gi] those along columns.
+    partial[b, 0, gj] holds the sums along rows, partial[b, 1, gi] those along columns, as base-2 logarithms.
     """
     pair = tl.program_id(0) % (G * G)
-    b = tl.program_id(0).to(tl.int64) // (G * G)        # b * n * C can pass 2^31
+    b = tl.program_id(0).to(tl.int64) // (G * G)        # b * n * C can exceed 2^31
     gi = pair // G
     gj = pair % G
     if gi > gj:
         return
     x_ptr += b * n * C
-    inv_ptr += b * n
-    row_ptr = slots_ptr + ((2 * b) * G + gj) * n
-    column_ptr = slots_ptr + ((2 * b + 1) * G + gi) * n
-    per_d_c = 1.4426950408889634 / tl.maximum(tl.load(d_c_ptr + b), 1e-30)      # exp(-d/d_c) = 2^(-d per_d_c)
+    inv_norm_ptr += b * n
+    row_ptr = partial_ptr + ((2 * b) * G + gj) * n
+    column_ptr = partial_ptr + ((2 * b + 1) * G + gi) * n
+    exp2_scale = 1.4426950408889634 / tl.maximum(tl.load(d_c_ptr + b), 1e-30)       # exp(-d/d_c) = 2^(-d exp2_scale)
     for i0 in range(gi * GROUP * BLOCK, tl.minimum((gi + 1) * GROUP * BLOCK, n), BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        inv_i = tl.load(inv_ptr + i, mask=i < n, other=0.0)
+        inv_norm_i = tl.load(inv_norm_ptr + i, mask=i < n, other=0.0)
         frame_i = tl.where(i < n, i // N, -1)
-        row = tl.full((BLOCK,), -float("inf"), tl.float32)
+        row_sum = tl.full((BLOCK,), -float("inf"), tl.float32)
         if GROUP > 1:
-            tl.debug_barrier()                                                  # columns of the last turn are there
+            tl.debug_barrier()                                  # the column sums of the previous iteration are written
         for j0 in range(tl.maximum(i0, gj * GROUP * BLOCK), tl.minimum((gj + 1) * GROUP * BLOCK, n), BLOCK):
             j = j0 + tl.arange(0, BLOCK)
-            in_row = tl.full((BLOCK,), -float("inf"), tl.float32)
-            in_column = tl.full((BLOCK,), -float("inf"), tl.float32)
-            if i0 // N < (tl.minimum(j0 + BLOCK, n) - 1) // N:                  # not all of it is one frame
-                inv_j = tl.load(inv_ptr + j, mask=j < n, other=0.0)
+            tile_row_sum = tl.full((BLOCK,), -float("inf"), tl.float32)
+            column_sum = tl.full((BLOCK,), -float("inf"), tl.float32)
+            if i0 // N < (tl.minimum(j0 + BLOCK, n) - 1) // N:                  # the tile is not within one frame
+                inv_norm_j = tl.load(inv_norm_ptr + j, mask=j < n, other=0.0)
                 frame_j = tl.where(j < n, j // N, -1)
-                d = cosine(dots(x_ptr, tl.minimum(i, n - 1), tl.minimum(j, n - 1), C, False, BLOCK, BLOCK_C),
-                           inv_i, inv_j)
-                apart = (frame_i[:, None] != frame_j[None, :]) & (tl.minimum(frame_i[:, None], frame_j[None, :]) >= 0)
-                if per_d_c < 117:                                               # 2^110 and 2^-124 at the extremes
-                    e = tl.where(apart, tl.exp2(110 - d * per_d_c), 0.0)
-                    in_row = tl.log2(tl.sum(e, 1)) - 110
-                    in_column = tl.log2(tl.sum(e, 0)) - 110
+                dot = dot_tile(x_ptr, tl.minimum(i, n - 1), tl.minimum(j, n - 1), C, False, BLOCK, BLOCK_C)
+                d = cosine_distance_tile(dot, inv_norm_i, inv_norm_j)
+                inside = tl.minimum(frame_i[:, None], frame_j[None, :]) >= 0
+                counted = (frame_i[:, None] != frame_j[None, :]) & inside
+                if exp2_scale < 117:                                            # terms from 2^-124 to 2^110
+                    e = tl.where(counted, tl.exp2(110 - d * exp2_scale), 0.0)
+                    tile_row_sum = tl.log2(tl.sum(e, 1)) - 110
+                    column_sum = tl.log2(tl.sum(e, 0)) - 110
                 else:
-                    a = tl.where(apart, -d * per_d_c, -float("inf"))
-                    top = tl.max(a, 1)
-                    top = tl.where(top > -float("inf"), top, 0.0)
-                    in_row = top + tl.log2(tl.sum(tl.exp2(a - top[:, None]), 1))
-                    top = tl.max(a, 0)
-                    top = tl.where(top > -float("inf"), top, 0.0)
-                    in_column = top + tl.log2(tl.sum(tl.exp2(a - top[None, :]), 0))
-            row = add_logs(row, in_row)
-            if j0 == i0:                            # the tile is its own mirror: its rows have it all
-                in_column = tl.full((BLOCK,), -float("inf"), tl.float32)
+                    a = tl.where(counted, -d * exp2_scale, -float("inf"))
+                    maximum = finite_or_zero(tl.max(a, 1))
+                    tile_row_sum = maximum + tl.log2(tl.sum(tl.exp2(a - maximum[:, None]), 1))
+                    maximum = finite_or_zero(tl.max(a, 0))
+                    column_sum = maximum + tl.log2(tl.sum(tl.exp2(a - maximum[None, :]), 0))
+            row_sum = logaddexp2(row_sum, tile_row_sum)
+            if j0 == i0:                            # a diagonal tile is symmetric: its row sums already have every pair
+                column_sum = tl.full((BLOCK,), -float("inf"), tl.float32)
             if i0 > gi * GROUP * BLOCK:
-                in_column = add_logs(in_column, tl.load(column_ptr + j, mask=j < n, other=0.0))
-            tl.store(column_ptr + j, in_column, mask=j < n)
-        tl.store(row_ptr + i, row, mask=i < n)
+                column_sum = logaddexp2(column_sum, tl.load(column_ptr + j, mask=j < n, other=0.0))
+            tl.store(column_ptr + j, column_sum, mask=j < n)
+        tl.store(row_ptr + i, row_sum, mask=i < n)
 
 
 @triton.jit
-def add_slots_kernel(slots_ptr, tau_ptr, n, G, SPAN, BLOCK: tl.constexpr):
-    """One program: BLOCK tokens of a clip, slots (B, 2, G, n) -> tau (B, n). SPAN tokens are a group of tiles."""
+def reduce_partials_kernel(partial_ptr, tau_ptr, n, G, GROUP_TOKENS, BLOCK: tl.constexpr):
+    """One program: BLOCK tokens of a clip, partial (B, 2, G, n) -> tau (B, n). A group has GROUP_TOKENS tokens."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    group = i // SPAN
-    slots_ptr += 2 * b * G * n + i
-    top = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for g in range(G):                              # the row slots of later groups, the column slots of earlier ones
-        row = tl.load(slots_ptr + g * n, mask=(i < n) & (g >= group), other=-float("inf"))
-        column = tl.load(slots_ptr + (G + g) * n, mask=(i < n) & (g <= group), other=-float("inf"))
-        top = tl.maximum(top, tl.maximum(row, column))
-    top = tl.where(top > -float("inf"), top, 0.0)
+    group = i // GROUP_TOKENS
+    partial_ptr += 2 * b * G * n + i
+    maximum = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for g in range(G):                              # row sums with later groups, column sums with earlier ones
+        row = tl.load(partial_ptr + g * n, mask=(i < n) & (g >= group), other=-float("inf"))
+        column = tl.load(partial_ptr + (G + g) * n, mask=(i < n) & (g <= group), other=-float("inf"))
+        maximum = tl.maximum(maximum, tl.maximum(row, column))
+    maximum = finite_or_zero(maximum)
     total = tl.zeros((BLOCK,), tl.float32)
     for g in range(G):
-        row = tl.load(slots_ptr + g * n, mask=(i < n) & (g >= group), other=-float("inf"))
-        column = tl.load(slots_ptr + (G + g) * n, mask=(i < n) & (g <= group), other=-float("inf"))
-        total += tl.exp2(row - top) + tl.exp2(column - top)
-    tl.store(tau_ptr + b * n + i, (top + tl.log2(total)) / 1.4426950408889634, mask=i < n)
+        row = tl.load(partial_ptr + g * n, mask=(i < n) & (g >= group), other=-float("inf"))
+        column = tl.load(partial_ptr + (G + g) * n, mask=(i < n) & (g <= group), other=-float("inf"))
+        total += tl.exp2(row - maximum) + tl.exp2(column - maximum)
+    tl.store(tau_ptr + b * n + i, (maximum + tl.log2(total)) / 1.4426950408889634, mask=i < n)
 
 
-def inverse_length_triton(x: Tensor) -> Tensor:
+def inverse_norm_triton(x: Tensor) -> Tensor:
     """x (..., C) -> (...) fp32, 1/|x|; 0 for a zero vector."""
-    x, inv = x.contiguous(), torch.empty(x.shape[:-1], device=x.device)
+    x, inv_norm = x.contiguous(), torch.empty(x.shape[:-1], device=x.device)
     C_PAD = triton.next_power_of_2(x.shape[-1])
-    ROWS = max(1, 8192 // C_PAD)
+    BLOCK, tokens = max(1, 8192 // C_PAD), inv_norm.numel()
     with torch.cuda.device_of(x):
-        inverse_length_kernel[(triton.cdiv(inv.numel(), ROWS),)](x, inv, inv.numel(), x.shape[-1], ROWS, C_PAD)
-    return inv
+        inverse_norm_kernel[(triton.cdiv(tokens, BLOCK),)](x, inv_norm, tokens, x.shape[-1], BLOCK, C_PAD)
+    return inv_norm
 
 
-def temporal_density_triton(x: Tensor, d_c: Tensor, inv: Tensor | None = None, **launch) -> Tensor:
-    """The kernels' launch. x (B, T, N, C) in fp32, fp16 or bf16, d_c (B,) fp32, inv (B, T, N) if known -> (B, T, N)."""
+def temporal_density_triton(x: Tensor, d_c: Tensor, inv_norm: Tensor | None = None, **launch) -> Tensor:
+    """
+    Launch the kernels: x (B, T, N, C) in fp32, fp16 or bf16, d_c (B,) fp32 -> (B, T, N).
+
+    inv_norm (B, T, N): the inverse lengths of the tokens, if known. `launch` overrides the choices of `launch_config`.
+    """
     B, T, N, C = x.shape
     if T == 1:
         return torch.full((B, T, N), -torch.inf, device=x.device)
     x, n = x.contiguous(), T * N
-    inv = inverse_length_triton(x) if inv is None else inv
-    shape = tiles(x, n) | launch
-    blocks = triton.cdiv(n, shape["BLOCK"])
-    GROUP = triton.cdiv(blocks, SLOTS)
-    G = triton.cdiv(blocks, GROUP)
-    slots, tau = torch.empty(B, 2, G, n, device=x.device), torch.empty(B, T, N, device=x.device)
+    inv_norm = inverse_norm_triton(x) if inv_norm is None else inv_norm
+    config = launch_config(x, n) | launch
+    tiles = triton.cdiv(n, config["BLOCK"])
+    GROUP = triton.cdiv(tiles, MAX_GROUPS)
+    G = triton.cdiv(tiles, GROUP)
+    partial, tau = torch.empty(B, 2, G, n, device=x.device), torch.empty(B, T, N, device=x.device)
     with torch.cuda.device_of(x):
-        temporal_density_kernel[(B * G * G,)](x, inv, d_c, slots, n, N, C, G, GROUP=GROUP, **shape)
-        add_slots_kernel[(triton.cdiv(n, 256), B)](slots, tau, n, G, GROUP * shape["BLOCK"], BLOCK=256)
+        temporal_density_kernel[(B * G * G,)](x, inv_norm, d_c, partial, n, N, C, G, GROUP=GROUP, **config)
+        reduce_partials_kernel[(triton.cdiv(n, 256), B)](partial, tau, n, G, GROUP * config["BLOCK"], BLOCK=256)
     return tau
 
 
@@ -176,5 +184,5 @@ def temporal_density(x: Tensor, d_c, check: bool = True) -> Tensor:
     d_c = check_bandwidth(d_c, x.shape[0], x, check)
     if x.is_cuda:
         return temporal_density_triton(x, d_c)
-    parts = zip(x.split(cached(x)), d_c.split(cached(x)), strict=True)
-    return torch.cat([temporal_density_ref(*part) for part in parts]).float()
+    chunks = zip(x.split(frames_per_chunk(x)), d_c.split(frames_per_chunk(x)), strict=True)
+    return torch.cat([temporal_density_ref(*chunk) for chunk in chunks]).float()

@@ -5,6 +5,10 @@ on a machine that is busy with something else.
 """
 
 import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,6 +19,93 @@ if not torch.cuda.is_available():
 os.environ["HF_HUB_OFFLINE"] = "1"              # a hub id is looked for in the cache alone
 
 torch.set_num_threads(1)
+
+sys.path.insert(0, os.path.dirname(__file__))   # for `from helpers.runs import ...`, in plugins too
+pytest_plugins = ["helpers.benchmarks"]
+
+
+@pytest.fixture(scope="session")
+def sprites(tmp_path_factory):
+    """Folder of 24 training, 12 test and 6 validation clips, the same for all test files."""
+    from tools.sprites import write_sprites
+    folder = str(tmp_path_factory.getbasetemp() / "sprites")
+    write_sprites(folder, train=24, test=12, val=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first(sprites, tmp_path_factory):
+    """Folder with out/first, a run that trained its own teacher and text encoder."""
+    from helpers.runs import FIRST, config
+
+    import train
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(config(sprites, FIRST))
+    return str(folder)
+
+
+@pytest.fixture
+def given(sprites, first, tmp_path, monkeypatch):
+    """In a folder of its own: given(flags) is the config of a run that is given teacher and text encoder."""
+    from helpers.runs import config, with_weights
+    monkeypatch.chdir(tmp_path)
+    return lambda flags="": config(sprites, with_weights(first, flags))
+
+
+@pytest.fixture
+def tune(sprites, first, tmp_path, monkeypatch):
+    """In a folder of its own: tune(task, flags) is a fine-tuning config. Java, which is slow to start, is hidden."""
+    from helpers.runs import finetune_config
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    return lambda task, flags="": finetune_config(sprites, first, task, flags)
+
+
+@pytest.fixture(scope="session")
+def whole(sprites, first, tmp_path_factory):
+    """whole(flags, ranks) -> the folder of an undisturbed run."""
+    from helpers.processes import SHORT
+    from helpers.runs import config, on_ranks, with_weights
+
+    import train
+    done = {}
+
+    def run(flags=SHORT, ranks=1):
+        if (flags, ranks) not in done:
+            folder = tmp_path_factory.mktemp("whole")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                cfg = config(sprites, with_weights(first, flags))
+                train.main(cfg) if ranks == 1 else on_ranks(ranks, cfg)
+            done[flags, ranks] = str(folder / "out" / "run")
+        return done[flags, ranks]
+    return run
+
+
+@pytest.fixture
+def begun(given, sprites, first, tmp_path):
+    """In the folder of `given`, begun(flags, command): a process of its own, the flags being of a run."""
+    from helpers.runs import ROOT, argv, with_weights
+    processes = []
+
+    def begin(flags, command=(f"{ROOT}/train.py",)):
+        flags = with_weights(first, flags)
+        process = subprocess.Popen([sys.executable, *command, *argv(sprites, flags)], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()                                             # torchrun ends its processes
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(40)
+            process.kill()
+        process.communicate()
 
 
 @pytest.fixture

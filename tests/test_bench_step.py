@@ -1,140 +1,153 @@
-"""tools.bench step without a GPU: its flops against torch's counter, its tables run, what it refuses."""
+"""bench/step.py without a GPU: flops beside torch's counter, parts, cached targets, tables, flags."""
 
 import re
-from types import SimpleNamespace
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from helpers.runs import assert_one_line, command
+from helpers.tables import markdown_tables
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.test_bench import run
-from tools import bench, bench_step
+from bench import step as bench_step
+from bench.step import Config, make_config, make_step
+from teacher import SigLIPConfig
+from train import PRESETS
+
+TINY = Config(device="cpu", preset="sprites", batch=(4,), frames=4, size=32, ratio=0.75, variants=("eager",), steps=1,
+              rounds=1)
 
 
-def settings(**changes):
-    usual = dict(device="cpu", small=True, frames=4, size=32, ratio=0.75, batch=[4], steps=1, rounds=1, peer=None,
-                 profile=0, variants=["eager"])
-    return SimpleNamespace(**usual | changes)
-
-
-def counted(call):
-    """Flops of what is run, attention as its products."""
+def count_flops(function):
+    """The flops that torch counts, attention as its two products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        call()
+        function()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", [{}, dict(decoder="joint"), dict(fusion=2, text_length=20), dict(relevance="none"),
-                                     dict(relevance="own")],
-                         ids=str)
-def test_flops_are_those_that_torch_counts(monkeypatch, changes):
-    for name, value in changes.items():
-        monkeypatch.setattr(bench_step.train.PRESETS["sprites"].model, name, value)
-    step = bench_step.make_step(settings(), 6, "eager")
-    said, parts = bench_step.flops(step.cfg, step.teacher.cfg, 6), step.parts()
-    for name in ("teacher", "relevance target", "student ViT", "decoder and MRM", "text, fusion, VTC, VTM, MLM"):
-        assert said[name] == pytest.approx(counted(parts[name]), rel=2e-3), name
-    assert counted(parts["clips to the device"]) == counted(parts["clipping and AdamW"]) == 0
-    unseen = said["bandwidth and mask"] - counted(parts["bandwidth and mask"])          # the counter sees no custom op
-    assert sum(said.values()) - unseen == pytest.approx(counted(step), rel=2e-3)
+@pytest.mark.parametrize("part, changes", [
+    ("model", {}), ("model", {"decoder": "joint"}), ("model", {"mrm_texts": "none"}), ("model", {"mrm_texts": "own"}),
+    ("text", {"fusion_layers": 2, "max_length": 20})], ids=str)
+def test_flops_equal_those_that_torch_counts(monkeypatch, part, changes):
+    preset = PRESETS["sprites"]
+    monkeypatch.setitem(PRESETS, "sprites", replace(preset, **{part: replace(getattr(preset, part), **changes)}))
+    step = make_step(TINY, 6, "eager")
+    flops, parts = bench_step.flops(step.cfg, step.teacher.cfg, 6), bench_step.StepParts(step).functions()
+    for name in ("teacher", "token targets", "student ViT", "decoder and MRM", "text, fusion, VTC, VTM, MLM"):
+        assert flops[name] == pytest.approx(count_flops(parts[name]), rel=2e-3), name
+    assert count_flops(parts["clips to the device"]) == count_flops(parts["clipping and AdamW"]) == 0
+    custom_op = flops["bandwidth and mask"] - count_flops(parts["bandwidth and mask"])      # which torch does not count
+    assert sum(flops.values()) - custom_op == pytest.approx(count_flops(step), rel=2e-3)
 
 
-def test_flops_of_the_paper_s_step_by_hand():
-    cfg = bench_step.deepcopy(bench_step.train.PRESETS["base"])
-    cfg.model = bench_step.replace(cfg.model, vocab=30522, mask_id=103, target=768)
-    said = bench_step.flops(cfg, bench_step.SigLIPConfig(), 64)
+def test_flops_of_the_base_preset_by_hand():
+    cfg = make_config(Config(preset="base"), 64, "eager")
+    cfg = replace(cfg, text=replace(cfg.text, vocab_size=30522, mask_token_id=103),
+                  model=replace(cfg.model, target_dim=768))
+    flops = bench_step.flops(cfg, SigLIPConfig(), 64)
     tower = 12 * (24 * 196 * 768 ** 2 + 4 * 196 ** 2 * 768) + 2 * 196 * 768 ** 2                # 16 * 16 * 3 = 768
     texts = 12 * (24 * 64 * 768 ** 2 + 4 * 64 ** 2 * 768) + 2 * 768 ** 2
-    assert said["teacher"] == 256 * tower + 64 * texts
+    assert flops["teacher"] == 256 * tower + 64 * texts
     student = 12 * (24 * 116 * 768 ** 2 + 4 * 116 ** 2 * 768)
-    assert said["student ViT"] == pytest.approx(64 * 3 * student, rel=0.01)
-    assert said["decoder and MRM"] < said["student ViT"] / 5
-    assert bench_step.flops(cfg, bench_step.SigLIPConfig(), 128)["teacher"] == 2 * said["teacher"]
+    assert flops["student ViT"] == pytest.approx(64 * 3 * student, rel=0.01)
+    assert flops["decoder and MRM"] < flops["student ViT"] / 5
+    assert bench_step.flops(cfg, SigLIPConfig(), 128)["teacher"] == 2 * flops["teacher"]
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_a_variant_is_what_its_name_says_whatever_the_preset(small):
-    for name in bench_step.VARIANTS:
-        cfg = bench_step.settings(settings(small=small), 4, name)
+@pytest.mark.parametrize("preset", ["sprites", "base"])
+def test_a_variant_is_what_its_name_says_for_each_preset(preset):
+    for name in bench_step.get_args(bench_step.Variant):
+        cfg = make_config(replace(TINY, preset=preset), 4, name)
         assert cfg.compile == name.startswith("compiled")
         assert cfg.activation_checkpointing == ("checkpointing" in name)
+        assert (cfg.data.num_frames, cfg.data.image_size, cfg.mask.ratio) == (4, 32, 0.75)
 
 
-def test_parts_leave_the_model_as_it_was_but_for_the_optimizer():
-    step = bench_step.make_step(settings(), 4, "eager")
-    parts, before = step.parts(), {k: v.clone() for k, v in step.model.state_dict().items()}
+def test_parts_change_nothing_but_for_the_optimizer():
+    step = make_step(TINY, 4, "eager")
+    parts, before = bench_step.StepParts(step).functions(), {k: v.clone() for k, v in step.model.state_dict().items()}
     for name, part in parts.items():
         if name != "clipping and AdamW":
             part()
             part()
     assert all(torch.equal(v, before[k]) for k, v in step.model.state_dict().items())
     assert all(p.grad is None for p in step.model.parameters())
-    for _ in range(2):                                                      # with the same gradients again
+    for _ in range(2):                                                      # the second time with the same gradients
+        weight = step.model.vit.patch_embed.weight.clone()
         parts["clipping and AdamW"]()
-        assert not torch.equal(before["vit.embed.weight"], step.model.vit.embed.weight)
-        before = {k: v.clone() for k, v in step.model.state_dict().items()}
+        assert not torch.equal(weight, step.model.vit.patch_embed.weight)
     step()
 
 
-def test_a_step_trains_and_a_kept_guide_is_the_teachers():
-    step, kept = (bench_step.make_step(settings(), 4, name) for name in ("eager", "eager, guide kept"))
+def test_a_step_trains_and_cached_targets_equal_the_teachers():
+    step, cached = (make_step(TINY, 4, name) for name in ("eager", "eager+cached"))
     before = [p.clone() for p in step.model.parameters()]
-    told, read = step.guide(step.batch), kept.guide(kept.batch)
-    assert torch.equal(told.keep, read.keep)
-    torch.testing.assert_close(told.text, read.text)
-    ids = torch.arange(told.aligned.shape[1:3].numel()).expand(4, -1)
-    said, found = (x.at(ids) @ told.text.T for x in (told, read))           # what the codes are to keep
-    assert (said - found).norm() < 0.01 * said.norm()
-    kept.teacher.tokens = None                                              # it is not asked again
-    for s in (step, kept):
-        s()
-    assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+    targets, read = step.targets(step.batch), cached.targets(cached.batch)
+    assert torch.equal(targets.visible_ids, read.visible_ids) and torch.equal(targets.text_embeds, read.text_embeds)
+    assert torch.equal(targets.token_targets.half(), read.token_targets)
+    with mock.patch.object(cached.teacher, "forward_features", side_effect=AssertionError("the teacher runs")):
+        cached()
+    step()
+    for trained in (step, cached):
+        assert any(not torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
 
 
 def test_tables(capsys):
-    bench_step.step_tables(settings(variants=["eager", "eager, checkpointing", "eager, guide kept"], profile=3))
+    variants = ("eager", "eager+checkpointing", "eager+cached")
+    bench_step.step_tables(replace(TINY, variants=variants, profile=3))
     out = capsys.readouterr().out
-    rows = re.findall(r"^\| (eager[a-z, ]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.e-]+) \| ([\d.]+) % ", out, re.M)
-    assert [row[0] for row in rows] == ["eager", "eager, checkpointing", "eager, guide kept"]
-    for _, ms, rate, _, share in rows:
-        assert float(rate) == pytest.approx(4e3 / float(ms), rel=0.02) and 0 < float(share) < 100
+    (_, *rows), *parts = markdown_tables(out)
+    assert tuple(row[0] for row in rows) == variants
+    for _, ms, rate, _, utilisation, gib, _ in rows:
+        assert float(rate) == pytest.approx(4e3 / float(ms), rel=0.02) and float(gib) > 0
+        assert 0 < float(utilisation.removesuffix(" %")) < 100
     assert float(rows[2][3]) < float(rows[0][3]) == float(rows[1][3])       # Tflop
-    parts = re.findall(r"^\| (teacher|student ViT|decoder and MRM|reading the guide|clipping and AdamW) \|", out, re.M)
-    assert parts.count("student ViT") == 2 and parts.count("teacher") == 1 == parts.count("reading the guide")
+    names = [[row[0] for row in table[1:]] for table in parts]
+    assert len(names) == 2 and {"student ViT", "decoder and MRM", "clipping and AdamW"} <= set(names[0]) & set(names[1])
+    assert ["teacher" in table for table in names] == [True, False]
+    assert ["reading the targets" in table for table in names] == [False, True]
     assert "Self CPU" in out
 
 
-def test_the_peer_stands_beside(monkeypatch, capsys):
-    asked = []
-
-    def umt_step(*args):
-        asked.append(args)
-        return (lambda: torch.zeros(())), {"commit": "abc"}
-
+def test_the_step_of_umt_is_timed_beside_ours(monkeypatch, capsys):
+    umt_step = mock.Mock(return_value=(lambda: torch.zeros(()), {"commit": "abc"}))
     monkeypatch.setattr(bench_step, "umt_step", umt_step)
-    bench_step.step_tables(settings(peer="umt"))
+    bench_step.step_tables(replace(TINY, umt="umt"))
     out = capsys.readouterr().out
-    assert asked == [("umt", "cpu", 4, 4, 32, 4, 36, True)] and "commit abc" in out
-    assert re.search(r"^\| UMT's stage 2, at widths of its own \| ", out, re.M)
+    assert umt_step.mock_calls == [mock.call("umt", "cpu", 4, 4, 32, 4, 36, small=True)]
+    row = markdown_tables(out)[0][-1]
+    assert "commit abc" in out and "UMT" in row[0] and float(row[2]) == pytest.approx(4e3 / float(row[1]), rel=0.02)
+
+
+def test_defaults_depend_on_the_device(monkeypatch):
+    on_cpu = bench_step.fill_defaults(Config(device="cpu"))
+    assert (on_cpu.preset, on_cpu.batch, on_cpu.steps) == ("sprites", (64,), 2)
+    assert not any("compiled" in name for name in on_cpu.variants)
+    assert bench_step.fill_defaults(TINY) == TINY
+    monkeypatch.setattr(bench_step, "select_device", lambda name: torch.device("cuda", 0))
+    on_gpu = bench_step.fill_defaults(Config())
+    assert (on_gpu.device, on_gpu.preset, on_gpu.batch, on_gpu.steps) == ("cuda", "base", (64, 128), 20)
+    assert "compiled+cached" in on_gpu.variants
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--variants", "fast"], "--variants 'fast': there are 'eager', "),
-    (["--batch", "0"], "want to be positive"),
+    ("--variants fast", "fast.*--variants"), ("--batch 0", "--batch.* 0"), ("--rounds 0", "--rounds.* 0"),
+    ("--steps -1", "--steps.* -1"), ("--preset large", "large.*--preset"),
 ])
-def test_what_is_refused(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        bench.parse(["step", *flags])
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_wrong_flags_end_with_one_message(flags, message, capsys):
+    code, _, err = command("bench", ["step", *flags.split()], capsys)
+    assert_one_line("bench", code, err, message)
 
 
-def test_a_peer_that_is_not_there_is_one_line():
-    ran = run("step", "--device", "cpu", "--batch", "2", "--size", "16", "--peer", "nowhere")
-    assert ran.returncode == 1 and re.fullmatch("tools.bench: .*nowhere.*\n", ran.stderr), ran.stderr
+def test_a_missing_checkout_of_umt_is_one_line(capsys):
+    code, _, err = command("bench", "step --device cpu --batch 2 --size 16 --umt nowhere".split(), capsys)
+    assert_one_line("bench", code, err, "nowhere")
 
 
-def test_command():
-    ran = run("step", "--device", "cpu", "--batch", "2", "--size", "16", "--steps", "1", "--rounds", "1",
-              "--variants", "eager")
-    assert ran.returncode == 0 and "small shapes, batch 2" in ran.stdout and "its parts" in ran.stdout, ran.stderr
+def test_command(capsys):
+    flags = "step --device cpu --batch 2 --size 16 --steps 1 --rounds 1 --variants eager"
+    code, out, err = command("bench", flags.split(), capsys)
+    assert code == 0, err
+    assert f"`python -m bench {flags}`" in out and re.search("sprites, batch 2", out) and len(markdown_tables(out)) == 2

@@ -4,26 +4,26 @@ import math
 
 import pytest
 import torch
-from test_cosine_distance import DEVICE, captured, low, needs_cuda
+from helpers.kernels import DEVICE, DTYPES, captured, low, needs_cuda, seeded
 
 from kernels.cluster_argmax import cluster_argmax, cluster_argmax_ref, cluster_argmax_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+SHAPES = [(2, 64, 8), (3, 49, 7), (1, 1, 1), (4, 13, 13), (5, 30, 1), (2, 196, 29)]     # F, N, K
 
 
-def best(score, labels, K):
-    """The first of the largest: tokens are looked at from low to high, and one must be better to displace another."""
+def best_tokens(score, labels, K):
+    """The definition: go through the tokens in order; a token replaces its cluster's best only if it is larger."""
     out = [[None] * K for _ in score]
-    for found, s, l in zip(out, score.tolist(), labels.tolist(), strict=True):
-        for i, k in enumerate(l):
-            if found[k] is None or s[i] > s[found[k]]:
-                found[k] = i
+    for best, scores, clusters in zip(out, score.tolist(), labels.tolist(), strict=True):
+        for i, k in enumerate(clusters):
+            if best[k] is None or scores[i] > scores[best[k]]:
+                best[k] = i
     return torch.tensor(out)
 
 
-def clusters(F, N, K, g):
+def random_labels(F, N, K, g):
     """labels (F, N) in which each of K clusters has a token."""
     labels = torch.randint(0, K, (F, N), generator=g)
     for row in labels:
@@ -31,53 +31,83 @@ def clusters(F, N, K, g):
     return labels
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 8), (3, 49, 7), (1, 1, 1), (4, 13, 13), (5, 30, 1), (2, 196, 29)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_is_the_loop_with_and_without_ties(shape, dtype):
-    F, N, K = shape
-    g = torch.Generator().manual_seed(N)
-    labels = clusters(F, N, K, g)
+def all_kinds_of_scores(F, N, g):
+    """Scores (F, N): random, with many ties, with -inf, negative, large, and constant."""
     normal = torch.randn(F, N, generator=g)
-    few = torch.randint(-2, 3, (F, N), generator=g).float()
-    empty_sums = few.masked_fill(few < 1, -math.inf)
+    ties = torch.randint(-2, 3, (F, N), generator=g).float()
     constant = [torch.full((F, N), value) for value in (-math.inf, -3.0, 0.0)]
-    for score in (normal, few, empty_sums, -normal.abs(), normal * 1e4, *constant):
+    return [normal, ties, ties.masked_fill(ties < 1, -math.inf), -normal.abs(), normal * 1e4, *constant]
+
+
+def run_kernel(score, labels, K, frames=0):
+    """The kernel's result, on the CPU."""
+    best = cluster_argmax_triton(score.to(DEVICE), labels.to(DEVICE), K, frames).cpu()
+    assert best.shape == (len(score), K) and best.dtype == torch.int64
+    return best
+
+
+both = pytest.mark.parametrize("run", [cluster_argmax, pytest.param(run_kernel, id="kernel")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference and the kernel
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_is_the_loop_with_and_without_ties(shape, dtype):
+    F, N, K = shape
+    g = seeded(N)
+    labels = random_labels(F, N, K, g)
+    for score in all_kinds_of_scores(F, N, g):
         score = score.to(dtype)
-        kept = cluster_argmax(score, labels, K)
-        assert kept.dtype == torch.int64
-        assert kept.equal(best(score, labels, K))
+        best = cluster_argmax(score, labels, K)
+        assert best.dtype == torch.int64 and best.equal(best_tokens(score, labels, K))
 
 
-def test_an_infinite_score_is_the_best_of_its_cluster():
-    score = torch.tensor([[1.0, math.inf, -math.inf, math.inf, -math.inf]])
-    assert cluster_argmax(score, torch.tensor([[0, 0, 1, 0, 1]]), 2).tolist() == [[1, 2]]
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 17, 3), (2, 16, 15), (1, 300, 299), (2, 1024, 102), (1, 1024, 1024),
+                                   (1, 1000, 1)], ids=str)
+@low
+def test_kernel_is_the_loop_with_and_without_ties(shape, dtype):
+    F, N, K = shape
+    g = seeded(N)
+    labels = random_labels(F, N, K, g)
+    for score in all_kinds_of_scores(F, N, g)[:8 if N < 60 else 3]:
+        score = score.to(dtype)
+        assert run_kernel(score, labels, K).equal(best_tokens(score, labels, K))
 
 
-def test_minus_zero_ties_with_zero():
-    assert cluster_argmax(torch.tensor([[-0.0, 0.0, -1.0]]), torch.tensor([[0, 0, 0]]), 1).tolist() == [[0]]
+@both
+def test_infinite_scores_and_minus_zero(run):
+    score = torch.tensor([[1.0, math.inf, -math.inf, math.inf, -math.inf, -0.0, 0.0, -1.0]])
+    assert run(score, torch.tensor([[0, 0, 1, 0, 1, 2, 2, 2]]), 3).tolist() == [[1, 2, 5]]
 
 
-def test_scores_that_only_fp64_tells_apart_are_told_apart():
+def test_reference_distinguishes_scores_that_differ_in_fp64_only():
     score = torch.tensor([[1.0, 1.0 + 1e-12, 1.0]], dtype=torch.float64)
     assert cluster_argmax(score, torch.zeros(1, 3, dtype=torch.int64), 1).tolist() == [[1]]
 
 
-def test_permuted_tokens_give_permuted_answers():
-    g = torch.Generator().manual_seed(0)
-    score, labels, p = torch.randn(3, 40, generator=g), clusters(3, 40, 9, g), torch.randperm(40, generator=g)
-    assert p[cluster_argmax(score[:, p], labels[:, p], 9)].equal(cluster_argmax(score, labels, 9))
+@both
+def test_permuted_tokens_give_permuted_results(run):
+    g = seeded(0)
+    score, labels, p = torch.randn(3, 40, generator=g), random_labels(3, 40, 9, g), torch.randperm(40, generator=g)
+    assert p[run(score[:, p], labels[:, p], 9)].equal(run(score, labels, 9))
 
 
-def test_strides_do_not_matter_and_the_input_is_left_as_it_was():
-    g = torch.Generator().manual_seed(1)
-    score, labels = torch.randn(40, 3, generator=g).T, clusters(40, 8, 3, g)[:, :1].expand(40, 3).T
+@both
+def test_any_strides_are_taken_inputs_kept_and_results_repeatable(run):
+    g = seeded(1)
+    score, labels = torch.randn(40, 3, generator=g).T, random_labels(40, 8, 3, g)[:, :1].expand(40, 3).T
     labels = torch.where(torch.arange(40) < 3, torch.arange(40), labels)
-    wide = torch.stack([labels, labels], -1)[..., 0]
+    sliced = torch.stack([labels, labels], -1)[..., 0]
     before = score.clone(), labels.clone()
-    kept = cluster_argmax(score, wide, 3)
-    assert not score.is_contiguous() and not wide.is_contiguous()
-    assert kept.equal(best(score, labels, 3)) and kept.equal(cluster_argmax(score, labels, 3))
-    assert kept.equal(cluster_argmax_ref(score, labels, 3))
+    assert not score.is_contiguous() and not sliced.is_contiguous()
+    best = run(score, sliced, 3)
+    assert best.equal(best_tokens(score, labels, 3)) and best.equal(run(score, sliced, 3))
+    assert best.equal(cluster_argmax_ref(score, labels, 3))
+    assert run(score[:1].expand(3, 40), sliced[:1].expand(3, 40), 3).equal(best[:1].expand(3, 3))
+    for f in range(3):
+        assert run(score[f:f + 1], sliced[f:f + 1], 3)[0].equal(best[f])
     assert score.equal(before[0]) and labels.equal(before[1])
 
 
@@ -85,142 +115,85 @@ S, L = torch.zeros(2, 4), torch.tensor([[0, 1, 0, 1], [1, 1, 1, 0]])
 
 
 @pytest.mark.parametrize("score, labels, K, message", [
-    (S[0], L[0], 2, r"floating score \(F, N\), got \(4,\) torch.float32"),
-    (S.long(), L, 2, r"floating score \(F, N\), got \(2, 4\) torch.int64"),
-    (S, L[:, :3], 2, r"labels \(2, 4\) int64, got \(2, 3\) torch.int64"),
-    (S, L.int(), 2, r"labels \(2, 4\) int64, got \(2, 4\) torch.int32"),
-    (torch.tensor([[0.0, math.nan], [math.nan, math.nan]]), torch.zeros(2, 2, dtype=torch.int64), 1, r"got 3 NaN of 4"),
-    (S, L, 1, r"in \[0, K = 1\), got 0 to 1"),
-    (S, L - 1, 2, r"in \[0, K = 2\), got -1 to 0"),
-    (S, L, 3, r"every cluster wants a token, 2 of 6 are empty"),
-    (S, L.clamp(max=0) + 1, 2, r"every cluster wants a token, 2 of 4 are empty"),
-], ids=range(9))
-def test_impossible_arguments_are_refused_by_name(score, labels, K, message):
+    (S[0], L[0], 2, r"cluster_argmax.*score.*\(F, N\).*\(4,\) torch.float32"),
+    (S[:0], L[:0], 2, r"score.*\(F, N\).*\(0, 4\)"),
+    (S.long(), L, 2, r"score.*\(2, 4\) torch.int64"),
+    (S, L[:, :3], 2, r"labels.*\(2, 4\) int64.*\(2, 3\) torch.int64"),
+    (S, L.int(), 2, r"labels.*\(2, 4\) int64.*\(2, 4\) torch.int32"),
+    (S, L.to("meta"), 2, "labels.*cpu.*meta"),
+    (S, L, 0, "K.*N = 4.* 0$"), (S, L, -1, "K.*N = 4.* -1$"), (S, L, 5, "K.*N = 4.* 5$"),
+    (torch.tensor([[0.0, math.nan], [math.nan, math.nan]]), L[:, ::2] * 0, 1, "score.*3 NaN of 4"),
+    (S, L, 1, r"labels.*\[0, K = 1\).*0 to 1"),
+    (S, L - 1, 2, r"labels.*\[0, K = 2\).*-1 to 0"),
+    (S, L, 3, "2 empty clusters of 6"),
+    (S, L.clamp(max=0) + 1, 2, "2 empty clusters of 4"),
+], ids=range(14))
+def test_invalid_arguments_are_refused(score, labels, K, message):
     with pytest.raises(ValueError, match=message):
         cluster_argmax(score, labels, K)
 
 
-def test_unchecked_on_a_cpu_the_reference_leaves_other_frames_as_they_are():
-    g = torch.Generator().manual_seed(2)
-    score, labels = torch.randn(3, 12, generator=g), clusters(3, 12, 4, g)
-    want = cluster_argmax(score, labels, 4)
+def test_unchecked_a_nan_leaves_the_other_frames_of_the_reference_alone():
+    g = seeded(2)
+    score, labels = torch.randn(3, 12, generator=g), random_labels(3, 12, 4, g)
+    expected = cluster_argmax(score, labels, 4)
     score[1, 5] = math.nan
-    assert cluster_argmax(score, labels, 4, check=False)[::2].equal(want[::2])
+    assert cluster_argmax(score, labels, 4, check=False)[::2].equal(expected[::2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kernel
-
-def run(score, labels, K, frames=0):
-    """The kernel's answer, on the CPU."""
-    kept = cluster_argmax_triton(score.to(DEVICE), labels.to(DEVICE), K, frames).cpu()
-    assert kept.shape == (len(score), K) and kept.dtype == torch.int64
-    return kept
-
-
-@pytest.mark.parametrize("shape", [
-    (2, 64, 8), (5, 49, 7), (3, 1, 1), (4, 13, 13), (5, 30, 1), (3, 196, 29), (2, 17, 3), (2, 16, 15), (1, 300, 299),
-    (1, 729, 73), (2, 1024, 102), (1, 1024, 1024), (1, 1000, 1),
-], ids=str)
-@low
-def test_the_kernel_is_the_loop_with_and_without_ties(shape, dtype):
-    F, N, K = shape
-    g = torch.Generator().manual_seed(N)
-    labels = clusters(F, N, K, g)
-    normal = torch.randn(F, N, generator=g)
-    few = torch.randint(-2, 3, (F, N), generator=g).float()
-    lowest = few.masked_fill(few < 1, -math.inf)
-    constant = [torch.full((F, N), value) for value in (-math.inf, -3.0, 0.0)]
-    for score in (normal, few, lowest, -normal.abs(), normal * 1e4, *constant)[:8 if N < 60 else 3]:
-        score = score.to(dtype)
-        assert run(score, labels, K).equal(best(score, labels, K))
-
+# The kernel alone
 
 @pytest.mark.parametrize("B, T, N, K", [(2, 3, 20, 4), (3, 1, 9, 9), (1, 8, 196, 19), (2, 2, 1, 1), (1, 5, 33, 1)])
 @low
-def test_the_kernel_gives_ascending_ids_of_a_clips_tokens_where_it_is_told_the_number_of_frames(B, T, N, K, dtype):
-    g = torch.Generator().manual_seed(N)
-    labels = clusters(B * T, N, K, g)
+def test_given_the_number_of_frames_kernel_returns_ascending_flat_ids(B, T, N, K, dtype):
+    g = seeded(N)
+    labels = random_labels(B * T, N, K, g)
     for score in (torch.randn(B * T, N, generator=g), torch.zeros(B * T, N), torch.full((B * T, N), -math.inf)):
         score = score.to(dtype)
-        want = best(score, labels, K).sort(1).values + N * (torch.arange(B * T) % T)[:, None]
-        assert run(score, labels, K, frames=T).equal(want)
-        ids = want.view(B, T * K)
+        expected = best_tokens(score, labels, K).sort(1).values + N * (torch.arange(B * T) % T)[:, None]
+        assert run_kernel(score, labels, K, frames=T).equal(expected)
+        ids = expected.view(B, T * K)
         assert (ids.diff(dim=1) > 0).all() and ids.max() < T * N
 
 
-def test_in_the_kernel_infinite_scores_and_minus_zero():
-    score = torch.tensor([[1.0, math.inf, -math.inf, math.inf, -math.inf, -0.0, 0.0, -1.0]])
-    assert run(score, torch.tensor([[0, 0, 1, 0, 1, 2, 2, 2]]), 3).tolist() == [[1, 2, 5]]
-
-
 @pytest.mark.parametrize("frames", [0, 2])
-def test_in_the_kernel_a_NaN_is_the_lowest_score_and_an_empty_cluster_is_marked(frames):
-    g = torch.Generator().manual_seed(3)
-    score, labels = torch.randn(4, 40, generator=g), clusters(4, 40, 9, g)
-    want = run(score, labels, 9, frames)
+def test_in_the_kernel_a_nan_is_the_lowest_score(frames):
+    g = seeded(3)
+    score, labels = torch.randn(4, 40, generator=g), random_labels(4, 40, 9, g)
+    expected = run_kernel(score, labels, 9, frames)
     score[1, ::3] = math.nan
     score[3] = math.nan
-    kept = run(score, labels, 9, frames)
-    assert kept[::2].equal(want[::2])
-    lowest = best(score.nan_to_num(-math.inf), labels, 9)
-    assert kept.equal(lowest.sort(1).values + torch.tensor([[0], [40], [0], [40]]) if frames else lowest)
-    if not frames:
-        assert run(torch.zeros(1, 3), torch.tensor([[0, 2, 2]]), 3).tolist() == [[0, 3, 1]]
+    best = run_kernel(score, labels, 9, frames)
+    assert best[::2].equal(expected[::2])
+    lowest = best_tokens(score.nan_to_num(-math.inf), labels, 9)
+    assert best.equal(lowest.sort(1).values + torch.tensor([[0], [40], [0], [40]]) if frames else lowest)
 
 
-def test_the_kernel_takes_any_strides_leaves_its_input_and_gives_the_same_bits_every_run():
-    g = torch.Generator().manual_seed(1)
-    score, labels = torch.randn(40, 3, generator=g).T, clusters(40, 8, 3, g)[:, :1].expand(40, 3).T
-    labels = torch.where(torch.arange(40) < 3, torch.arange(40), labels)
-    wide = torch.stack([labels, labels], -1)[..., 0]
-    before = score.clone(), labels.clone()
-    assert not score.is_contiguous() and not wide.is_contiguous()
-    kept = run(score, wide, 3)
-    assert kept.equal(best(score, labels, 3)) and kept.equal(run(score, wide, 3))
-    assert run(score[:1].expand(3, 40), wide[:1].expand(3, 40), 3).equal(kept[:1].expand(3, 3))
-    assert score.equal(before[0]) and labels.equal(before[1])
-    for f in range(3):
-        assert run(score[f:f + 1], wide[f:f + 1], 3)[0].equal(kept[f])
-
-
-def test_in_the_kernel_permuted_tokens_give_permuted_answers():
-    g = torch.Generator().manual_seed(0)
-    score, labels, p = torch.randn(3, 40, generator=g), clusters(3, 40, 9, g), torch.randperm(40, generator=g)
-    assert p[run(score[:, p], labels[:, p], 9)].equal(run(score, labels, 9))
-
-
-def test_labels_elsewhere_than_the_score_are_refused():
-    with pytest.raises(ValueError, match="labels on cpu, as the score is, got meta"):
-        cluster_argmax(S, L.to("meta"), 2)
-
-
-@pytest.mark.parametrize("K", [0, -1, 5])
-def test_a_number_of_clusters_that_cannot_be_is_refused(K):
-    with pytest.raises(ValueError, match=f"K from 1 to N = 4, got {K}"):
-        cluster_argmax(S, L, K)
+def test_kernel_gives_N_for_an_empty_cluster():
+    assert run_kernel(torch.zeros(1, 3), torch.tensor([[0, 2, 2]]), 3).tolist() == [[0, 3, 1]]
 
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_a_tensor_on_a_gpu_goes_to_the_kernel(dtype):
-    g = torch.Generator().manual_seed(4)
-    score, labels = torch.randn(3, 70, generator=g).to("cuda", dtype), clusters(3, 70, 9, g).cuda()
+    g = seeded(4)
+    score, labels = torch.randn(3, 70, generator=g).to("cuda", dtype), random_labels(3, 70, 9, g).cuda()
     assert cluster_argmax(score, labels, 9).equal(cluster_argmax_triton(score, labels, 9))
     assert captured(lambda: cluster_argmax(score, labels, 9, check=False)).equal(cluster_argmax(score, labels, 9))
-    with pytest.raises(ValueError, match="up to 1024 tokens a frame in float32, float16 or bfloat16"):
+    with pytest.raises(ValueError, match="score.*1024.*torch.float64"):
         cluster_argmax(score.double(), labels, 9)
-    with pytest.raises(ValueError, match="labels on cuda"):
+    with pytest.raises(ValueError, match="labels.*cuda.*cpu"):
         cluster_argmax(score, labels.cpu(), 9)
 
 
 @needs_cuda
 @pytest.mark.parametrize("frames", [0, 8])
-def test_on_a_gpu_the_scores_may_have_more_than_2_to_the_31_elements(frames):
+def test_scores_may_have_more_than_2_to_the_31_elements(frames):
     F, N = 2 ** 21 + 8, 1024
     score = torch.rand(F, N, device="cuda", dtype=torch.float16)
     labels = (torch.arange(N, device="cuda") % 3).expand(F, N)
-    kept = cluster_argmax_triton(score, labels, 3, frames)
-    assert kept[-8:].equal(cluster_argmax_triton(score[-8:], labels[-8:], 3, frames))
+    best = cluster_argmax_triton(score, labels, 3, frames)
+    assert best[-8:].equal(cluster_argmax_triton(score[-8:], labels[-8:], 3, frames))
     if not frames:
-        assert kept[-8:].cpu().equal(best(score[-8:].cpu(), labels[-8:].cpu(), 3))
+        assert best[-8:].cpu().equal(best_tokens(score[-8:].cpu(), labels[-8:].cpu(), 3))

@@ -1,4 +1,4 @@
-"""Runs on corpora as they are: broken and odd files, videos and images mixed, more rows than a process should hold."""
+"""Runs on corpora as they are: unusual and unreadable files, videos mixed with images, many annotations."""
 
 import gc
 import json
@@ -9,15 +9,12 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
-from fractions import Fraction
+from unittest import mock
 
-import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
-from test_decoding import TURNS, cut, numbers, turn, write
-from test_train import (  # noqa: F401  (two are fixtures)
+from helpers.runs import (
     Killed,
     argv,
     assert_close_runs,
@@ -25,501 +22,410 @@ from test_train import (  # noqa: F401  (two are fixtures)
     assert_same,
     command,
     config,
-    first_run,
     kill,
     log,
     on_ranks,
-    small_sprites,
+    read_rows,
     weights,
+    with_weights,
 )
+from helpers.videos import ODD_IMAGES, ODD_VIDEOS, cut, write
 
 import data
+import loop
 import train
-from data import Clips, read_annotations
-from decoding import read_frames
+from data import ClipDataset
 from masking import keep_count
 from model import ClusterSTM
-from runs import states
-from teacher import SigLIP, guide
+from runtime import RunContext, list_checkpoints
+from targets import TargetProvider, compute_targets
+from tasks import build_mapped_annotations, read_annotations
+from teacher import SigLIP
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Odd files. Frame i is grey level 4 i + 20.
-
-def timed(path, times):
-    """A video whose frames are shown at these milliseconds."""
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for i, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 4 * i + 20, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return str(path)
+UNCACHED = "--data.no-frame-cache --data.num-views 0 "
 
 
-def odd(**how):
-    return lambda path: write(path, **{"n": 8, "shape": (32, 48), **how})
+@pytest.fixture
+def micro_batches(monkeypatch):
+    """A list that fills with (stage, step, batch) of each micro-batch that this process trains on."""
+    seen, iterate = [], data.iterate_micro_batches
 
+    def iterate_and_record(run, dataset, tokenizer, stage, batch, micro_batch, step, steps):
+        for s, group in enumerate(iterate(run, dataset, tokenizer, stage, batch, micro_batch, step, steps), step):
+            seen.extend((stage, s, b) for b in group)
+            yield group
 
-ODD = {
-    "one frame.mp4": odd(n=1),
-    "odd.mp4": odd(shape=(51, 35), pix_fmt="yuv444p"),
-    "odd.avi": odd(codec="mpeg4", shape=(51, 35)),
-    "wide.mp4": odd(shape=(16, 160)),
-    "small.mp4": odd(shape=(2, 2)),
-    "10 bits.mp4": odd(pix_fmt="yuv420p10le"),
-    "10 bits.mkv": odd(codec="ffv1", pix_fmt="yuv420p10le"),
-    "clockwise.mp4": lambda path: turn(odd(shape=(48, 64))(path), TURNS["clockwise"][1]),
-    "upside down.mp4": lambda path: turn(odd(shape=(48, 64))(path), TURNS["upside down"][1]),
-    "counter-clockwise.MP4": lambda path: turn(odd(shape=(48, 64))(path), TURNS["counter-clockwise"][1]),
-    "variable rate.mp4": lambda path: timed(path, [0, 40, 45, 300, 301, 900, 2000, 9000]),
-    "variable rate.mkv": lambda path: timed(path, [0, 40, 45, 300, 301, 900, 2000, 9000]),
-    "late.mp4": lambda path: timed(path, range(5000, 5800, 100)),
-    "late.ts": lambda path: timed(path, range(5000, 5800, 100)),
-    "vp8.webm": odd(codec="libvpx"),
-    "vp9.webm": odd(codec="libvpx-vp9"),
-    "日本 #1 100%.mkv": odd(bf="2"),
-    "jpegs.mov": odd(codec="mjpeg", pix_fmt="yuvj420p"),
-    "a.flv": odd(),
-    "a.mpg": odd(codec="mpeg2video"),
-    "pieces.mp4": odd(container={"movflags": "frag_keyframe+empty_moov"}),
-    "sound.mp4": odd(audio=True),
-    "a.gif": odd(codec="gif", pix_fmt="gray"),
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_an_odd_file_is_a_video_like_any_other(tmp_path, name):
-    frames = read_frames(ODD[name](tmp_path / name), 0)
-    want = [0] if name == "one frame.mp4" else list(range(8))
-    assert np.abs(np.subtract(numbers(frames), want)).max() <= ("10 bits" in name or "vp8" in name)
-    H, W = frames.shape[2:]
-    shapes = {"odd": (51, 35), "wide": (16, 160), "small": (2, 2), "clockwise": (64, 48), "counter-clockwise": (64, 48),
-              "upside down": (48, 64)}
-    assert (H, W) == shapes.get(name.rpartition(".")[0], (32, 48))
+    monkeypatch.setattr(loop, "iterate_micro_batches", iterate_and_record)
+    return seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A corpus of a hundred clips, 5 of them bad
+# A corpus of a hundred videos, of which 5 are unreadable
 
-BAD = {"cut.mp4": "Invalid data", "empty.mp4": "Invalid data", "text.mp4": "Invalid data",
-       "sound alone.mp4": "has no video stream", "absent.mp4": "no such file"}
+UNREADABLE = {"cut.mp4": "Invalid data", "empty.mp4": "Invalid data", "text.mp4": "Invalid data",
+              "sound alone.mp4": "no video stream", "absent.mp4": "no such file"}
 
 
 @pytest.fixture(scope="module")
-def crowd(sprites, tmp_path_factory):
-    """Folder with rows.json, videos/ and whole/, where the bad files of videos/ are good ones."""
-    folder = tmp_path_factory.mktemp("crowd")
-    whole, videos = folder / "whole", folder / "videos"
-    whole.mkdir()
-    plain = [f"plain {i}.mp4" for i in range(100 - len(ODD) - len(BAD))]
-    for name, make in ODD.items():
-        make(whole / name)
-    for i, name in enumerate([*plain, *BAD]):
-        shutil.copyfile(f"{sprites}/videos/train_{i % 24:05}.mp4", whole / name)
-    shutil.copytree(whole, videos)
+def corpus(sprites, tmp_path_factory):
+    """Folder with rows.json, videos/, and intact/, in which the unreadable videos are readable."""
+    folder = tmp_path_factory.mktemp("corpus")
+    intact, videos = folder / "intact", folder / "videos"
+    intact.mkdir()
+    names = [*(f"plain {i}.mp4" for i in range(100 - len(ODD_VIDEOS) - len(UNREADABLE))), *UNREADABLE]
+    for i, name in enumerate(names):
+        shutil.copyfile(f"{sprites}/videos/train_{i % 24:05}.mp4", intact / name)
+    for name, write_odd in ODD_VIDEOS.items():
+        write_odd(intact / name)
+    shutil.copytree(intact, videos)
     cut(videos / "cut.mp4", 0.6)
     (videos / "empty.mp4").write_bytes(b"")
     (videos / "text.mp4").write_text("these are words\n" * 100)
     write(videos / "sound alone.mp4", audio=True, video=False)
     os.remove(videos / "absent.mp4")
-    names = [*plain, *BAD, *ODD]
+    names += ODD_VIDEOS
     random.Random(0).shuffle(names)
-    listed = [{"video": name, "caption": [f"a red ring number {i}", f"{i} blue squares"]}
-              for i, name in enumerate(names)]
-    (folder / "rows.json").write_text(json.dumps(listed))
+    rows = [{"video": name, "caption": [f"a red ring number {i}", f"{i} blue squares"]} for i, name in enumerate(names)]
+    (folder / "rows.json").write_text(json.dumps(rows))
     return str(folder)
 
 
 @pytest.fixture
-def ready(sprites, first, crowd, tmp_path, monkeypatch):
-    """In a folder of its own: ready(flags) of runs that are given teacher and text encoder, 13 steps on the crowd."""
-    monkeypatch.chdir(tmp_path)
-    flags = (f"--teacher {first}/out/first/teacher --text {first}/out/first/text --steps 13 --unmasked-steps 0 "
-             f"--data.train {crowd}/rows.json --data.root {crowd}/videos ")
-    return lambda more="": config(sprites, flags + more)
-
-
-UNCACHED = "--data.no-cache --data.views 0 "
-
-
-def bad_rows(crowd):
-    """Row -> file of those that are bad."""
-    rows = read_annotations(f"{crowd}/rows.json", f"{crowd}/videos", check=False)
-    return {i: row.video for i, row in enumerate(rows) if os.path.basename(row.video) in BAD}
-
-
-def assert_each_is_listed_once(folder, crowd):
-    with open(os.path.join(folder, "bad_media.jsonl"), encoding="utf-8") as f:
-        listed = [json.loads(line) for line in f]
-    bad = bad_rows(crowd)
-    assert Counter(about["video"] for about in listed) == Counter(bad.values())
-    where = {video: f"{crowd}/rows.json, row {row}" for row, video in bad.items()}
-    for about in listed:
-        assert about.keys() == {"where", "video", "reason"} and about["where"] == where[about["video"]]
-        name = os.path.basename(about["video"])
-        assert about["reason"].startswith(f"{about['video']}: ") and BAD[name] in about["reason"]
+def flags(first, corpus):
+    """Flags of a run of 13 steps of 8 clips on the corpus: each clip is seen once, and four twice."""
+    return with_weights(first, f"--steps 13 --unmasked-steps 0 --data.train-file {corpus}/rows.json "
+                               f"--data.video-root {corpus}/videos ")
 
 
 @pytest.fixture
-def collected(monkeypatch):
-    """Filled with (stage, step, batch) of each micro-batch that this process trains on."""
-    real, seen = train.micro_batches, []
-
-    def batches(run, clips, tokenizer, stage, batch, micro, step, steps):
-        for s, group in enumerate(real(run, clips, tokenizer, stage, batch, micro, step, steps), step):
-            seen.extend((stage, s, b) for b in group)
-            yield group
-
-    monkeypatch.setattr(train, "micro_batches", batches)
-    return seen
+def corpus_config(sprites, flags, tmp_path, monkeypatch):
+    """In a folder of its own: corpus_config(more flags) is the config of such a run."""
+    monkeypatch.chdir(tmp_path)
+    return lambda more="": config(sprites, flags + more)
 
 
-@pytest.mark.parametrize("flags", ["--steps 26 ", UNCACHED, UNCACHED + "--data.workers 1 "],
-                         ids=["cached, the teacher's word kept", "decoded in turn", "by a loader process"])
-def test_a_run_on_a_corpus_with_bad_files_lists_them_and_changes_nothing_else(ready, crowd, collected, flags):
-    cfg = ready(flags + "--name a")
+def unreadable_rows(corpus):
+    """Row -> path of the unreadable videos."""
+    annotations = read_annotations(f"{corpus}/rows.json", f"{corpus}/videos", check=False)
+    return {i: a.video for i, a in enumerate(annotations) if os.path.basename(a.video) in UNREADABLE}
+
+
+def assert_each_is_listed_once(folder, corpus):
+    records = read_rows(f"{folder}/bad_media.jsonl")
+    row_of = {video: row for row, video in unreadable_rows(corpus).items()}
+    assert sorted(record["video"] for record in records) == sorted(row_of)
+    for record in records:
+        video = record["video"]
+        assert record.keys() == {"where", "video", "reason"}
+        assert record["where"] == f"{corpus}/rows.json, row {row_of[video]}"
+        assert record["reason"].startswith(f"{video}: ") and UNREADABLE[os.path.basename(video)] in record["reason"]
+
+
+@pytest.mark.parametrize("more", ["--steps 26 ", UNCACHED, UNCACHED + "--data.num-workers 1 "],
+                         ids=["cached frames and targets", "decoded", "decoded by a worker"])
+def test_unreadable_files_are_listed_and_change_nothing_else(corpus_config, corpus, micro_batches, more):
+    cfg = corpus_config(more + "--name a")
     train.main(cfg)
-    assert os.path.exists("out/a/model.safetensors") and not os.path.exists("out/a/guide")
-    assert_each_is_listed_once("out/a", crowd)
+    assert os.path.exists("out/a/model.safetensors") and not os.path.exists("out/a/target_cache")
+    assert_each_is_listed_once("out/a", corpus)
     assert all(np.isfinite(row["grad_norm"]) for row in log("out/a").values())
 
-    whole = Clips(read_annotations(cfg.data.train, f"{crowd}/whole"), replace(cfg.data, cache=False), cfg.seed)
-    bad, n, replaced = bad_rows(crowd), 0, 0
-    for _, _, b in collected:
-        for i, clip in enumerate(b.clip.tolist()):
-            asked = whole[n]
-            if asked.clip in bad:
+    annotations = read_annotations(cfg.data.train_file, f"{corpus}/intact")
+    intact = ClipDataset(annotations, replace(cfg.data, frame_cache=False), cfg.seed)
+    unreadable, n, replaced = unreadable_rows(corpus), 0, 0
+    for _, _, b in micro_batches:
+        for i, clip_id in enumerate(b.clip_ids.tolist()):
+            expected = intact[n]
+            if expected.clip_id in unreadable:
                 replaced += 1
-                assert clip not in bad and bad[asked.clip] in {about["video"] for about in b.lost}
-                asked = whole.view(clip, asked.view)
-            assert (clip, b.view[i].item(), b.captions[i], b.stills[i]) == (asked.clip, asked.view, asked.caption,
-                                                                           asked.still)
-            if cfg.data.cache:                                              # it keeps 8 frames, and those in small
-                n += 1
-                continue
-            assert torch.equal(b.video[i], asked.video)
+                assert clip_id not in unreadable
+                assert unreadable[expected.clip_id] in {record["video"] for record in b.skipped}
+                expected = intact.training_sample(clip_id, expected.view_id)
+            assert (clip_id, b.view_ids[i], b.captions[i], b.frame_captions[i]) == (
+                expected.clip_id, expected.view_id, expected.caption, expected.frame_caption)
+            # The frame cache keeps 8 frames of each video, and reduces them.
+            assert cfg.data.frame_cache or torch.equal(b.video[i], expected.video)
             n += 1
-    assert n == cfg.steps * cfg.batch and replaced >= len(bad)
-    assert sum(len(b.lost) for _, _, b in collected) >= replaced
+    assert n == cfg.steps * cfg.batch and replaced >= len(unreadable)
+    assert sum(len(b.skipped) for _, _, b in micro_batches) >= replaced
 
 
-def test_the_list_is_one_on_two_ranks_and_after_a_kill(ready, crowd):
-    on_ranks(2, ready(f"{UNCACHED} --name two"))
-    assert_each_is_listed_once("out/two", crowd)
+def test_each_file_is_listed_once_on_two_ranks_and_after_a_kill(corpus_config, corpus):
+    on_ranks(2, corpus_config(f"{UNCACHED} --name two"))
+    assert_each_is_listed_once("out/two", corpus)
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, "pretrain", 9)
         with pytest.raises(Killed):
-            train.main(ready(f"{UNCACHED} --name killed"))
+            train.main(corpus_config(f"{UNCACHED} --name killed"))
     with open("out/killed/bad_media.jsonl", "a") as f:
         assert 0 < os.path.getsize(f.name)
-        f.write('{"where": "half a l')                                      # as when the machine loses its power
-    on_ranks(2, ready(f"{UNCACHED} --name killed --resume"))
-    assert_each_is_listed_once("out/killed", crowd)
+        f.write('{"where": "half a l')                                      # as after a loss of power
+    on_ranks(2, corpus_config(f"{UNCACHED} --name killed --resume"))
+    assert_each_is_listed_once("out/killed", corpus)
     one, other = log("out/two"), log("out/killed")
     for key in one:
         assert one[key] == pytest.approx(other[key], rel=1e-3), key
 
 
-def test_what_is_kept_of_the_teachers_word_passes_over_what_cannot_be_read(ready, crowd, first):
-    cfg = ready("--name a --steps 26 --data.views 1")
-    clips = Clips(read_annotations(cfg.data.train, cfg.data.root, check=False), cfg.data, cfg.seed)
+def test_cached_targets_skip_what_cannot_be_read(corpus_config, corpus, first):
+    cfg = corpus_config("--name a --steps 26 --data.num-views 1")
+    annotations = read_annotations(cfg.data.train_file, cfg.data.video_root, check=False)
+    dataset = ClipDataset(annotations, cfg.data, cfg.seed)
     tokenizer = data.load_tokenizer(f"{first}/out/first/text")
-    teacher, run = SigLIP.from_pretrained(cfg.teacher), train.Run(cfg, "out/a", torch.device("cpu"), 0, 1)
-    real, asked = teacher.tokens, []
-    teacher.tokens = lambda pixels: (asked.append(len(pixels)), real(pixels))[1]
-    guides = train.Guides(run, teacher, clips, tokenizer)
-    assert guides.kept
-    for step, group in enumerate(train.micro_batches(run, clips, tokenizer, "pretrain", 8, 4, 0, 26)):
-        asked.clear()
-        found = guides(group)
-        assert len(asked) == 2 * (step < 13)        # 100 clips, 8 a step: those that stand in for others are known
-        for batch, told in zip(group, found, strict=True):
-            expected = guide(teacher, batch, cfg.mask, cfg.mask.ratio, cfg.pool)
-            assert torch.equal(told.keep, expected.keep)
-            torch.testing.assert_close(told.aligned.float(), expected.aligned, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(told.text, expected.text, rtol=0, atol=1e-6)
-    run.closing.close()
+    teacher, run = SigLIP.from_pretrained(cfg.teacher), RunContext(cfg, "out/a", torch.device("cpu"), 0, 1)
+    provider = TargetProvider(run, teacher, dataset)
+    assert provider.enabled
+    for step, group in enumerate(data.iterate_micro_batches(run, dataset, tokenizer, "pretrain", 8, 4, 0, 26)):
+        with mock.patch.object(provider, "compute", wraps=provider.compute) as compute:
+            targets = provider(group)
+        # 100 clips, 8 per step: from step 13 on all are cached, also those drawn in place of unreadable ones.
+        assert compute.call_count == 2 * (step < 13)
+        for batch, found in zip(group, targets, strict=True):
+            expected = compute_targets(teacher, batch, cfg.mask, cfg.mask.ratio, cfg.target_pooling)
+            assert torch.equal(found.visible_ids, expected.visible_ids)
+            torch.testing.assert_close(found.token_targets.float(), expected.token_targets, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found.text_embeds, expected.text_embeds, rtol=0, atol=1e-6)
+    run.close()
 
 
-def lost_by(crowd, cfg, folder="videos"):
-    """How many videos that were asked for could not be read, after each step."""
-    clips = Clips(read_annotations(cfg.data.train, f"{crowd}/{folder}", check=False), replace(cfg.data, cache=False),
-                  cfg.seed)
-    return np.cumsum([len(clips[n].lost) for n in range(cfg.steps * cfg.batch)])[cfg.batch - 1::cfg.batch].tolist()
+def count_skipped(corpus, cfg):
+    """How many draws of a video have failed after each step."""
+    annotations = read_annotations(cfg.data.train_file, f"{corpus}/videos", check=False)
+    dataset = ClipDataset(annotations, replace(cfg.data, frame_cache=False), cfg.seed)
+    counts = np.cumsum([len(dataset[n].skipped) for n in range(cfg.steps * cfg.batch)])
+    return counts[cfg.batch - 1::cfg.batch].tolist()
 
 
-def test_a_run_ends_past_the_share_that_may_be_bad_and_can_go_on(ready, crowd, monkeypatch):
-    monkeypatch.setattr(train, "ENOUGH", 24)
-    cfg = ready(UNCACHED)
-    lost = lost_by(crowd, cfg)
-    step = next(s for s in range(3, 14) if lost[s - 1] > 0.02 * (8 * s + lost[s - 1]))      # after it
+def test_a_run_stops_past_max_unreadable_and_can_be_resumed(corpus_config, corpus, monkeypatch):
+    monkeypatch.setattr(loop.Health, "MIN_SAMPLES", 24)
+    skipped = count_skipped(corpus, corpus_config(UNCACHED))
+    step = next(s for s in range(3, 14) if skipped[s - 1] > 0.02 * (8 * s + skipped[s - 1]))
     assert 3 <= step < 13
-    said = (f"{lost[step - 1]} of {8 * step + lost[step - 1]} videos asked for could not be read, more than "
-            "data.max_bad, 0.02: out/a/bad_media.jsonl names them")
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
-        train.main(ready(f"{UNCACHED} --name a --data.max-bad 0.02 --log-every 1000"))       # each read a step later
-    assert states("out/a")[0] == f"out/a/state/pretrain-{step:07d}.pt"
-    with open("out/a/bad_media.jsonl") as f:
-        assert {json.loads(line)["video"] for line in f} <= set(bad_rows(crowd).values())
-    with pytest.raises(ValueError, match="could not be read, more than data.max_bad, 0.02"):
-        train.main(ready(f"{UNCACHED} --name a --data.max-bad 0.02 --resume"))
-    train.main(ready(f"{UNCACHED} --name a --data.max-bad 0.9 --resume"))
-    assert_each_is_listed_once("out/a", crowd)
-    train.main(ready(f"{UNCACHED} --name b --data.max-bad 0.9 --log-every 1"))
+    count = skipped[step - 1]
+    match = rf"{count} of {8 * step + count} videos.*max_unreadable.*0\.02.*out/a/bad_media.jsonl"
+    with pytest.raises(ValueError, match=match) as error:                   # flags are read one step later
+        train.main(corpus_config(f"{UNCACHED} --name a --data.max-unreadable 0.02 --log-every 1000"))
+    assert "\n" not in str(error.value)
+    assert list_checkpoints("out/a")[0] == f"out/a/checkpoints/pretrain-{step:07d}.pt"
+    assert {record["video"] for record in read_rows("out/a/bad_media.jsonl")} <= set(unreadable_rows(corpus).values())
+    with pytest.raises(ValueError, match=r"max_unreadable.*0\.02"):
+        train.main(corpus_config(f"{UNCACHED} --name a --data.max-unreadable 0.02 --resume"))
+    train.main(corpus_config(f"{UNCACHED} --name a --data.max-unreadable 0.9 --resume"))
+    assert_each_is_listed_once("out/a", corpus)
+    train.main(corpus_config(f"{UNCACHED} --name b --data.max-unreadable 0.9 --log-every 1"))
     assert_same(weights("out/a"), weights("out/b"))
 
 
-def test_a_stage_that_was_too_short_to_tell_tells_at_its_end(ready, crowd, sprites, first, capsys):
-    flags = f"{UNCACHED} --name a --data.max-bad 0.02 "
-    lost = lost_by(crowd, ready(UNCACHED))[-1]
-    given = f"--teacher {first}/out/first/teacher --text {first}/out/first/text --steps 13 --unmasked-steps 0 "
-    given += f"--data.train {crowd}/rows.json --data.root {crowd}/videos "
-    said = f"^train.py: {lost} of {104 + lost} videos asked for could not be read, .*out/a/bad_media.jsonl names them$"
-    code, _, err = command("train.py", argv(sprites, given + flags), capsys)
-    assert_one_line("train.py", code, err, said)
-    assert states("out/a")[0] == "out/a/state/pretrain-0000013.pt" and not os.path.exists("out/a/masked")
-    assert_each_is_listed_once("out/a", crowd)
-    code, _, err = command("train.py", argv(sprites, given + flags + "--resume"), capsys)   # nothing has changed
-    assert_one_line("train.py", code, err, said)
-    assert not os.path.exists("out/a/masked")
-    code, _, err = command("train.py", argv(sprites, given + flags + "--resume --data.max-bad 0.9"), capsys)
+def test_a_short_stage_judges_unreadable_videos_at_its_end(corpus_config, corpus, sprites, flags, capsys):
+    skipped = count_skipped(corpus, corpus_config(UNCACHED))[-1]
+    flags += f"{UNCACHED} --name a --data.max-unreadable 0.02 "
+    match = f"{skipped} of {104 + skipped} videos.*out/a/bad_media.jsonl"
+    code, _, err = command("train.py", argv(sprites, flags), capsys)
+    assert_one_line("train.py", code, err, match)
+    assert list_checkpoints("out/a")[0] == "out/a/checkpoints/pretrain-0000013.pt"
+    assert not os.path.exists("out/a/before_unmasked")
+    assert_each_is_listed_once("out/a", corpus)
+    code, _, err = command("train.py", argv(sprites, flags + "--resume"), capsys)          # nothing has changed
+    assert_one_line("train.py", code, err, match)
+    assert not os.path.exists("out/a/before_unmasked")
+    code, _, err = command("train.py", argv(sprites, flags + "--resume --data.max-unreadable 0.9"), capsys)
     assert code == 0 and os.path.exists("out/a/model.safetensors"), err
 
 
-def test_of_cached_videos_too_many_are_counted_before_anything_is_trained(ready, crowd, sprites):
-    row, video = min(bad_rows(crowd).items())
-    with pytest.raises(ValueError) as error:
-        train.main(ready("--name a --data.max-bad 0.04"))
-    said = str(error.value)
-    assert said.startswith(f"{crowd}/rows.json, row {row}: {video}: ") and "\n" not in said
-    assert said.endswith("(5 of 100 videos cannot be read, more than data.max_bad, 0.04)")
-    assert not states("out/a") and not os.path.exists("out/a/log.jsonl")
-    train.main(ready("--name a --data.max-bad 0.05 --steps 1"))
+def test_a_frame_cache_judges_unreadable_videos_before_training(corpus_config, corpus):
+    row, video = min(unreadable_rows(corpus).items())
+    match = re.escape(f"{corpus}/rows.json, row {row}: {video}: ") + r".*5 of 100 videos.*max_unreadable.*0\.04"
+    with pytest.raises(ValueError, match=match) as error:
+        train.main(corpus_config("--name a --data.max-unreadable 0.04"))
+    assert "\n" not in str(error.value)
+    assert not list_checkpoints("out/a") and not os.path.exists("out/a/log.jsonl")
+    train.main(corpus_config("--name a --data.max-unreadable 0.05 --steps 1"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Videos and images
 
-PICTURES = {
-    "a.png": lambda image: (image, {}),
-    "b.jpg": lambda image: (image, {"quality": 90}),
-    "grey.jpg": lambda image: (image.convert("L"), {}),
-    "palette.png": lambda image: (image.convert("P"), {}),
-    "alpha.png": lambda image: (image.convert("RGBA"), {}),
-    "bits.png": lambda image: (image.convert("1"), {}),
-    "cmyk.jpg": lambda image: (image.convert("CMYK"), {}),
-    "scans.jpg": lambda image: (image, {"progressive": True}),
-    "a.webp": lambda image: (image, {}),
-    "a.gif": lambda image: (image, {}),
-    "odd.jpg": lambda image: (image.resize((35, 51)), {}),
-    "one pixel.png": lambda image: (image.resize((1, 1)), {}),
-    **{f"turned {how}.jpg": lambda image, how=how: (image, {"exif": exif(how), "quality": 95}) for how in (3, 6, 8)},
-}
-
-
-def exif(orientation):
-    written = Image.Exif()
-    written[0x0112] = orientation
-    return written
+REPEATED = (2, 3, 5, 7, 11, 11)                                             # sprites that a second corpus lists again
 
 
 @pytest.fixture(scope="module")
-def mixture(sprites, tmp_path_factory):
-    """Folder with pictures.json, pictures/, and more.jsonl: six clips of the sprites' folder, one of them twice."""
+def images(tmp_path_factory, sprites):
+    """Folder with images.json, images/ (one of 16 is unreadable), and videos.jsonl, which lists sprites."""
     folder = tmp_path_factory.mktemp("mixture")
-    (folder / "pictures").mkdir()
-    rng = np.random.default_rng(0)
-    listed = []
-    for i, (name, how) in enumerate(PICTURES.items()):
-        quarters = rng.integers(40, 216, (2, 2, 3), dtype=np.uint8)
-        image, options = how(Image.fromarray(np.kron(quarters, np.ones((24, 32, 1), np.uint8))))
-        image.save(folder / "pictures" / name, **options)
-        listed.append({"image": name, "caption": f"picture {i} of squares"})
-    (folder / "pictures" / "bad.jpg").write_bytes(b"\xff\xd8\xff")
-    listed.insert(3, {"image": "bad.jpg", "caption": "nothing"})
-    (folder / "pictures.json").write_text(json.dumps(listed))
-    more = [{"video": f"train_{i:05}.mp4", "caption": f"clip {i} again"} for i in (2, 3, 5, 7, 11, 11)]
-    (folder / "more.jsonl").write_text("\n".join(map(json.dumps, more)))
+    (folder / "images").mkdir()
+    rows = []
+    for i, (name, save) in enumerate(ODD_IMAGES.items()):
+        save(folder / "images" / name, i)
+        rows.append({"image": name, "caption": f"picture {i} of squares"})
+    (folder / "images" / "bad.jpg").write_bytes(b"\xff\xd8\xff")
+    rows.insert(3, {"image": "bad.jpg", "caption": "nothing"})
+    (folder / "images.json").write_text(json.dumps(rows))
+    lines = [json.dumps({"video": f"train_{i:05}.mp4", "caption": f"clip {i} again"}) for i in REPEATED]
+    (folder / "videos.jsonl").write_text("\n".join(lines))
     return str(folder)
 
 
 @pytest.fixture
-def mixed(sprites, first, mixture, tmp_path, monkeypatch):
-    """In a folder of its own: mixed(flags) of runs on 30 videos and 16 images, of which one is bad."""
-    monkeypatch.chdir(tmp_path)
-    flags = (f"--teacher {first}/out/first/teacher --text {first}/out/first/text "
-             f"--data.more {mixture}/more.jsonl={sprites}/videos "
-             f"--data.images {mixture}/pictures.json={mixture}/pictures ")
-    return lambda more="": config(sprites, flags + more)
+def mixed_config(given, sprites, images):
+    """mixed_config(flags) is the config of a run on 30 videos and 16 images."""
+    return lambda flags="": given(f"--data.extra-videos {images}/videos.jsonl={sprites}/videos "
+                                  f"--data.image-corpora {images}/images.json={images}/images {flags}")
 
 
-@pytest.mark.parametrize("name", ["a.png", *[name for name in PICTURES if name.startswith("turned")]])
-def test_a_picture_is_a_video_of_one_frame_and_upright(mixture, name):
-    path = f"{mixture}/pictures/{name}"
-    frames = read_frames(path, 1)
-    want = np.asarray(ImageOps.exif_transpose(Image.open(path)))
-    assert frames.shape == (1, 3, *want.shape[:2])
-    assert np.abs(frames[0].permute(1, 2, 0).numpy().astype(int) - want).mean() < 2
+def test_videos_and_images_take_turns(mixed_config, images, sprites, micro_batches):
+    shapes = []                                                             # (frames, visible tokens) in each forward
 
+    def forward(self, batch, targets, *rest):
+        shapes.append((batch.video.shape[1], targets.visible_ids.shape[1] if targets else None))
+        return original(self, batch, targets, *rest)
 
-def test_videos_and_images_take_turns(mixed, mixture, sprites, collected, monkeypatch):
-    real, kept = ClusterSTM.forward, []
-
-    def forward(self, batch, guide, *rest):
-        kept.append((batch.video.shape[1], guide.keep.shape[1] if guide else None))
-        return real(self, batch, guide, *rest)
-
-    monkeypatch.setattr(ClusterSTM, "forward", forward)
-    cfg = mixed("--name a --mask.image-ratio 0.5")
-    train.main(cfg)
+    cfg, original = mixed_config("--name a --mask.image-ratio 0.5"), ClusterSTM.forward
+    with mock.patch.object(ClusterSTM, "forward", forward):
+        train.main(cfg)
     assert all(np.isfinite(row["grad_norm"]) for row in log("out/a").values()) and len(log("out/a")) == 26
-    want = {4: 4 * keep_count(16, 0.75), 1: keep_count(16, 0.5)}            # T frames of 4 x 4 patches
-    assert want == {4: 16, 1: 8}
-    assert kept == [(b.video.shape[1], want[b.video.shape[1]] if stage == "pretrain" else None)
-                    for stage, _, b in collected]
-    kinds = {}
-    for stage, step, b in collected:
-        kinds.setdefault((stage, step), set()).add(b.video.shape[1])
-        assert ((b.clip < 30) == (b.video.shape[1] == 4)).all()             # image i is clip 30 + i
-    assert all(len(kind) == 1 for kind in kinds.values()) and len(kinds) == 26
-    assert Counter(min(kinds["pretrain", s]) for s in range(20)) == {4: 12, 1: 8}           # 3 and 2 an epoch
-    assert len({tuple(min(kinds["pretrain", 5 * e + s]) for s in range(5)) for e in range(4)}) > 1
+    visible = {4: 4 * keep_count(16, 0.75), 1: keep_count(16, 0.5)}         # of T frames of 4 x 4 patches
+    assert visible == {4: 16, 1: 8}
+    assert shapes == [(b.video.shape[1], visible[b.video.shape[1]] if stage == "pretrain" else None)
+                      for stage, _, b in micro_batches]
+    frames_of_step = {}
+    for stage, step, b in micro_batches:
+        frames_of_step.setdefault((stage, step), set()).add(b.video.shape[1])
+        assert ((b.clip_ids < 30) == (b.video.shape[1] == 4)).all()         # image i is clip 30 + i
+    assert all(len(frames) == 1 for frames in frames_of_step.values()) and len(frames_of_step) == 26
+    frames = [min(frames_of_step["pretrain", step]) for step in range(20)]
+    assert Counter(frames) == {4: 12, 1: 8}                                 # an epoch has 3 and 2
+    assert len({tuple(frames[i:i + 5]) for i in range(0, 20, 5)}) > 1
 
-    # Of one file in two corpora, and twice in one, each clip is of the same medium.
+    # A file has one media id, in two corpora and in two rows of one.
     with open(f"{sprites}/sprites_train.json") as f:
-        names = [row["video"] for row in json.load(f)] + [f"train_{i:05}.mp4" for i in (2, 3, 5, 7, 11, 11)]
-    media = {}
-    for _, _, b in collected:
-        for clip, medium in zip(b.clip.tolist(), b.media.tolist(), strict=True):
-            media.setdefault(names[clip] if clip < 30 else clip, set()).add(medium)
-    assert all(len(ids) == 1 for ids in media.values()) and len(set.union(*media.values())) == len(media)
-    assert {clip for _, _, b in collected for clip in b.clip.tolist()} == {*range(46)} - {33}
-    with open("out/a/bad_media.jsonl") as f:
-        assert [json.loads(line)["where"] for line in f] == [f"{mixture}/pictures.json, row 3"]
+        names = [row["video"] for row in json.load(f)] + [f"train_{i:05}.mp4" for i in REPEATED]
+    media_ids = {}
+    for _, _, b in micro_batches:
+        for clip_id, media_id in zip(b.clip_ids.tolist(), b.media_ids.tolist(), strict=True):
+            media_ids.setdefault(names[clip_id] if clip_id < 30 else clip_id, set()).add(media_id)
+    assert all(len(ids) == 1 for ids in media_ids.values()) and len(set.union(*media_ids.values())) == len(media_ids)
+    assert {clip_id for _, _, b in micro_batches for clip_id in b.clip_ids.tolist()} == {*range(46)} - {33}
+    assert [record["where"] for record in read_rows("out/a/bad_media.jsonl")] == [f"{images}/images.json, row 3"]
 
 
-def test_clips_of_one_file_in_two_corpora_are_no_wrong_answers_to_each_other(ready, sprites):
+def test_one_file_in_two_corpora_is_not_a_negative_of_itself(corpus_config, sprites):
     with open(f"{sprites}/sprites_train.json") as f:
-        listed = json.load(f)[:4]
-    for name in ("one.json", "two.json"):                                   # eight clips: one step sees all of them
+        rows = json.load(f)[:4]
+    for name in ("one.json", "two.json"):                                   # eight clips, all of them in one step
         with open(name, "w") as f:
-            json.dump(listed, f)
+            json.dump(rows, f)
     shutil.copytree(f"{sprites}/videos", "copies")
     losses = []
     for i, root in enumerate((f"{sprites}/videos", f"{sprites}/videos/../videos/.", "copies")):
-        train.main(ready(f"--data.train one.json --data.root {sprites}/videos --data.more two.json={root} --name {i} "
-                         "--steps 1"))
+        train.main(corpus_config(f"--data.train-file one.json --data.video-root {sprites}/videos "
+                                 f"--data.extra-videos two.json={root} --name {i} --steps 1"))
         losses.append(log(f"out/{i}")["pretrain", 1])
-    assert losses[0] == losses[1] and losses[0]["mrm"] == losses[2]["mrm"] and losses[0]["mlm"] == losses[2]["mlm"]
-    assert losses[0]["vtc"] != pytest.approx(losses[2]["vtc"], rel=1e-3)
+    same, other_path, copies = losses
+    assert same == other_path and same["mrm"] == copies["mrm"] and same["mlm"] == copies["mlm"]
+    assert same["vtc"] != pytest.approx(copies["vtc"], rel=1e-3)
 
 
-def test_a_mixture_is_trained_alike_on_one_rank_and_on_two(mixed):
-    train.main(mixed("--name one"))
-    on_ranks(2, mixed("--name two"))
+def test_a_mixture_is_trained_alike_on_one_rank_and_on_two(mixed_config):
+    train.main(mixed_config("--name one"))
+    on_ranks(2, mixed_config("--name two"))
     assert_close_runs("out/one", "out/two")
 
 
-def test_a_run_on_a_mixture_that_was_killed_ends_bit_for_bit_as_an_unbroken_one(mixed):
+def test_a_killed_run_on_a_mixture_resumes_bit_for_bit(mixed_config):
     flags = f"{UNCACHED} --mask.name random_frame --steps 10"
-    train.main(mixed(f"{flags} --name whole"))
+    train.main(mixed_config(f"{flags} --name whole"))
     for stage, step in (("pretrain", 6), ("unmasked", 5)):
         name = f"killed-in-{stage}"
         with pytest.MonkeyPatch.context() as patch:
             kill(patch, stage, step)
             with pytest.raises(Killed):
-                train.main(mixed(f"{flags} --name {name}"))
-        train.main(mixed(f"{flags} --name {name} --resume"))
+                train.main(mixed_config(f"{flags} --name {name}"))
+        train.main(mixed_config(f"{flags} --name {name} --resume"))
         assert_same(weights(f"out/{name}"), weights("out/whole"))
         assert log(f"out/{name}") == log("out/whole")
-        with open(f"out/{name}/bad_media.jsonl") as f, open("out/whole/bad_media.jsonl") as g:
-            assert f.read() == g.read()
+        assert read_rows(f"out/{name}/bad_media.jsonl") == read_rows("out/whole/bad_media.jsonl")
 
 
-def test_a_small_teacher_and_a_text_encoder_are_trained_on_the_mixture_too(sprites, mixture, collected, tmp_path,
-                                                                           monkeypatch):
+def test_toy_models_are_trained_on_the_mixture_too(sprites, images, micro_batches, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.main(config(sprites, f"--data.images {mixture}/pictures.json={mixture}/pictures --name all --small.steps 9 "
+    train.main(config(sprites, f"--data.image-corpora {images}/images.json={images}/images --name all --toy.steps 9 "
                                "--steps 4 --unmasked-steps 2"))
     frames = {stage: Counter() for stage in ("teacher", "text", "pretrain", "unmasked")}
-    for stage, _, b in collected:
+    for stage, _, b in micro_batches:
         frames[stage][b.video.shape[1]] += 1
     assert frames["teacher"].keys() == frames["text"].keys() == {1, 4} and sum(frames["teacher"].values()) == 9
     assert {stage for stage, _ in log("out/all/teacher")} == {"teacher"} and len(log("out/all")) == 6
-    with open("out/all/teacher/bad_media.jsonl") as f:
-        assert [json.loads(line)["where"] for line in f] == [f"{mixture}/pictures.json, row 3"]
+    assert [record["where"] for record in read_rows("out/all/teacher/bad_media.jsonl")] == [
+        f"{images}/images.json, row 3"]
 
 
-def test_a_mask_hides_of_both_kinds_or_of_neither(sprites, first, mixed, mixture, capsys):
-    given = f"--teacher {first}/out/first/teacher --text {first}/out/first/text --steps 3 --unmasked-steps 0 "
-    images = f"--data.images {mixture}/pictures.json={mixture}/pictures "
-    for ratio, image in ((0.75, 0.0), (0.0, 0.5), (0.75, 0.03), (0.01, 0.5)):       # 0.03 of 16 tokens is none
-        flags = f"--name a --mask.ratio {ratio} --mask.image-ratio {image}"
-        code, _, err = command("train.py", argv(sprites, given + images + flags), capsys)
-        assert_one_line("train.py", code, err, f"mask.ratio {ratio} and mask.image_ratio {image}: of 16 tokens both")
-    assert not states("out/a")
-    train.main(mixed("--name a --steps 3 --unmasked-steps 0 --mask.ratio 0 --mask.image-ratio 0.0"))
+def test_a_mask_hides_tokens_of_both_videos_and_images_or_of_neither(sprites, first, mixed_config, images, capsys):
+    flags = with_weights(first, "--steps 3 --unmasked-steps 0 ")
+    corpus = f"--data.image-corpora {images}/images.json={images}/images "
+    for ratio, image_ratio in ((0.75, 0.0), (0.0, 0.5), (0.75, 0.03), (0.01, 0.5)):        # 3 % of 16 tokens is none
+        masks = f"--name a --mask.ratio {ratio} --mask.image-ratio {image_ratio}"
+        code, _, err = command("train.py", argv(sprites, flags + corpus + masks), capsys)
+        assert_one_line("train.py", code, err, f"mask.ratio.*mask.image_ratio.* 16 .*{ratio}.*{image_ratio}")
+    assert not list_checkpoints("out/a")
+    train.main(mixed_config("--name a --steps 3 --unmasked-steps 0 --mask.ratio 0 --mask.image-ratio 0.0"))
     assert all("mrm" not in row for row in log("out/a").values())
-    code, _, err = command("train.py", argv(sprites, given + "--name b --mask.image-ratio 0"), capsys)
-    assert code == 0, err                                                   # without images nobody asks
+    code, _, err = command("train.py", argv(sprites, flags + "--name b --mask.image-ratio 0"), capsys)
+    assert code == 0, err                                                   # without images it does not matter
 
 
-@pytest.mark.parametrize("corpora, message", [
-    ("--data.images nowhere.json=.", "nowhere.json: no such annotation file"),
-    ("--data.more MIX/more.jsonl=nowhere", "nowhere: no such folder, wanted as the root of the videos in .*more.jsonl"),
-    ("--data.images MIX/pictures.json", "a corpus wants to be FILE=FOLDER, is '.*pictures.json'"),
-    ("--data.images MIX/pictures.json=MIX/pictures --data.max-bad 0.06",
-     r"pictures.json, row 3: .*bad.jpg: .*\(1 of 16 videos cannot be read"),
+@pytest.mark.parametrize("flags, match", [
+    ("--data.image-corpora nowhere.json=.", "nowhere.json"),
+    ("--data.extra-videos IMAGES/videos.jsonl=nowhere", "nowhere.*videos.jsonl"),
+    ("--data.image-corpora IMAGES/images.json", "FILE=FOLDER.*'.*images.json'"),
+    ("--data.image-corpora IMAGES/images.json=IMAGES/images --data.max-unreadable 0.06",
+     "images.json, row 3: .*bad.jpg: .*1 of 16 videos"),
 ])
-def test_what_a_corpus_lacks_is_said_in_one_line(mixed, mixture, sprites, first, capsys, corpora, message):
-    given = f"--teacher {first}/out/first/teacher --text {first}/out/first/text "
-    code, _, err = command("train.py", argv(sprites, given + corpora.replace("MIX", mixture)), capsys)
-    assert_one_line("train.py", code, err, message)
+def test_a_bad_corpus_is_named_in_one_line(sprites, first, images, tmp_path, monkeypatch, capsys, flags, match):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("train.py", argv(sprites, with_weights(first, flags.replace("IMAGES", images))), capsys)
+    assert_one_line("train.py", code, err, match)
     assert not any(name.endswith((".safetensors", ".tmp", ".pt")) for _, _, names in os.walk("out") for name in names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
-def private():
-    """MB that this process has written, and so holds alone. Pages of files are the system's, which may drop them."""
+def private_memory():
+    """MB that this process has written, and so does not share. Pages of files belong to the system."""
     with open("/proc/self/smaps_rollup") as f:
         return next(int(line.split()[1]) for line in f if line.startswith("Private_Dirty:")) / 1024
 
 
-def growth(rows):
+def growth(annotations):
     """
-    What two processes forked from this one come to hold alone, each reading 5000 of the rows. They collect no garbage,
-    which would touch all that pytest has.
+    -> how much the private memory of two forked processes grows, at most, if each reads 5000 of the annotations; and
+    how many letters they read. They collect no garbage, which would touch all that pytest has.
     """
     fork = multiprocessing.get_context("fork")
-    found = fork.Queue()
+    results = fork.Queue()
 
     def main(seed):
         gc.disable()
-        before, letters = private(), 0
-        for i in np.random.default_rng(seed).integers(len(rows), size=5000):
-            letters += len(rows[i].captions[0])
-        found.put((private() - before, letters))
+        before, letters = private_memory(), 0
+        for i in np.random.default_rng(seed).integers(len(annotations), size=5000):
+            letters += len(annotations[i].captions[0])
+        results.put((private_memory() - before, letters))
 
     processes = [fork.Process(target=main, args=(seed,)) for seed in range(2)]
     for p in processes:
         p.start()
-    grown, letters = zip(*[found.get(timeout=60) for _ in processes], strict=True)
+    grown, letters = zip(*[results.get(timeout=60) for _ in processes], strict=True)
     for p in processes:
         p.join()
     return max(grown), sorted(letters)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux")
-def test_a_loader_process_does_not_come_to_hold_the_rows(tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux only")
+def test_loader_processes_share_the_annotations(tmp_path):
     with open(tmp_path / "rows.jsonl", "w") as f:
-        for i in range(200_000):
+        for i in range(100_000):
             f.write(f'{{"video": "{i:07}.mp4", "caption": "a caption of some {i} words, as they are"}}\n')
-    rows = data.write_rows([(str(tmp_path / "rows.jsonl"), str(tmp_path))], str(tmp_path / "out"))
-    mapped, read = growth(rows)
-    listed, same = growth(list(rows))
-    assert read == same and mapped < 5 and listed > 10 and listed > 3 * mapped
+    mapped = build_mapped_annotations([(str(tmp_path / "rows.jsonl"), str(tmp_path))], str(tmp_path / "out"))
+    mapped_growth, letters = growth(mapped)
+    list_growth, same_letters = growth(list(mapped))
+    assert letters == same_letters and mapped_growth < 5 and list_growth > 10 and list_growth > 3 * mapped_growth

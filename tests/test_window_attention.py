@@ -4,28 +4,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
+from helpers.kernels import DEVICE, DTYPES, LOW, low, needs_cuda, seeded
 
 from kernels.window_attention import window_attention, window_attention_ref, window_attention_triton
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-LOW = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]              # the interpreter misreads bf16
-needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-# grid, H, D, F: corners alone, borders alone, one inside, ragged; heads of 72, one head, many small ones.
+# grid, H, D, F: corners only, borders only, one inside, ragged; heads of 72, one head, many small ones.
 SHAPES = [
     ((1, 1), 2, 4, 3), ((1, 5), 2, 8, 2), ((7, 1), 3, 5, 2), ((2, 2), 1, 16, 2), ((3, 3), 2, 8, 3),
-    ((5, 9), 3, 10, 2), ((9, 5), 2, 72, 1), ((5, 9), 1, 24, 2), ((4, 7), 16, 2, 1), ((4, 3), 5, 1, 2),
-    ((3, 4), 2, 130, 1), ((2, 3), 1, 257, 1), ((19, 21), 1, 8, 2),              # several programs a head
+    ((5, 9), 3, 10, 2), ((9, 5), 2, 72, 1), ((4, 7), 16, 2, 1), ((4, 3), 5, 1, 2),
+    ((2, 3), 1, 257, 1), ((19, 21), 1, 8, 2),                                  # several programs per head
 ]
 MODEL = ((14, 14), 12, 64, 1)
 RTOL = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}   # 16 bits: half an ulp
-GUARD = 4096
 
 
 def make(grid, H, D, F, dtype=torch.float32, seed=0, scale=2.0, device="cpu"):
-    """Scores (F, N, H) with ties, values (F, N, C) away from zero on average."""
-    g = torch.Generator().manual_seed(seed)
+    """Scores (F, N, H) with ties, values (F, N, C) whose average is not zero."""
+    g = seeded(seed)
     N = grid[0] * grid[1]
     scores = torch.randn(F, N, H, generator=g, dtype=torch.float64) * scale
     values = torch.randn(F, N, H * D, generator=g, dtype=torch.float64) + 0.5
@@ -33,84 +30,63 @@ def make(grid, H, D, F, dtype=torch.float32, seed=0, scale=2.0, device="cpu"):
     return scores.to(device, dtype), values.to(device, dtype)
 
 
-def expected(scores, values, grid):
-    """As it is defined: (F, N, H), (F, N, C) of any dtype -> (F, N, C) fp64."""
+def oracle(scores, values, grid):
+    """The definition: (F, N, H), (F, N, C) of any dtype -> (F, N, C) fp64."""
     s, v = (x.detach().double().cpu().numpy() for x in (scores, values))
     (F, N, H), C, w = s.shape, v.shape[-1], grid[1]
     assert N == grid[0] * w
     out = np.zeros((F, N, C))
     for i in range(N):
-        near = [j for j in range(N) if abs(j // w - i // w) <= 1 and abs(j % w - i % w) <= 1]
+        window = [j for j in range(N) if abs(j // w - i // w) <= 1 and abs(j % w - i % w) <= 1]
         for f in range(F):
             for k in range(H):
-                a = np.exp(s[f, near, k] - s[f, near, k].max())
+                a = np.exp(s[f, window, k] - s[f, window, k].max())
                 head = slice(k * C // H, (k + 1) * C // H)
-                for j, weight in zip(near, a / a.sum(), strict=True):
+                for j, weight in zip(window, a / a.sum(), strict=True):
                     out[f, i, head] += weight * v[f, j, head]
     return out
 
 
-def close(out, scores, values, grid):
+def check(out, scores, values, grid):
     assert out.shape == values.shape and out.dtype == values.dtype and out.device == values.device
-    got, rtol = out.detach().double().cpu().numpy(), RTOL[values.dtype]
-    np.testing.assert_allclose(got, expected(scores, values, grid), rtol=rtol, atol=min(rtol, 2e-6))
-
-
-@pytest.fixture(autouse=True)
-def poison_empty(monkeypatch):
-    """
-    torch.empty returns NaN, so an element that no program wrote cannot pass for a computed one; and NaN lies before and
-    after it, so that what was written there shows.
-    """
-    empty, rooms = torch.empty, []
-
-    def poisoned(*args, **kwargs):
-        like = empty(*args, **{**kwargs, "device": "meta"})
-        if not like.is_floating_point():
-            return empty(*args, **kwargs)
-        room = torch.full((GUARD + like.numel() + GUARD,), torch.nan, dtype=like.dtype, device=kwargs.get("device"))
-        rooms.append(room)
-        return room[GUARD:-GUARD].view(like.shape)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    yield
-    for room in rooms:
-        assert room[:GUARD].isnan().all() and room[-GUARD:].isnan().all()
+    rtol = RTOL[values.dtype]
+    np.testing.assert_allclose(out.detach().double().cpu().numpy(), oracle(scores, values, grid), rtol=rtol,
+                               atol=min(rtol, 2e-6))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernel
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-def test_the_kernel_is_the_definition_on_the_rounded_input(shape, dtype):
+@low
+def test_kernel_is_the_definition_on_the_rounded_input(shape, dtype):
     scores, values = make(*shape, dtype, device=DEVICE)
-    close(window_attention_triton(scores, values, shape[0]), scores, values, shape[0])
+    check(window_attention_triton(scores, values, shape[0]), scores, values, shape[0])
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_the_kernel_is_the_definition_at_the_models_size(dtype):
+def test_kernel_is_the_definition_at_the_models_size(dtype):
     scores, values = make(*MODEL, dtype, device=DEVICE)
-    close(window_attention_triton(scores, values, MODEL[0]), scores, values, MODEL[0])
+    check(window_attention_triton(scores, values, MODEL[0]), scores, values, MODEL[0])
 
 
-@pytest.mark.parametrize("low", LOW, ids=str)
-def test_the_kernel_takes_scores_of_another_dtype(low):
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_kernel_takes_scores_and_values_of_different_dtypes(dtype):
     scores, values = make((5, 9), 3, 8, 2, device=DEVICE)
-    close(window_attention_triton(scores, values.to(low), (5, 9)), scores, values.to(low), (5, 9))
-    close(window_attention_triton(scores.to(low), values, (5, 9)), scores.to(low), values, (5, 9))
+    check(window_attention_triton(scores, values.to(dtype), (5, 9)), scores, values.to(dtype), (5, 9))
+    check(window_attention_triton(scores.to(dtype), values, (5, 9)), scores.to(dtype), values, (5, 9))
 
 
-def test_the_kernel_takes_any_strides():
+def test_kernel_takes_any_strides():
     scores, values = make((4, 5), 2, 8, 2, device=DEVICE)
-    turned = scores.transpose(1, 2).contiguous().transpose(1, 2), values.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    wide = scores.repeat_interleave(2, 2)[:, :, ::2], values.repeat_interleave(2, 1)[:, ::2]
-    for s, v in (turned, wide, (scores[:1].expand(2, -1, -1), values[:1].expand(2, -1, -1))):
+    permuted = scores.mT.contiguous().mT, values.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    sliced = scores.repeat_interleave(2, 2)[:, :, ::2], values.repeat_interleave(2, 1)[:, ::2]
+    for s, v in (permuted, sliced, (scores[:1].expand(2, -1, -1), values[:1].expand(2, -1, -1))):
         assert not s.is_contiguous() and not v.is_contiguous()
-        close(window_attention_triton(s, v, (4, 5)), s, v, (4, 5))
+        check(window_attention_triton(s, v, (4, 5)), s, v, (4, 5))
 
 
-def test_the_kernel_gives_the_same_bits_again_and_leaves_its_input():
+def test_kernel_gives_the_same_bits_every_run_and_leaves_its_input():
     scores, values = make((5, 9), 2, 72, 1, device=DEVICE)
     before = scores.clone(), values.clone()
     out = window_attention_triton(scores, values, (5, 9))
@@ -118,64 +94,66 @@ def test_the_kernel_gives_the_same_bits_again_and_leaves_its_input():
     assert scores.equal(before[0]) and values.equal(before[1])
 
 
-def test_a_frame_has_in_the_kernel_what_it_has_alone():
+def test_kernel_gives_a_frame_what_it_has_alone():
     scores, values = make((5, 5), 2, 8, 3, device=DEVICE)
     alone = [window_attention_triton(scores[f:f + 1], values[f:f + 1], (5, 5)) for f in range(3)]
     assert window_attention_triton(scores, values, (5, 5)).equal(torch.cat(alone))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Both
+# The kernel and the reference
 
-RUNS = [pytest.param(window_attention_triton, id="kernel"), pytest.param(window_attention_ref, id="reference")]
+both = pytest.mark.parametrize("run", [
+    pytest.param(window_attention_triton, id="kernel"), pytest.param(window_attention_ref, id="reference"),
+])
 
 
-@pytest.mark.parametrize("run", RUNS)
+@both
 @pytest.mark.parametrize("scale", [1e4, -1e4, 1e30], ids=str)
 def test_scores_of_any_size_do_not_overflow(run, scale):
     grid = (4, 5)
     scores, values = make(grid, 2, 8, 1, device=DEVICE)
-    far = (scores.sign() + 2) * scale                           # all of one sign and far from 0; many ties
-    close(run(far, values, grid), far, values, grid)
-    close(run(scores * scale, values, grid), scores * scale, values, grid)
+    one_sign = (scores.sign() + 2) * scale                      # all far from 0, many ties
+    check(run(one_sign, values, grid), one_sign, values, grid)
+    check(run(scores * scale, values, grid), scores * scale, values, grid)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@both
 def test_a_constant_added_to_all_scores_changes_nothing(run):
     scores, values = make((3, 4), 2, 8, 1, device=DEVICE)
-    scores = (scores * 64).round() / 64                         # and with 512 added still exact in fp32
+    scores = (scores * 64).round() / 64                         # still exact in fp32 with 512 added
     assert run(scores + 512, values, (3, 4)).equal(run(scores, values, (3, 4)))
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("which", ["scores", "values"])
-def test_a_token_reaches_its_neighbours_in_its_head_and_frame_and_nothing_else(run, which):
+@both
+@pytest.mark.parametrize("name", ["scores", "values"])
+def test_a_token_affects_only_its_neighbours_in_its_head_and_frame(run, name):
     F, h, w, H, D = 2, 5, 6, 3, 4
     inputs = make((h, w), H, D, F, device=DEVICE)
     clean = run(*inputs, (h, w))
-    reached = torch.zeros(F, h, w, H, D, dtype=torch.bool)
+    affected = torch.zeros(F, h, w, H, D, dtype=torch.bool)
     corners_borders_inside = [(0, 0), (0, 5), (2, 5), (3, 0), (4, 3), (2, 2)]
     for n, (r, c) in enumerate(corners_borders_inside):
-        inputs[which == "values"].view(F, h, w, H, -1)[n % F, r, c, n // F] = torch.nan
-        reached[n % F, max(0, r - 1):r + 2, max(0, c - 1):c + 2, n // F] = True
+        inputs[name == "values"].view(F, h, w, H, -1)[n % F, r, c, n // F] = torch.nan
+        affected[n % F, max(0, r - 1):r + 2, max(0, c - 1):c + 2, n // F] = True
     out = run(*inputs, (h, w)).cpu()
-    assert out.isnan().equal(reached.view(F, h * w, H * D))
+    assert out.isnan().equal(affected.view(F, h * w, H * D))
     assert out[~out.isnan()].equal(clean.cpu()[~out.isnan()])
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_equal_scores_are_a_mean_and_a_window_of_one_is_the_token(run):
+@both
+def test_equal_scores_give_the_mean_and_a_window_of_one_the_token(run):
     _, values = make((4, 5), 2, 8, 1, device=DEVICE)
     out = run(torch.full((1, 20, 2), 3.0, device=DEVICE), values, (4, 5))
-    rows = values.view(4, 5, 16)
-    near = [rows[max(0, r - 1):r + 2, max(0, c - 1):c + 2] for r in range(4) for c in range(5)]
-    torch.testing.assert_close(out[0], torch.stack([x.mean((0, 1)) for x in near]), rtol=1e-6, atol=1e-6)
+    tokens = values.view(4, 5, 16)
+    windows = [tokens[max(0, r - 1):r + 2, max(0, c - 1):c + 2] for r in range(4) for c in range(5)]
+    torch.testing.assert_close(out[0], torch.stack([x.mean((0, 1)) for x in windows]), rtol=1e-6, atol=1e-6)
     alone = values.reshape(20, 1, 16)[:2]
     assert run(torch.full((2, 1, 2), 3.0, device=DEVICE), alone, (1, 1)).equal(alone)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_it_mixes_as_one_does_that_stacks_all_nine_shifts(run):
+@both
+def test_it_equals_a_softmax_over_all_nine_stacked_shifts(run):
     F, h, w, H, D = 2, 4, 7, 3, 8
     scores, values = make((h, w), H, D, F)
     s = nnf.pad(scores.mT.reshape(F, H, h, w), (1, 1, 1, 1), value=-torch.inf)
@@ -190,22 +168,27 @@ def test_it_mixes_as_one_does_that_stacks_all_nine_shifts(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference and the public function
 
-@pytest.mark.parametrize("shape", [*SHAPES, MODEL], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_reference_is_the_definition_on_the_rounded_input(shape, dtype):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_is_the_definition_on_the_rounded_input(shape, dtype):
     scores, values = make(*shape, dtype)
     out = window_attention(scores, values, shape[0])
-    close(out, scores, values, shape[0])
+    check(out, scores, values, shape[0])
     assert out.equal(window_attention_ref(scores, values, shape[0]))
 
 
+def test_reference_is_the_definition_at_the_models_size():
+    scores, values = make(*MODEL)
+    check(window_attention(scores, values, MODEL[0]), scores, values, MODEL[0])
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (3, 1), (3, 4)], ids=str)
-def test_the_reference_has_its_gradient(grid):
+def test_reference_has_its_gradient(grid):
     scores, values = (x.requires_grad_() for x in make(grid, 2, 3, 2, torch.float64))
     assert torch.autograd.gradcheck(lambda s, v: window_attention(s, v, grid), (scores, values))
 
 
-def test_the_reference_takes_any_strides_and_leaves_its_input():
+def test_reference_takes_any_strides_and_leaves_its_input():
     scores, values = make((4, 5), 3, 8, 2)
     s, v = scores.mT.contiguous().mT, values.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     before = s.clone(), v.clone()
@@ -213,39 +196,39 @@ def test_the_reference_takes_any_strides_and_leaves_its_input():
     assert s.equal(before[0]) and v.equal(before[1])
 
 
-def test_where_a_gradient_is_wanted_there_is_one():
+def test_there_is_a_gradient_if_one_is_required():
     scores, values = make((3, 3), 2, 4, 1)
     assert not window_attention(scores, values, (3, 3)).requires_grad
-    for wanted in ((True, False), (False, True)):
-        s, v = (x.clone().requires_grad_(g) for x, g in zip((scores, values), wanted, strict=True))
+    for required in ((True, False), (False, True)):
+        s, v = (x.clone().requires_grad_(r) for x, r in zip((scores, values), required, strict=True))
         assert window_attention(s, v, (3, 3)).requires_grad
         with torch.no_grad():
             assert not window_attention(s, v, (3, 3)).requires_grad
 
 
 @needs_cuda
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-def test_on_a_gpu_the_kernel_runs_unless_a_gradient_is_wanted(dtype, monkeypatch):
+@low
+def test_on_a_gpu_the_kernel_runs_unless_a_gradient_is_required(dtype, monkeypatch):
     scores, values = make((5, 9), 2, 64, 2, dtype, device="cuda")
     monkeypatch.setattr("kernels.window_attention.window_attention_ref", None)
-    close(window_attention(scores, values, (5, 9)), scores, values, (5, 9))
+    check(window_attention(scores, values, (5, 9)), scores, values, (5, 9))
     with torch.no_grad():
-        close(window_attention(scores.clone().requires_grad_(), values, (5, 9)), scores, values, (5, 9))
+        check(window_attention(scores.clone().requires_grad_(), values, (5, 9)), scores, values, (5, 9))
     monkeypatch.undo()
     monkeypatch.setattr("kernels.window_attention.window_attention_triton", None)
     out = window_attention(scores, values.clone().requires_grad_(), (5, 9))
     assert out.requires_grad
-    close(out, scores, values, (5, 9))
+    check(out, scores, values, (5, 9))
 
 
 @needs_cuda
-def test_elements_past_2_31_are_reached():
-    F, N, C = 2 ** 31 // (16 * 1024) + 2, 16, 1024                              # two frames past it, 4.3 GB in fp16
+def test_values_may_have_more_than_2_to_the_31_elements():
+    F, N, C = 2 ** 31 // (16 * 1024) + 2, 16, 1024                              # two frames more, 4.3 GB in fp16
     scores = torch.zeros(F, N, 1, dtype=torch.float16, device="cuda")
     values = torch.zeros(F, N, C, dtype=torch.float16, device="cuda")
     values[-1] = torch.randn(N, C, device="cuda")
     out = window_attention(scores, values, (4, 4))
-    close(out[-1:], scores[-1:], values[-1:], (4, 4))
+    check(out[-1:], scores[-1:], values[-1:], (4, 4))
     assert not out[:-1].any()
 
 
@@ -253,26 +236,26 @@ S, V = torch.zeros(2, 6, 2), torch.zeros(2, 6, 8)
 
 
 @pytest.mark.parametrize("scores, values, grid, message", [
-    (S[0], V, (2, 3), r"window_attention wants scores \(F, N, H\), no axis empty, got \(6, 2\)"),
-    (S, V.view(2, 6, 2, 4), (2, 3), r"window_attention wants values \(F, N, C\), no axis empty, got \(2, 6, 2, 4\)"),
-    (S[:0], V[:0], (2, 3), r"wants scores \(F, N, H\), no axis empty, got \(0, 6, 2\)"),
-    (S, V[:, :, :0], (2, 3), r"wants values \(F, N, C\), no axis empty, got \(2, 6, 0\)"),
-    (S.long(), V, (2, 3), r"wants floating-point scores, got torch.int64"),
-    (S, V.to(torch.complex64), (2, 3), r"wants floating-point values, got torch.complex64"),
-    (S, V[:1], (2, 3), r"wants values \(2, 6, C\), as the scores are, got \(1, 6, 8\)"),
-    (S, V[:, :5], (2, 3), r"wants values \(2, 6, C\), as the scores are, got \(2, 5, 8\)"),
-    (S, V, (3, 3), r"wants a grid of N = 6 tokens, got 3 x 3"),
-    (S, V, (-2, -3), r"wants a grid of N = 6 tokens, got -2 x -3"),
-    (S, V[:, :, :7], (2, 3), r"wants C to be a multiple of H, got C = 7 and H = 2"),
-    (S, V.to("meta"), (2, 3), r"wants one device, got scores on cpu, values on meta"),
+    (S[0], V, (2, 3), r"window_attention.*scores.*\(F, N, H\).*\(6, 2\)"),
+    (S, V.view(2, 6, 2, 4), (2, 3), r"values.*\(F, N, C\).*\(2, 6, 2, 4\)"),
+    (S[:0], V[:0], (2, 3), r"scores.*empty.*\(0, 6, 2\)"),
+    (S, V[:, :, :0], (2, 3), r"values.*empty.*\(2, 6, 0\)"),
+    (S.long(), V, (2, 3), "scores.*torch.int64"),
+    (S, V.to(torch.complex64), (2, 3), "values.*torch.complex64"),
+    (S, V[:1], (2, 3), r"values.*\(2, 6, C\).*\(1, 6, 8\)"),
+    (S, V[:, :5], (2, 3), r"values.*\(2, 6, C\).*\(2, 5, 8\)"),
+    (S, V, (3, 3), "grid.*N = 6.*3 x 3"),
+    (S, V, (-2, -3), "grid.*N = 6.*-2 x -3"),
+    (S, V[:, :, :7], (2, 3), "C = 7.*H = 2"),
+    (S, V.to("meta"), (2, 3), "values.*cpu.*meta"),
 ], ids=range(12))
-def test_what_does_not_go_together_is_refused_by_name(scores, values, grid, message):
-    with pytest.raises(ValueError, match=message) as caught:
+def test_invalid_arguments_are_refused(scores, values, grid, message):
+    with pytest.raises(ValueError, match=message) as error:
         window_attention(scores, values, grid)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 @needs_cuda
 def test_fp64_is_refused_on_a_gpu():
-    with pytest.raises(ValueError, match="wants float32, float16 or bfloat16 values on a GPU, got torch.float64"):
+    with pytest.raises(ValueError, match="values.*torch.float64"):
         window_attention(S.cuda(), V.double().cuda(), (2, 3))

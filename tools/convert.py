@@ -1,13 +1,16 @@
 """
-Checkpoints of others -> folders of ours.
+Convert a checkpoint of UMT to a folder of this project.
 
     python -m tools.convert b16_25m.pth out/umt-b16 --tokenizer bert-base-uncased/tokenizer.json
     python -m tools.convert b16_ptk710_f8_res224.pth out/umt-b16-stage1
     python -m tools.convert qa_msrvtt_b16_25m.pth out/umt-qa --task msrvtt-qa --tokenizer vocab.txt
 
-The files are UMT's (OpenGVLab/unmasked_teacher, multi_modality/MODEL_ZOO.md). A folder is one for load_model: a
-ClusterSTM, or of a QA file a VideoToText; or of a stage-1 file a ViT alone, for a student to begin with. report.txt in
-it says what became of every key. A key that is missing, left over or of another shape ends it all.
+    .pth file: UMT's keys and tensors  ->  OUT: config.json, model.safetensors, report.txt, tokenizer.json if given
+
+The files are those of OpenGVLab/unmasked_teacher, multi_modality/MODEL_ZOO.md. load_model reads the folder as a
+ClusterSTM, or as a VideoToText if the file answers questions. A stage-1 file gives a ViT alone, from which train.py
+--init-from can start. report.txt says what became of every key. Nothing is written if a key is missing, unknown or of
+the wrong shape.
 """
 
 import json
@@ -18,48 +21,59 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
+from typing import Annotated
 
 import torch
 import tyro
 from torch import Tensor, nn
+from tyro.conf import Positional, arg
 
-import data
-from model import ClusterSTM, ModelConfig, VideoToText, ViT, save_weights
-from tasks import KINDS, find_task
+from data import load_tokenizer
+from encoders import ViT
+from model import ClusterSTM, VideoToText
+from runtime import atomic_write_text, run_cli, save_weights
+from tasks import TASK_KINDS, get_task
 from train import PRESETS
 
-MASK_ID, SEED = 103, 0      # of [MASK] in bert-base-uncased and bert-large-uncased; of the weights that are new
-VIT = ("patch", "width", "depth", "heads", "drop_path", "positions")        # what a ViT is made of
+MASK_ID = 103           # id of [MASK] in bert-base-uncased and bert-large-uncased
+SEED = 0                # of the weights that the file does not have
 
 
 @dataclass
 class Config:
-    """A checkpoint of UMT -> a folder of ours."""
-    file: tyro.conf.Positional[str]     # .pth file: stage 1, stage 2, or fine-tuned for retrieval or QA
-    out: tyro.conf.Positional[str]      # folder to write; must not be there yet, or be empty
-    task: str = ""                      # row of tasks.TASKS it is fine-tuned for; eval.py then takes as many frames
-    tokenizer: str = ""                 # tokenizer of bert-base-uncased, to go into the folder; eval.py wants one
-    trust: bool = False                 # open a pickle of more than tensors, an inert stand-in for each of its classes
+    """Convert a checkpoint of UMT to a folder of this project."""
+    # UMT's .pth file: stage 1, stage 2, or fine-tuned for retrieval or QA
+    file: Annotated[Positional[str], arg(metavar="FILE")]
+    out: Annotated[Positional[str], arg(metavar="OUT")]     # folder to write; it must be new or empty
+    task: str = ""              # benchmark that the file is fine-tuned for, e.g. msrvtt-qa; empty: none
+    tokenizer: str = ""         # tokenizer.json or vocab.txt of bert-base-uncased to add to OUT; eval.py needs it
+    trust: bool = False         # open a pickle that holds other objects than tensors, without running its code
 
 
-# What the files hold. In a key * stands for anything, and beside it for the same.
+# ---------------------------------------------------------------------------------------------------------------------
+# What the files hold
 
 @dataclass
 class Family:
-    """A row of FAMILIES: a file is of the first row whose marks all fit some of its keys."""
-    marks: tuple[str, ...]
-    rules: dict[str, str]       # their key: our name; or "= " and the name it repeats; or "- " and why it is skipped
-    new: tuple[str, ...]        # what those names of ours begin with that no key becomes
-    alone: bool = False         # a ViT, not a whole model
-    asks: bool = False          # a VideoToText, not a ClusterSTM
-    frames: int = 4             # a clip, in its training
-    length: int = 32            # word pieces of a text, in its training
-    tuned: tuple[str, ...] = ()     # the kinds of tasks that it can be fine-tuned for
+    """
+    A kind of file. A file is of the first family for which each pattern of `signature` matches some of its keys.
+
+    rules: pattern of UMT's key -> our name. A * matches anything, and stands for the same in the name. Instead of a
+    name, "= NAME" marks a copy of that weight and "- REASON" a key that is skipped.
+    """
+    signature: tuple[str, ...]
+    rules: dict[str, str]
+    new_prefixes: tuple[str, ...]           # how the names of our weights begin that the file does not have
+    vit_only: bool = False                  # it has a ViT and no text encoder
+    has_question: bool = False              # it becomes a VideoToText that answers questions, else a ClusterSTM
+    num_frames: int = 4                     # frames of a clip in its training
+    max_length: int = 32                    # tokens of a text in its training
+    task_kinds: tuple[str, ...] = ()        # kinds of tasks that it can be fine-tuned for
 
 
-def vit(prefix: str) -> dict[str, str]:
-    return {prefix + theirs: "vit." + ours for theirs, ours in {
-        "patch_embed.proj.*": "embed.*", "blocks.*.norm*": "blocks.*.norm*",
+def vit_rules(prefix: str) -> dict[str, str]:
+    return {prefix + key: "vit." + name for key, name in {
+        "patch_embed.proj.*": "patch_embed.*", "blocks.*.norm*": "blocks.*.norm*",
         "blocks.*.attn.qkv.weight": "blocks.*.qkv.weight", "blocks.*.attn.(q_bias, 0, v_bias)": "blocks.*.qkv.bias",
         "blocks.*.attn.proj.*": "blocks.*.proj.*", "blocks.*.mlp.fc*": "blocks.*.fc*", "norm.*": "norm.*",
     }.items()}
@@ -69,217 +83,282 @@ VISION, TEXT, DECODER = "vision_encoder.encoder.", "text_encoder.", "text_decode
 WORDS = "bert.embeddings.word_embeddings.weight"
 HEADS = {"vision_encoder.pool_norm.*": "pool_norm.*", "vision_proj.*": "vision_proj.*", "text_proj.*": "text_proj.*",
          "itm_head.*": "itm_head.*", "temp": "temp"}
-ALIGNMENT, BUFFER = "- alignment with CLIP, where we have MRM", "- a buffer: 0, 1, 2, ..."
 HEAD_NAMES = tuple(name.rstrip("*") for name in HEADS.values())
+ALIGNMENT, BUFFER = "- aligns with CLIP, for which this project has MRM", "- a buffer: 0, 1, 2, ..."
 
 
-def bert(theirs: str, ours: str) -> dict[str, str]:
-    """A BERT and its head, whose decoder is the word embedding."""
-    return {theirs + "bert.embeddings.position_ids": BUFFER, theirs + "bert.*": ours + "bert.*",
-            theirs + "cls.predictions.decoder.weight": f"= {ours}{WORDS}",
-            theirs + "cls.predictions.decoder.bias": f"= {ours}cls.predictions.bias",
-            theirs + "cls.predictions.*": ours + "cls.predictions.*"}
+def bert_rules(prefix: str, new_prefix: str) -> dict[str, str]:
+    """A BERT with its MLM head, whose output matrix is the word embedding."""
+    return {prefix + "bert.embeddings.position_ids": BUFFER, prefix + "bert.*": new_prefix + "bert.*",
+            prefix + "cls.predictions.decoder.weight": f"= {new_prefix}{WORDS}",
+            prefix + "cls.predictions.decoder.bias": f"= {new_prefix}cls.predictions.bias",
+            prefix + "cls.predictions.*": new_prefix + "cls.predictions.*"}
 
 
-TUNED = vit(VISION) | {TEXT + "embeddings.position_ids": BUFFER, TEXT + "*": "bert.bert.*"}
+FINETUNED = vit_rules(VISION) | {TEXT + "embeddings.position_ids": BUFFER, TEXT + "*": "bert.bert.*"}
 
 FAMILIES = {
-    "UMT stage 1": Family(("encoder.blocks.*",), vit("encoder.") | {"clip_decoder.*": ALIGNMENT},
-                          new=("bert.", "decoder.", *HEAD_NAMES), alone=True, frames=8),
+    "UMT stage 1": Family(("encoder.blocks.*",), vit_rules("encoder.") | {"clip_decoder.*": ALIGNMENT},
+                          ("bert.", "decoder.", *HEAD_NAMES), vit_only=True, num_frames=8),
     "UMT stage 2": Family(
-        (VISION + "blocks.*", TEXT + "bert.*"), vit(VISION) | HEADS | bert(TEXT, "bert.") | {
-            "clip_teacher.*": "- UMT's teacher, no part of the student", "vision_encoder.clip_decoder.*": ALIGNMENT},
-        new=("decoder.",)),
-    # Its encoder has no head of words; its decoder, which looks at the states of the question, has one of its own.
-    "UMT QA": Family((VISION + "blocks.*", TEXT + "encoder.*", DECODER + "*"), bert(DECODER, DECODER) | TUNED,
-                     new=("bert.cls.",), asks=True, frames=12, length=25, tuned=("qa",)),
-    "UMT retrieval": Family((VISION + "blocks.*", TEXT + "encoder.*"), TUNED | HEADS,
-                            new=("bert.cls.", "decoder."), frames=12, tuned=("retrieval", "choice")),
+        (VISION + "blocks.*", TEXT + "bert.*"), vit_rules(VISION) | HEADS | bert_rules(TEXT, "bert.") | {
+            "clip_teacher.*": "- UMT's teacher", "vision_encoder.clip_decoder.*": ALIGNMENT}, ("decoder.",)),
+    # The encoder has no MLM head. The decoder, which attends to the states of the question, has one of its own.
+    "UMT QA": Family((VISION + "blocks.*", TEXT + "encoder.*", DECODER + "*"), bert_rules(DECODER, DECODER) | FINETUNED,
+                     ("bert.cls.",), has_question=True, num_frames=12, max_length=25, task_kinds=("qa",)),
+    "UMT retrieval": Family((VISION + "blocks.*", TEXT + "encoder.*"), FINETUNED | HEADS, ("bert.cls.", "decoder."),
+                            num_frames=12, task_kinds=("retrieval", "choice")),
 }
 
 
-def look_up(rules: dict[str, str], key: str) -> str | None:
-    """What the first rule that fits says of the key, its stars filled in; None where none fits."""
-    for pattern, says in rules.items():
-        if fits := re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), key):
-            for star in fits.groups():
-                says = says.replace("*", star, 1)
-            return says
+def match_rule(rules: dict[str, str], key: str) -> str | None:
+    """The right side of the first rule that matches the key, its stars replaced. None if no rule matches."""
+    for pattern, result in rules.items():
+        if match := re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), key):
+            for part in match.groups():
+                result = result.replace("*", part, 1)
+            return result
     return None
 
 
-# Reading
-
-def misfit(file: str, key: str, found, wanted) -> ValueError:
-    return ValueError(f"{file}: {key} is {found}, wanted {wanted}")
+def mismatch(file: str, key: str, expected, value) -> ValueError:
+    return ValueError(f"{file}: {key} must be {expected}, got {value}")
 
 
-class StandIn(dict):
-    """In place of a class or a function that a pickle names: takes whatever it is given and does nothing."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a file
+
+class InertClass(dict):
+    """Takes the place of a class or function that a pickle names: it accepts any arguments and does nothing."""
     __hash__ = object.__hash__
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
-PLAIN = "collections.OrderedDict", "torch.Size", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+SAFE_NAMES = ("collections.OrderedDict", "torch.Size", "torch._utils._rebuild_tensor_v2",
+              "torch._utils._rebuild_parameter")
 
 
-def stand_ins(strange: set[str]) -> SimpleNamespace:
-    """A pickle module that knows what tensors want; all else that a file names is a StandIn, and told in `strange`."""
+def inert_pickle(replaced: set[str]) -> SimpleNamespace:
+    """A pickle module for torch.load that imports only what tensors need. Other names are added to `replaced`."""
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            if f"{module}.{name}" in PLAIN or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+            if f"{module}.{name}" in SAFE_NAMES or is_dtype:
                 return super().find_class(module, name)
-            strange.add(f"{module}.{name}")
-            return type(name, (StandIn,), {})
+            replaced.add(f"{module}.{name}")
+            return type(name, (InertClass,), {})
 
-    return SimpleNamespace(__name__="stand_ins", Unpickler=Unpickler, load=lambda f, **how: Unpickler(f, **how).load())
+    return SimpleNamespace(__name__="inert_pickle", Unpickler=Unpickler,
+                           load=lambda f, **options: Unpickler(f, **options).load())
 
 
-def read(file: str, trust: bool, told: list) -> tuple[dict[str, Tensor], str, Family]:
-    """A file's keys, flat or under "model", and their tensors; its row of FAMILIES."""
-    strange = set()
-    how = {"weights_only": False, "pickle_module": stand_ins(strange)} if trust else {"weights_only": True}
+def read(file: str, trust: bool, report: list[str]) -> tuple[dict[str, Tensor], str, Family]:
+    """Read a file whose tensors are at the top or under "model" -> (tensors by key, title of the family, family)."""
+    replaced = set()
+    options = {"weights_only": False, "pickle_module": inert_pickle(replaced)} if trust else {"weights_only": True}
     try:
-        saved = torch.load(file, map_location="cpu", **how)
+        content = torch.load(file, map_location="cpu", **options)
     except OSError:
         raise
-    except Exception as error:          # an unpickler can raise anything at a file that is no pickle
-        if not trust and (more := re.search(r"GLOBAL ([\w.]+)", str(error))):
-            raise ValueError(f"{file}: its pickle wants {more[1]}, which is no tensor; UMT's own training writes such "
-                             "files. --trust opens it, with inert stand-ins for what is no tensor") from None
-        raise ValueError(f"{file} is no checkpoint that torch.load can read: {type(error).__name__} "
-                         f"{str(error).split('WeightsUnpickler error: ')[-1]!r:.120}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{file} holds a {type(saved).__name__}, wanted a dict of tensors")
-    told += [f"stand-in {name}" for name in sorted(strange)]
-    if isinstance(saved.get("model"), dict):
-        told += [f"beside   {key}: not of the model" for key in saved if key != "model"]
-        saved = saved["model"]
-    saved = {str(key): x for key, x in saved.items()}
+    except Exception as error:          # an unpickler can raise anything if a file is no pickle
+        if not trust and (name := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            raise ValueError(f"{file}: its pickle needs {name[1]}, which is no tensor, as in files that UMT's own "
+                             "training writes; --trust opens it without running its code") from None
+        reason = str(error).split("WeightsUnpickler error: ")[-1]
+        raise ValueError(f"{file} is not a checkpoint that torch.load can read: {type(error).__name__} "
+                         f"{reason!r:.120}") from None
+    if not isinstance(content, dict):
+        raise mismatch(file, "the content", "a dict of tensors", f"a {type(content).__name__}")
+    report += [f"replaced {name} by an object that does nothing" for name in sorted(replaced)]
+    if isinstance(content.get("model"), dict):
+        report += [f"ignored  {key}: outside of the model" for key in content if key != "model"]
+        content = content["model"]
+    weights = {str(key): x for key, x in content.items()}
     for title, family in FAMILIES.items():
-        if all(any(look_up({mark: "fits"}, key) for key in saved) for mark in family.marks):
-            if other := [key for key, x in saved.items() if not isinstance(x, Tensor)]:
-                raise misfit(file, other[0], f"a {type(saved[other[0]]).__name__}", "a tensor")
-            return saved, title, family
-    raise ValueError(f"{file} is of no known family: its keys are {', '.join([*saved][:4]) or 'none'}, ...; known are "
-                     f"{', '.join(FAMILIES)}")
+        if all(any(match_rule({pattern: ""}, key) is not None for key in weights) for pattern in family.signature):
+            for key, x in weights.items():
+                if not isinstance(x, Tensor):
+                    raise mismatch(file, key, "a tensor", f"a {type(x).__name__}")
+            return weights, title, family
+    raise mismatch(file, "its family", f"one of {', '.join(FAMILIES)}",
+                   f"the keys {', '.join([*weights][:4]) or 'of an empty dict'}, ...")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Converting
 
-def sizes(family: Family, shapes: dict[str, tuple], file: str, back: dict[str, str]) -> ModelConfig:
-    """The student's, read off the shapes, which go by our names; `back` leads to theirs."""
-    def shape(name, n, wide=None):
-        have = shapes.get(name, ())
-        if len(have) != n or wide is not None and have[wide] not in range(64, 2 ** 16, 64):
-            wanted = f"of {n} dimensions" + f", number {wide} of heads of 64 channels" * (wide is not None)
-            raise misfit(file, look_up(back, name), have or "not there", wanted)
-        return have
+def join_qv_bias(weights: dict[str, Tensor], file: str) -> dict[str, Tensor]:
+    """
+    Replace q_bias and v_bias by one bias of q, k and v, under the key "(q_bias, 0, v_bias)".
 
-    layers = lambda pattern: [int(found[1]) for name in shapes if (found := re.match(pattern, name))]
-    C, *_, p = shape("vit.embed.weight", 5, 0)
-    usual = PRESETS["large" if C >= 1024 else "base"].model
-    cfg = replace(usual, patch=p, width=C, heads=C // 64, depth=1 + max(layers(r"vit\.blocks\.(\d+)\."), default=-1))
-    if not family.alone:
-        words, D = shape("bert." + WORDS, 2, 1)
-        embed = cfg.embed if family.asks else shape("vision_proj.weight", 2)[0]
-        cfg = replace(cfg, vocab=words, mask_id=MASK_ID, embed=embed, target=C, text_width=D, text_heads=D // 64,
-                      text_length=family.length,
-                      text_depth=1 + max(layers(r"bert\.bert\.encoder\.layer\.(\d+)\."), default=-1),
-                      fusion=len({*layers(r"bert\.bert\.encoder\.layer\.(\d+)\.crossattention\.")}) or 1)
-    have, wanted = ((c.depth, c.text_depth, c.fusion) for c in (cfg, usual))
-    if C == usual.width and have != wanted:
-        raise misfit(file, f"the number of blocks, text layers, fusion layers at width {C}", have, wanted)
-    return cfg
-
-
-def with_biases(saved: dict[str, Tensor], file: str) -> dict[str, Tensor]:
-    """Their attention has no bias of k: q_bias and v_bias, 0 between them, go by a key of their own."""
-    for stem in dict.fromkeys(key[:-6] for key in saved if key.endswith((".q_bias", ".v_bias"))):
-        q, v = (saved.pop(stem + name, torch.empty(0)) for name in ("q_bias", "v_bias"))
+    UMT's attention has no bias of k.
+    """
+    weights = dict(weights)
+    for stem in dict.fromkeys(key[:-6] for key in weights if key.endswith((".q_bias", ".v_bias"))):
+        q, v = (weights.pop(stem + name, torch.empty(0)) for name in ("q_bias", "v_bias"))
         if q.shape != v.shape or q.ndim != 1:
-            raise misfit(file, stem + "q_bias, v_bias", (*q.shape, *v.shape), "two of one length")
-        saved[stem + "(q_bias, 0, v_bias)"] = torch.cat([q, torch.zeros_like(q), v])
-    return saved
+            raise mismatch(file, stem + "q_bias and v_bias", "vectors of one length", f"{(*q.shape, *v.shape)}")
+        weights[stem + "(q_bias, 0, v_bias)"] = torch.cat([q, torch.zeros_like(q), v])
+    return weights
 
 
-def convert(family: Family, saved: dict[str, Tensor], file: str, told: list) -> tuple[nn.Module, ModelConfig]:
-    """Our model with their weights. What became of each key, and what is new, is told."""
-    saved, origin, tied = with_biases(dict(saved), file), {}, {}
-    back = {says: key for key, says in family.rules.items() if says[0] not in "-="}
-    for key, x in saved.items():
-        says = look_up(family.rules, key)
-        if says is None:
-            raise misfit(file, key, tuple(x.shape), "no such key: no rule of FAMILIES in tools/convert.py fits it")
-        how = "taken" if says == key else "joined" if key.endswith(")") else "renamed"
-        how, sign = {"-": ("skipped", ":"), "=": ("tied", " =")}.get(says[0], (how, " ->"))
-        what = says.lstrip("-= ")
-        told.append(f"{how:9}{key} {tuple(x.shape)} {str(x.dtype)[6:]}{sign} {what}")
-        {"tied": tied, "skipped": {}}.get(how, origin)[what] = key
-    cfg = sizes(family, {name: tuple(saved[key].shape) for name, key in origin.items()}, file, back)
+def map_keys(family: Family, weights: dict[str, Tensor], file: str,
+             report: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Report each key -> (our name: its key, our name: the key of a copy of this weight)."""
+    keys, copies = {}, {}
+    for key, x in weights.items():
+        result = match_rule(family.rules, key)
+        if result is None:
+            raise mismatch(file, key, "absent, as no rule of FAMILIES matches it", tuple(x.shape))
+        sign, name = {"-": ":", "=": " ="}.get(result[0], " ->"), result.lstrip("-= ")
+        if sign == ":":
+            action = "skipped"
+        elif sign == " =":
+            action, copies[name] = "tied", key
+        else:
+            action = "taken" if name == key else "joined" if key.endswith(")") else "renamed"
+            keys[name] = key
+        report.append(f"{action:9}{key} {tuple(x.shape)} {str(x.dtype)[6:]}{sign} {name}")
+    return keys, copies
+
+
+def infer_configs(family: Family, shapes: dict[str, tuple], file: str, key_rules: dict[str, str]) -> dict:
+    """
+    Infer the student's configs from the shapes of weights, by our names -> part of config.json: its dataclass.
+
+    key_rules lead from our names to UMT's keys, for error messages.
+    """
+    def find_shape(name, ndim, width_axis=None):
+        shape = shapes.get(name)
+        if shape is None or len(shape) != ndim or (
+                width_axis is not None and shape[width_axis] not in range(64, 2 ** 16, 64)):
+            heads = f", number {width_axis} a multiple of the 64 channels of a head" * (width_axis is not None)
+            raise mismatch(file, match_rule(key_rules, name), f"of {ndim} dimensions{heads}",
+                           "no weight" if shape is None else shape)
+        return shape
+
+    def layers(pattern):
+        return {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
+
+    C, *_, patch_size = find_shape("vit.patch_embed.weight", 5, 0)
+    preset = PRESETS["large" if C >= 1024 else "base"]
+    vit = replace(preset.vit, patch_size=patch_size, width=C, heads=C // 64,
+                  depth=1 + max(layers(r"vit\.blocks\.(\d+)\."), default=-1))
+    configs, layer_counts, usual_counts = {"vit": vit}, [vit.depth], [preset.vit.depth]
+    if not family.vit_only:
+        vocab_size, D = find_shape("bert." + WORDS, 2, 1)
+        embed_dim = preset.model.embed_dim if family.has_question else find_shape("vision_proj.weight", 2)[0]
+        layer = r"bert\.bert\.encoder\.layer\.(\d+)\."
+        text = configs["text"] = replace(
+            preset.text, width=D, heads=D // 64, depth=1 + max(layers(layer), default=-1),
+            fusion_layers=len(layers(layer + r"crossattention\.")) or 1, vocab_size=vocab_size, mask_token_id=MASK_ID,
+            max_length=family.max_length)
+        configs["model"] = replace(preset.model, embed_dim=embed_dim, target_dim=C)
+        layer_counts += text.depth, text.fusion_layers
+        usual_counts += preset.text.depth, preset.text.fusion_layers
+    if C == preset.vit.width and layer_counts != usual_counts:
+        raise mismatch(file, f"the number of blocks, text layers and fusion layers of width {C}", usual_counts,
+                       layer_counts)
+    return configs
+
+
+def build_model(family: Family, configs: dict) -> nn.Module:
+    """A model with random weights, which depend on SEED alone; a ViT by itself is under the name "vit"."""
     with torch.random.fork_rng([]):
         torch.manual_seed(SEED)
-        if family.alone:
-            model = nn.ModuleDict({"vit": ViT(*(getattr(cfg, name) for name in VIT))})
-        else:
-            model = VideoToText(cfg, asks=True) if family.asks else ClusterSTM(cfg)
-    state, weights = model.state_dict(), {}
-    wanted = {name: tuple(x.shape) for name, x in state.items() if not name.startswith(family.new)}
-    wanted["vit.embed.weight"] = cfg.width, 3, 1, cfg.patch, cfg.patch      # a Conv3d over one frame
-    for name in [*wanted, *(name for name in origin if name not in wanted)]:
-        key = origin.get(name) or look_up(back, name)
-        have = tuple(saved[key].shape) if key in saved else "not there"
-        if have != wanted.get(name):
-            raise misfit(file, key, have, wanted.get(name, f"no such key: a model of these sizes has no {name}"))
-        weights[name] = saved[key].float().reshape(state[name].shape)
-    for name, key in tied.items():
-        if not torch.equal(saved[key].float(), weights[name]):
-            raise misfit(file, key, f"another than {origin[name]}", "the same, as ours is one for both")
-    told += [f"new      {name} {tuple(x.shape)}: no key becomes it; drawn, seed {SEED}"
-             for name, x in state.items() if name not in weights]
-    model.load_state_dict(state | weights)
-    return model, cfg
+        if family.vit_only:
+            return nn.ModuleDict({"vit": ViT(configs["vit"])})
+        parts = configs["vit"], configs["text"], configs["model"]
+        return VideoToText(*parts, has_question=True) if family.has_question else ClusterSTM(*parts)
 
 
-@torch.no_grad()
-def main(cfg: Config):
-    out = os.path.abspath(cfg.out)
-    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise ValueError(f"{cfg.out} is there already, and is no empty folder")
-    tokenizer, told = data.load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None, []
-    saved, title, family = read(cfg.file, cfg.trust, told)
-    task = find_task(cfg.task) if cfg.task else None
-    if task and task.kind not in family.tuned:
-        raise ValueError(f"{cfg.file}: a file of {title} is not fine-tuned for {cfg.task}, {KINDS[task.kind]}")
-    model, student = convert(family, saved, cfg.file, told)
-    if task:
-        student = replace(student, text_length=task.length)
-    config = {"model_type": "clusterstm" + "-vit" * family.alone, "source": f"{title}: {os.path.basename(cfg.file)}",
-              "model": {name: x for name, x in asdict(student).items() if name in VIT or not family.alone},
-              "new": family.new, "data": {"frames": family.frames, "size": 224}, "mask": {"name": "umt", "ratio": 0.8},
-              "teacher": "", "task": cfg.task}
-    if tokenizer:
-        have = tokenizer.get_vocab_size(), tokenizer.token_to_id("[MASK]")
-        if have != (wanted := "none: a ViT reads no text" if family.alone else (student.vocab, MASK_ID)):
-            raise misfit(cfg.tokenizer, "a tokenizer whose size and id of [MASK]", have, wanted)
-    told.append(f"{cfg.file}, {title}, {len(saved)} keys: "
-                + ", ".join(f"{n} {how}" for how, n in Counter(line.split()[0] for line in told).items()))
-    if family.tuned and not task:
-        told.append("task is not told, so eval.py takes as many frames as of a pretrained model: --task names it, or "
-                    f"eval.py --frames {family.frames}")
-    if not (tokenizer or family.alone):
-        told.append("tokenizer.json is missing, which eval.py wants: --tokenizer adds bert-base-uncased's")
+def convert(family: Family, weights: dict[str, Tensor], file: str, report: list[str]) -> tuple[nn.Module, dict]:
+    """
+    Build our model with UMT's weights -> (model, its configs by part of config.json).
+
+    The report gets a line for each key of the file, and for each weight that the file does not have.
+    """
+    weights = join_qv_bias(weights, file)
+    keys, copies = map_keys(family, weights, file, report)
+    key_rules = {name: key for key, name in family.rules.items() if name[0] not in "-="}
+    configs = infer_configs(family, {name: tuple(weights[key].shape) for name, key in keys.items()}, file, key_rules)
+    model = build_model(family, configs)
+    state, loaded = model.state_dict(), {}
+    expected = {name: tuple(x.shape) for name, x in state.items() if not name.startswith(family.new_prefixes)}
+    vit = configs["vit"]
+    expected["vit.patch_embed.weight"] = vit.width, 3, 1, vit.patch_size, vit.patch_size    # a Conv3d over one frame
+    for name in [*expected, *(name for name in keys if name not in expected)]:
+        key = keys.get(name) or match_rule(key_rules, name)
+        shape = tuple(weights[key].shape) if key in weights else "no weight"
+        if shape != expected.get(name):
+            raise mismatch(file, key, expected.get(name, f"absent, as a model of these sizes has no {name}"), shape)
+        loaded[name] = weights[key].float().reshape(state[name].shape)
+    for name, key in copies.items():
+        if not torch.equal(weights[key].float(), loaded[name]):
+            raise mismatch(file, key, f"equal to {keys[name]}, as the two are one weight here", "other values")
+    report += [f"new      {name} {tuple(x.shape)}: not in the file; initialised with seed {SEED}"
+               for name, x in state.items() if name not in loaded]
+    model.load_state_dict(state | loaded)
+    return model, configs
+
+
+def check_tokenizer(tokenizer, path: str, family: Family, configs: dict):
+    """Raise a ValueError unless the tokenizer's vocabulary is that of the file's word embedding."""
+    if family.vit_only:
+        raise ValueError(f"--tokenizer must be empty for a file that has a ViT alone, got {path}")
+    expected = configs["text"].vocab_size, MASK_ID
+    sizes = tokenizer.get_vocab_size(), tokenizer.token_to_id("[MASK]")
+    if sizes != expected:
+        raise mismatch(path, "its size and the id of [MASK]", expected, sizes)
+
+
+def write_folder(out: str, config: dict, report: list[str], model: nn.Module, tokenizer):
+    """Write the folder `out`, complete or not at all."""
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=os.path.basename(out) + ".", dir=os.path.dirname(out)) as folder:
-        data.write_atomically(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
-        data.write_atomically(os.path.join(folder, "report.txt"), "\n".join(told) + "\n")
+        atomic_write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
+        atomic_write_text(os.path.join(folder, "report.txt"), "\n".join(report) + "\n")
         if tokenizer:
             tokenizer.save(os.path.join(folder, "tokenizer.json"))
         save_weights(model, folder)
         os.chmod(folder, 0o755)                     # temporary folders are private
         os.replace(folder, out)
-    print(*told, f"written to {cfg.out}", sep="\n")
+
+
+@torch.no_grad()
+def main(cfg: Config):
+    """Convert as `cfg` says, and print the report."""
+    out, report, tokenizer = os.path.abspath(cfg.out), [], None
+    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise ValueError(f"out must be a new or an empty folder, got {cfg.out}, which exists")
+    if cfg.tokenizer:
+        tokenizer = load_tokenizer(cfg.tokenizer)
+    weights, title, family = read(cfg.file, cfg.trust, report)
+    task = get_task(cfg.task) if cfg.task else None
+    if task and task.kind not in family.task_kinds:
+        kinds = " or ".join(TASK_KINDS[kind] for kind in family.task_kinds)
+        raise ValueError(f"{cfg.file}: task must be {kinds or 'empty'} for a file of {title}, got {cfg.task}, "
+                         f"{TASK_KINDS[task.kind]}")
+    model, configs = convert(family, weights, cfg.file, report)
+    if task:
+        configs["text"] = replace(configs["text"], max_length=task.max_text_length)
+    if tokenizer:
+        check_tokenizer(tokenizer, cfg.tokenizer, family, configs)
+    counts = Counter(line.split()[0] for line in report)
+    report.append(f"{cfg.file}, {title}, {len(weights)} keys: "
+                  + ", ".join(f"{n} {action}" for action, n in counts.items()))
+    if family.task_kinds and not task:
+        report.append("--task was not given, so eval.py takes as many frames as for a pretrained model; give the task, "
+                      f"or call eval.py --frames {family.num_frames}")
+    if not (tokenizer or family.vit_only):
+        report.append("tokenizer.json is missing, which eval.py needs: --tokenizer adds that of bert-base-uncased")
+    config = {"model_type": "clusterstm" + "-vit" * family.vit_only, "source": f"{title}: {os.path.basename(cfg.file)}",
+              **{part: asdict(values) for part, values in configs.items()}, "new": family.new_prefixes,
+              "data": {"num_frames": family.num_frames, "image_size": 224}, "mask": {"name": "umt", "ratio": 0.8},
+              "teacher": "", "task": cfg.task}
+    write_folder(out, config, report, model, tokenizer)
+    print(*report, f"written to {cfg.out}", sep="\n")
 
 
 if __name__ == "__main__":
-    data.command("tools.convert", lambda: main(tyro.cli(Config)))
+    run_cli("tools.convert", lambda: main(tyro.cli(Config, prog="python -m tools.convert")))

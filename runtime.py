@@ -1,0 +1,700 @@
+"""
+What a run needs besides the method: files, weights on disk, processes, collectives, random generators, checkpoints.
+
+A run writes to one folder:
+
+    out/NAME/lock                       locked while the run lasts
+    out/NAME/config.json, command.txt   its settings and its command line, written when it begins
+    out/NAME/run_state.json             what --resume must not change: micro-batch sizes, a digest of the annotations
+    out/NAME/checkpoints/STAGE-STEP.pt  the newest training states; each is complete or absent
+    out/NAME/log.jsonl                  losses
+    out/NAME/bad_media.jsonl            videos that could not be read, with the reason
+
+A checkpoint holds no random state and no position in the data: both are functions of (seed, step). A resumed run
+therefore continues bit for bit on as many ranks, and to rounding on another number of ranks.
+
+This file imports no other file of the project.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import typing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import timedelta
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+STAGES = ("teacher", "text", "pretrain", "unmasked", "finetune")
+
+# Settings that may differ when a run is resumed.
+MAY_CHANGE_ON_RESUME = (
+    "resume", "stage", "device", "log_every", "save_every", "keep_checkpoints", "max_skipped_steps", "compile",
+    "activation_checkpointing", "data.num_workers", "data.frame_cache", "data.resize_on_device", "data.max_unreadable",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+@contextmanager
+def atomic_write(path: str):
+    """Open a binary file that appears at `path` complete or not at all, even if the machine loses power."""
+    folder, name = os.path.split(path)
+    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp", delete=False) as f:
+        try:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)             # temporary files are private by default
+            os.replace(f.name, path)
+        except BaseException:
+            os.remove(f.name)
+            raise
+    directory = os.open(folder or ".", os.O_RDONLY)         # the new name must reach the disk too
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def atomic_write_text(path: str, text: str):
+    """Write a UTF-8 text file that appears complete or not at all."""
+    with atomic_write(path) as f:
+        f.write(text.encode())
+
+
+def format_error(error: Exception) -> str:
+    """Format the type and message of an exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def shorten(value) -> str:
+    """Return the repr of a value, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def require(ok: bool, path: str, key: str, expected: str, value):
+    """Raise a one-line ValueError that names file, key, expected and actual value, unless ok."""
+    if not ok:
+        raise ValueError(f"{path}: {key} must be {expected}, got {value!r}")
+
+
+def read_json(path: str) -> dict:
+    """Read a file that holds one JSON object."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {format_error(error)}") from None
+    require(isinstance(values, dict), path, "the content", "one JSON object", values)
+    return values
+
+
+def config_from_dict(cls, values: dict, path: str = "", strict: bool = True):
+    """
+    Build the dataclass `cls`, and the dataclasses in it, from a dict read from JSON.
+
+    strict: an unknown key is a ValueError that names it, as in config files of this project. Otherwise unknown keys are
+    dropped, as is right for Hugging Face configs.
+    """
+    known = {f.name: f for f in fields(cls)}
+    unknown = [key for key in values if key not in known]
+    if strict and unknown:
+        raise ValueError(f"{path or cls.__name__}: {cls.__name__} has no field {unknown[0]!r}; its fields are "
+                         f"{', '.join(known)}")
+    arguments = {}
+    for key in known.keys() & values.keys():
+        kind, value = known[key].type, values[key]
+        if is_dataclass(kind) and isinstance(value, dict):
+            value = config_from_dict(kind, value, path, strict)
+        elif typing.get_origin(kind) is tuple and isinstance(value, list):
+            value = tuple(value)
+        arguments[key] = value
+    return cls(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders with weights
+
+def resolve_checkpoint(name: str, what: str) -> str:
+    """
+    Return the folder of a checkpoint: `name` if it is a folder, else the hub id `name` from the hub or its cache.
+
+    what: "a SigLIP", "a BERT", ... for the error message.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return name
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"{name} is not a folder of {what}: there is no such folder")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "vocab.txt", "model*.safetensors"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise FileNotFoundError(
+            f"{name} is not a folder of {what}: it is neither at {os.path.abspath(name)} nor in the hub's cache "
+            f"({constants.HF_HUB_CACHE}), and it could not be fetched ({reason}); on a machine with a network: "
+            f"hf download {name} --local-dir {name}",
+        ) from None
+
+
+def read_checkpoint(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
+    """Read config.json and model.safetensors, or its shards, of a folder -> (config, weights by name)."""
+    def require_file(name):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise FileNotFoundError(f"{folder} is not a folder of {what}: it has no {name}")
+        return os.path.join(folder, name)
+
+    config, files, weights = read_json(require_file("config.json")), ["model.safetensors"], {}
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.isfile(index) and not os.path.isfile(os.path.join(folder, files[0])):
+        shards = read_json(index).get("weight_map")
+        require(isinstance(shards, dict), index, "weight_map", "an object: weight name -> file", shards)
+        files = sorted(set(shards.values()))
+    for name in files:
+        try:
+            weights |= load_file(require_file(name))
+        except SafetensorError as error:
+            raise ValueError(f"{os.path.join(folder, name)} is not a safetensors file: {format_error(error)}") from None
+    return config, weights
+
+
+def load_state_dict_strict(model: nn.Module, weights: dict[str, Tensor], path: str, assign: bool = False):
+    """Load every weight of the model, and no other. A ValueError names the first one that does not fit."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    actual = {key: tuple(value.shape) for key, value in weights.items()}
+    for key in [*expected, *(key for key in actual if key not in expected)]:
+        if expected.get(key) != actual.get(key):
+            raise ValueError(f"{path}: {key} must be {expected.get(key, 'absent')}, got {actual.get(key, 'no weight')}")
+    model.load_state_dict(weights, assign=assign)
+
+
+def save_weights(model: nn.Module, folder: str):
+    """Write model.safetensors into the folder, complete or not at all."""
+    path = os.path.join(folder, "model.safetensors")
+    with atomic_write(path) as f:
+        f.write(save({k: v.contiguous() for k, v in model.state_dict().items()}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+def num_cpus() -> int:
+    """Count the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def init_worker():
+    """Initialise a pool worker: one torch thread, and the default SIGTERM handler instead of the trainer's."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def parallel_map(function, items, label: str):
+    """Yield function(item) for each item, in order, from all cores, with a progress bar. A killed worker raises."""
+    count = min(num_cpus(), len(items))
+    with ProcessPoolExecutor(count, initializer=init_worker) as pool:
+        yield from tqdm(pool.map(function, items, chunksize=4), label, total=len(items), disable=None)
+
+
+def run_cli(name: str, function: Callable):
+    """Run a command. A wrong input ends it with one line instead of a traceback, unless TRACEBACK is set."""
+    try:
+        function()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"{name}: {str(error).strip().splitlines()[-1]}")      # a loader process sends its traceback along
+
+
+def select_device(name: str) -> torch.device:
+    """"cpu", "cuda", or "auto" for CUDA if available -> the device of this process. LOCAL_RANK picks the GPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu or auto, got 'cuda': this machine or this build of torch has no CUDA GPU")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return (rank, number of ranks); (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print0(*values):
+    """Print on rank 0 only, at once."""
+    if rank_and_world()[0] == 0:
+        print(*values, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives
+
+def all_gather(x: Tensor) -> Tensor:
+    """x (...) of each rank -> (world, ...), without gradient."""
+    x = x.detach().contiguous()
+    if not dist.is_initialized():
+        return x[None]
+    out = x.new_empty((dist.get_world_size(), *x.shape))
+    dist.all_gather(list(out.unbind(0)), x)
+    return out
+
+
+class AllGatherWithGrad(torch.autograd.Function):
+    """all_gather along the first axis; backward sums the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_gather(x).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.unflatten(0, (dist.get_world_size(), -1)).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """x (b, ...) of each rank -> (world * b, ...), with gradient."""
+    return AllGatherWithGrad.apply(x) if dist.is_initialized() else x
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum x over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def all_gather_lists(items: list) -> list:
+    """Concatenate the lists of all ranks in rank order."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers
+
+class Stream(IntEnum):
+    """What the random numbers of a micro-batch are drawn for."""
+    MASK = 0            # tokens of random masks; the toy text encoder's masked words
+    MLM = 1             # masked words
+    QUERIES = 2         # tokens that the decoder predicts
+    NEG_CLIP = 3        # hard negative clips
+    NEG_TEXT = 4        # hard negative texts
+
+
+def seeded_generator(batch, stream: Stream) -> torch.Generator:
+    """Make the generator of a micro-batch for one purpose. It draws on the CPU: every device gets the same numbers."""
+    return torch.Generator().manual_seed((batch.seed + int(stream) * 0x9E3779B97F4A7C15) % 2 ** 63)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+class SigtermHandler:
+    """
+    Handle SIGTERM. During a step the request is remembered: all ranks stop after the step and save a checkpoint.
+    Elsewhere the process exits at once. The exit code is 0 in both cases.
+    """
+
+    def __init__(self):
+        self.requested = self.deferred = False
+        self.previous = signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, *_):
+        self.requested = True
+        if not self.deferred:
+            sys.exit(0)
+
+    def defer(self):
+        """Remember requests from now on."""
+        self.deferred = True
+
+    def terminate_now(self):
+        """Exit at once from now on, and now if there was a request before."""
+        self.deferred = False
+        if self.requested:
+            sys.exit(0)
+
+    def restore(self):
+        """Restore the handler of SIGTERM before this one."""
+        signal.signal(signal.SIGTERM, self.previous)
+
+
+@dataclass
+class RunContext:
+    """A run in this process: settings, folder, device, rank."""
+    cfg: object
+    folder: str
+    device: torch.device
+    rank: int
+    world: int
+    stop: SigtermHandler | None = None
+    exit_stack: ExitStack = field(default_factory=ExitStack)    # locks and loaders, closed when the run ends
+    group: object = None                        # a gloo group for waits that may last days
+    micro_batch_size: dict[str, int] = field(default_factory=dict)      # stage -> clips a rank holds at once
+    position: dict = field(default_factory=dict)                # {"folder", "step"} of the current stage, for errors
+
+    def barrier(self):
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier(self.group)
+
+    def broadcast(self, value):
+        """Return rank 0's value, on all ranks."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, 0, self.group)
+        return values[0]
+
+    def all_gather_object(self, value) -> list:
+        """Return the values of all ranks, on all ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, self.group)
+        return values
+
+    def rank0_first(self, function: Callable):
+        """Call function() on rank 0 before the other ranks, which then find the files that it wrote."""
+        if self.rank > 0:
+            self.barrier()
+        result = function()
+        if self.rank == 0:
+            self.barrier()
+        return result
+
+    def close(self):
+        """Unlock the folders and restore the handler of SIGTERM."""
+        self.exit_stack.close()
+        if self.stop:
+            self.stop.restore()
+
+
+def init_run(cfg, folders: list[str], device: torch.device) -> tuple[RunContext, bool]:
+    """
+    Join the process group of a torchrun and lock the folders that the run writes to, of which the first is its own.
+
+    -> the run, and whether it resumes: with --resume, or if torchrun restarted the processes. ValueError if another run
+    holds a folder, if a folder holds an earlier run, or if a rank does not see rank 0's folder.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    run = RunContext(cfg, folders[0], device, rank, world)
+    if world > 1:
+        if not dist.is_initialized():
+            # torchrun's store outlives a restart, with the addresses of processes that have ended.
+            store, _, _ = next(dist.rendezvous("env://"))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                    store=dist.PrefixStore(f"start {restarts}", store), timeout=timedelta(hours=1))
+        # Rank 0 decodes and saves alone, which may take hours; the other ranks wait in this group.
+        run.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    # A restart by torchrun comes from the agent that started the run before.
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    owner = f"job {job}" if job != "none" else f"started by process {os.getppid()} of {socket.gethostname()}"
+    error, resume = "", cfg.resume
+    if rank == 0:
+        try:
+            resume = _lock_folders(run, folders, owner, restarts)
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    error, resume, owner = run.broadcast((error, resume, owner))
+    # Rank 0 does not read the lock: closing any file handle of it would release it.
+    lock = os.path.join(folders[0], "lock")
+    if not error and rank > 0 and not (os.path.isfile(lock) and open(lock).read() == owner):    # noqa: SIM115
+        error = (f"rank {rank} on {socket.gethostname()} does not see {folders[0]} of rank 0: all nodes must share the "
+                 "folder")
+    errors = [e for e in run.all_gather_object(error) if e]
+    if errors:
+        run.close()
+        if rank > 0:
+            sys.exit(1)                         # rank 0 reports the error
+        raise ValueError(errors[0])
+    run.stop = SigtermHandler()
+    return run, resume
+
+
+def _lock_folders(run: RunContext, folders: list[str], owner: str, restarts: int) -> bool:
+    """Lock the folders for `owner` on rank 0 -> whether the run resumes. ValueError if they may not be written to."""
+    locks = [run.exit_stack.enter_context(lock_folder(folder)) for folder in folders]
+    resume = run.cfg.resume or bool(restarts) and all(lock.read() == owner for lock in locks)
+    existing = [path for f in folders[::-1] for path in (*list_checkpoints(f), f"{f}/model.safetensors")]
+    existing = list(filter(os.path.isfile, existing))
+    if existing and not resume:
+        raise ValueError(f"{existing[0]} belongs to an earlier run: --resume continues it, another --name starts a new "
+                         "one")
+    if resume and not existing:
+        print(f"{folders[0]}: there is nothing to resume, the run begins", flush=True)
+    for folder in () if resume else folders:
+        for name in ("run_state.json", "bad_media.jsonl", "nonfinite.json"):
+            if os.path.isfile(f"{folder}/{name}"):          # left by a run that ended before its first checkpoint
+                os.remove(f"{folder}/{name}")
+    for lock in locks:                          # written last: a run that was refused must not own the folder
+        lock.truncate(0)
+        lock.write(owner)
+        lock.flush()
+    return resume
+
+
+def lock_folder(folder: str):
+    """Lock a folder until the returned file is closed or the process ends. The file holds the name of the owner."""
+    os.makedirs(folder, exist_ok=True)
+    f = open(os.path.join(folder, "lock"), "a+")     # noqa: SIM115  (the caller closes it)
+    f.seek(0)
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # loader processes would inherit a lock of flock
+    except (BlockingIOError, PermissionError):
+        with f:
+            holder = f.read()
+        raise ValueError(f"{folder} is in use by another run ({holder}); choose another --name") from None
+    return f
+
+
+def pin_to_first_run(folder: str, run: RunContext, name: str, value):
+    """Return the value of `name` in run_state.json, on all ranks. If it is absent, store rank 0's `value` first."""
+    path = os.path.join(folder, "run_state.json")
+    if run.rank == 0:
+        pinned = read_json(path) if os.path.isfile(path) else {}
+        if name not in pinned:
+            atomic_write_text(path, json.dumps(pinned | {name: value}))
+        value = pinned.get(name, value)
+    return run.broadcast(value)
+
+
+def describe_error(error: RuntimeError, run: RunContext) -> Exception:
+    """Turn a lost process or too little memory into a one-line OSError. Any other error is returned unchanged."""
+    text = format_error(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        message = f"the GPU has too little memory: choose a smaller --micro-batch ({text})"
+    elif re.search("DataLoader worker.*(is killed by signal|exited unexpectedly)", text):
+        message = f"a loader process was killed, perhaps for lack of memory ({text})"
+    elif isinstance(error, BrokenProcessPool):
+        message = f"a decoding process was killed, perhaps for lack of memory ({text})"
+    elif run.world > 1 and (isinstance(error, dist.DistError) or re.search("gloo|NCCL|by peer|Broken pipe", text)):
+        message = f"rank {run.rank} has lost another rank ({text})"
+    else:
+        return error
+    step, folder = run.position.get("step", run.folder), run.position.get("folder", run.folder)
+    return OSError(f"{step}: {message}; {resume_hint(folder)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of training
+
+def list_checkpoints(folder: str) -> list[str]:
+    """List the checkpoints in a run's folder, newest first."""
+    checkpoints = []
+    folder = os.path.join(folder, "checkpoints")
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if match := re.fullmatch(r"(\w+)-(\d+)\.pt", name):
+            checkpoints.append((STAGES.index(match[1]), int(match[2]), os.path.join(folder, name)))
+    return [path for *_, path in sorted(checkpoints, reverse=True)]
+
+
+def resume_hint(folder: str) -> str:
+    """Return a clause that says from which checkpoint a failed run can be resumed."""
+    checkpoints = list_checkpoints(folder)
+    return f"--resume continues from {checkpoints[0]}" if checkpoints else "there is no checkpoint yet"
+
+
+class HashingWriter:
+    """A file object that hashes what is written to it, in order."""
+
+    def __init__(self, f):
+        self.f, self.hash = f, hashlib.blake2b()
+
+    def write(self, data) -> int:
+        self.hash.update(data)
+        return self.f.write(data)
+
+    def flush(self):
+        self.f.flush()
+
+
+def save_checkpoint(run: RunContext, stage: str, step: int, model: nn.Module, optimizer, counts: dict):
+    """Write checkpoints/STAGE-STEP.pt, complete or not at all, then remove all but the newest cfg.keep_checkpoints."""
+    path = os.path.join(run.folder, "checkpoints", f"{stage}-{step:07d}.pt")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        with atomic_write(path) as f:
+            writer = HashingWriter(f)
+            torch.save({"stage": stage, "step": step, "counts": counts, "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(), "config": asdict(run.cfg)}, writer)
+            f.write(writer.hash.digest())       # a zip reader ignores what follows the archive
+    except (OSError, RuntimeError) as error:
+        while not isinstance(error, OSError) and error.__context__:     # torch's writer hides the OSError
+            error = error.__context__
+        raise OSError(f"{path} could not be written ({format_error(error)}); {resume_hint(run.folder)}") from None
+    for path in list_checkpoints(run.folder)[run.cfg.keep_checkpoints:]:
+        os.remove(path)
+
+
+def verify_checkpoint(path: str) -> str:
+    """Say what is wrong with a checkpoint; "" if its content has the checksum that was written after it."""
+    content, size = hashlib.blake2b(), os.path.getsize(path)
+    remaining = size - content.digest_size
+    if remaining < 0:
+        return f"it has {size} bytes"
+    with open(path, "rb") as f:
+        while remaining:
+            chunk = f.read(min(remaining, 2 ** 24))
+            content.update(chunk)
+            remaining -= len(chunk)
+        return "" if f.read() == content.digest() else "its checksum is wrong"
+
+
+def latest_checkpoint(run: RunContext) -> str:
+    """Return the newest intact checkpoint, or "". Damaged ones are renamed to *.corrupt and reported."""
+    latest = ""
+    if run.rank == 0:
+        for path in list_checkpoints(run.folder):
+            error = verify_checkpoint(path)
+            if not error:
+                latest = path
+                break
+            os.replace(path, path + ".corrupt")
+            older = list_checkpoints(run.folder)
+            then = f"{older[0]} is tried" if older else "there is none before it, the stage begins again"
+            print(f"{path} is damaged ({error}) and was renamed to {path}.corrupt; {then}", flush=True)
+    return run.broadcast(latest)
+
+
+def remove_temp_files(folder: str):
+    """Remove the files that a killed process was writing. eval-* stays: another process may be writing it now."""
+    for part in (folder, *(os.path.join(folder, name) for name in ("checkpoints", "before_unmasked", "target_cache"))):
+        for name in os.listdir(part) if os.path.isdir(part) else []:
+            if name.endswith(".tmp") and not name.startswith("eval-"):
+                os.remove(os.path.join(part, name))
+
+
+def load_checkpoint(run: RunContext, stage: str, model: nn.Module, optimizer) -> tuple[int, dict]:
+    """
+    Load the newest checkpoint into model and optimizer -> (step to continue from, counts); (0, {}) if it is of another
+    stage or the run does not resume.
+    """
+    if run.rank == 0:
+        remove_temp_files(run.folder)
+    path = latest_checkpoint(run) if run.cfg.resume else ""
+    if not path:
+        return 0, {}
+    # Memory-mapped: the ranks of a host share one copy, and a GPU holds no second copy.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    check_same_config(state["config"], asdict(run.cfg), path)
+    if state["stage"] != stage:
+        return 0, {}
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["counts"]
+
+
+def check_same_config(before: dict, now: dict, path: str, prefix: str = ""):
+    """Raise a ValueError at the first setting that differs and may not change on resume."""
+    for key, value in now.items():
+        value = list(value) if isinstance(value, tuple) else value
+        previous = list(before[key]) if isinstance(before.get(key), tuple) else before.get(key)
+        if prefix + key in MAY_CHANGE_ON_RESUME:
+            continue
+        if isinstance(value, dict):
+            check_same_config(previous or {}, value, path, f"{prefix}{key}.")
+        elif previous != value:
+            raise ValueError(f"{path}: {prefix}{key} must be {previous!r} as when the run began, got {value!r}")
+
+
+def is_finished(folder: str, cfg) -> bool:
+    """Return whether a stage has written its model. ValueError if its newest checkpoint has another configuration."""
+    if not os.path.isfile(os.path.join(folder, "model.safetensors")):
+        return False
+    for path in [path for path in list_checkpoints(folder)[:1] if not verify_checkpoint(path)]:
+        check_same_config(torch.load(path, weights_only=True, mmap=True)["config"], asdict(cfg), path)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs, and asynchronous copies to the host
+
+def truncate_log(path: str, stage: str, step: int):
+    """Drop the rows of log.jsonl that will be written again: those after `step` of `stage`, and of later stages."""
+    if os.path.isfile(path):
+        rows = []
+        with open(path, errors="replace") as f:
+            for i, line in enumerate(f, 1):
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:              # cut by a kill, or zeros after a loss of power
+                    print(f"{path}, line {i} is not JSON and was dropped", flush=True)
+        before = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step)]
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in before))
+
+
+class BadMediaLog:
+    """bad_media.jsonl: {"where", "video", "reason"} of each unreadable video, once, whichever rank read it."""
+
+    def __init__(self, folder: str):
+        self.path, self.seen, self.offset = os.path.join(folder, "bad_media.jsonl"), set(), 0
+
+    def add(self, records: list[dict]):
+        """Append the records whose video is not in the file yet."""
+        new = {record["video"]: record for record in records if record["video"] not in self.seen}
+        if not new:
+            return
+        with open(self.path, "a+b") as f:
+            fcntl.lockf(f, fcntl.LOCK_EX)
+            f.seek(self.offset)                 # read what other ranks have written since
+            for line in f:
+                if not line.endswith(b"\n"):    # the process that wrote it was killed
+                    f.truncate(f.seek(-len(line), os.SEEK_CUR))
+                    break
+                self.seen.add(json.loads(line)["video"])
+            for video, record in new.items():
+                if video not in self.seen:
+                    f.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    self.seen.add(video)
+            f.flush()
+            self.offset = f.tell()
+
+
+class AsyncHostCopy:
+    """A copy of a device tensor to the host that is waited for only when it is read."""
+
+    def __init__(self, x: Tensor):
+        self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        self.host.copy_(x, non_blocking=True)
+        self.event = torch.cuda.Event() if x.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def wait(self) -> Tensor:
+        """Wait for the copy -> the host tensor."""
+        if self.event:
+            self.event.synchronize()
+        return self.host
+
+    def tolist(self) -> list[float]:
+        return self.wait().tolist()

@@ -1,0 +1,340 @@
+"""
+What the student learns from: the teacher's outputs for a batch, and their cache on disk.
+
+    compute_targets(teacher, batch, mask, ratio) -> TeacherTargets      one batch
+    TargetProvider(run, teacher, dataset)(batches) -> TeacherTargets of each batch, cached if possible     pretraining
+    VisibleIdCache(run, grid_fn)(batch) -> TeacherTargets with visible ids alone                           fine-tuning
+
+If clips have a fixed number of views (--data.num-views), each view is seen many times. The teacher runs on it in the
+first pass over all views; later passes read its targets from out/NAME/target_cache/targets.bin and never run the
+teacher. (On a GPU, reading fp16 targets can be slower than computing them again.)
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import to_device
+from masking import keep_count, token_sizes
+from runtime import (
+    AsyncHostCopy,
+    RunContext,
+    Stream,
+    atomic_write_text,
+    check_same_config,
+    print0,
+    read_json,
+    resume_hint,
+    seeded_generator,
+)
+from teacher import SigLIP
+
+if TYPE_CHECKING:
+    from data import Batch, ClipDataset, MixedDataset
+
+
+@dataclass
+class TeacherTargets:
+    """Teacher targets of a batch. In fine-tuning only visible_ids, and token_size if it is used, are set."""
+    visible_ids: Tensor                     # (B, S) int64, flat ids t * N + n of the visible tokens, ascending
+    token_targets: Tensor | None = None     # (B, T, N, E), each token's neighbourhood in the joint space, unit length
+    text_embeds: Tensor | None = None       # (B, E), the captions in the same space, unit length
+    token_size: Tensor | None = None        # (B, S) fp32, how many tokens each visible token represents
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Targets of the tokens with flat ids (B, Q) -> (B, Q, E) fp32."""
+        x = self.token_targets.flatten(1, 2)
+        return x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1])).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Computing targets
+
+@torch.no_grad()
+def compute_targets(
+    teacher: SigLIP, batch: "Batch", mask: Callable, ratio: float, pooling: str = "map", check: bool = True,
+    grid: tuple[int, int] | None = None, with_sizes: bool = False,
+) -> TeacherTargets:
+    """
+    Compute the teacher targets of a batch: visible ids, token targets, caption embeddings and, if with_sizes, how many
+    tokens each visible token represents.
+
+    batch has video (B, T, 3, H, W) uint8, captions and seed. mask is a function like those in masking.MASKS. check says
+    whether the mask looks for a NaN in the tokens, for which the host waits for the device. grid (h, w) is the
+    student's number of patches in a frame; frames are resized if the teacher's patches would differ from it.
+    """
+    B, T = batch.video.shape[:2]
+    with torch.autocast(batch.video.device.type, enabled=False):        # the teacher computes in the dtype it was given
+        pixel_values = teacher.normalize(batch.video.flatten(0, 1), grid)
+        grid = teacher.patch_grid_of(pixel_values)
+        tokens = teacher.forward_features(pixel_values)                                 # (F, N, C)
+        text_embeds = teacher.encode_text(teacher.tokenize(batch.captions))
+        token_targets = teacher.token_embeddings(tokens, grid, pooling).unflatten(0, (B, T))        # (B, T, N, E)
+        tokens = tokens.unflatten(0, (B, T))
+        visible_ids = select_visible(teacher, tokens, mask, ratio, batch.seed, grid, text=text_embeds,
+                                     aligned=token_targets, check=check)
+        return TeacherTargets(visible_ids, token_targets, text_embeds,
+                              token_sizes(tokens, visible_ids) if with_sizes else None)
+
+
+@torch.no_grad()
+def compute_visible_ids(teacher: SigLIP, video: Tensor, mask: Callable, ratio: float, seed: int, grid: tuple[int, int],
+                        with_sizes: bool = False) -> TeacherTargets:
+    """Select visible ids of video (B, T, 3, H, W) uint8 on the student's grid (h, w), and token sizes if with_sizes."""
+    with torch.autocast(video.device.type, enabled=False):
+        tokens = teacher.forward_features(teacher.normalize(video.flatten(0, 1), grid)).unflatten(0, video.shape[:2])
+        visible_ids = select_visible(teacher, tokens, mask, ratio, seed, grid)
+        return TeacherTargets(visible_ids, token_size=token_sizes(tokens, visible_ids) if with_sizes else None)
+
+
+@torch.no_grad()
+def select_visible(teacher: SigLIP, tokens: Tensor, mask: Callable, ratio: float, seed: int,
+                   grid: tuple[int, int] | None = None, **aux) -> Tensor:
+    """Teacher tokens (B, T, N, C) on a grid (h, w) -> flat ids (B, S) of the tokens that the mask leaves visible."""
+    attention = teacher.pool_attention(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+    return mask(tokens, keep_count(tokens.shape[2], ratio), attention=attention, grid=grid or teacher.patch_grid,
+                generator=torch.Generator().manual_seed(seed), **aux)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache of pretraining
+
+class TargetStore:
+    """
+    A file with one record of fixed size for each view:
+
+        token targets (T, N, E) fp16 · one bit for each token, 1 if visible · text embedding (E,) fp32 ·
+        sizes of the visible tokens (T * K,) int16, if with_sizes · CRC-32 of these bytes and the record id
+    """
+
+    def __init__(self, path: str, T: int, N: int, K: int, E: int, with_sizes: bool = False):
+        self.shape, self.num_visible, self.with_sizes = (T, N, E), T * K, with_sizes
+        self.part_bytes = [2 * T * N * E, math.ceil(T * N / 8), 4 * E, 2 * T * K * with_sizes]
+        self.record_bytes = sum(self.part_bytes) + 4
+        self.file = open(path, "r+b", buffering=0)      # noqa: SIM115  (the owner of the store closes it)
+
+    def checksum(self, content, record_id: int) -> bytes:
+        """Hash a record and its id. A record that is read from another record's place then fails like a damaged one."""
+        return zlib.crc32(content, record_id + 1).to_bytes(4, "little")
+
+    def quantize(self, targets: TeacherTargets) -> TeacherTargets:
+        """Convert the targets to the dtypes of the file, so that those just computed equal those read later."""
+        return TeacherTargets(targets.visible_ids, targets.token_targets.half(), targets.text_embeds.float(),
+                              targets.token_size)
+
+    def to_host(self, targets: TeacherTargets) -> list[AsyncHostCopy]:
+        """Start to copy the parts of quantized targets' records to the host."""
+        T, N, _ = self.shape
+        visible = torch.zeros(len(targets.visible_ids), T * N, dtype=torch.bool, device=targets.visible_ids.device)
+        parts = [targets.token_targets, visible.scatter(1, targets.visible_ids, True), targets.text_embeds]
+        if self.with_sizes:
+            parts.append(targets.token_size.to(torch.int16))
+        return list(map(AsyncHostCopy, parts))
+
+    def write(self, record_ids: list[int], parts: list[AsyncHostCopy]):
+        """Write the records of a batch once their parts are on the host."""
+        token_targets, visible, *others = (part.wait().numpy() for part in parts)
+        for record_id, *arrays in zip(record_ids, token_targets, np.packbits(visible, 1), *others, strict=True):
+            record = b"".join(array.tobytes() for array in arrays)
+            record += self.checksum(record, record_id)
+            if os.pwrite(self.file.fileno(), record, record_id * self.record_bytes) < self.record_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read(self, record_ids: list[int], device: torch.device) -> TeacherTargets | None:
+        """Read the targets of a batch. None if any record is missing or damaged."""
+        T, N, _ = self.shape
+        buffer = torch.empty(len(record_ids), self.record_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for record_id, record in zip(record_ids, buffer.numpy(), strict=True):
+            count = os.preadv(self.file.fileno(), [record], record_id * self.record_bytes)
+            if count < self.record_bytes or self.checksum(record[:-4], record_id) != record[-4:].tobytes():
+                return None
+        # The parts are cloned because a part in the middle of a record may not be aligned for its dtype.
+        token_targets, bits, text_embeds, token_size, _ = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in to_device(buffer, device).split([*self.part_bytes, 4], 1))
+        bits = bits[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=device) & 1     # (B, TN / 8, 8)
+        masked = 1 - bits.flatten(1)[:, :T * N]
+        return TeacherTargets(
+            visible_ids=masked.argsort(dim=1, stable=True)[:, :self.num_visible],
+            token_targets=token_targets.view(torch.float16).unflatten(1, self.shape),
+            text_embeds=text_embeds.view(torch.float32),
+            token_size=token_size.view(torch.int16).float() if self.with_sizes else None)
+
+
+class TargetProvider:
+    """
+    Provide the teacher targets of a step's micro-batches in pretraining: list of batches -> list of TeacherTargets.
+
+    Targets are computed and stored in the first pass over all views, and read after it. Nothing is cached if views are
+    not fixed or for a reason in `disabled_because`.
+    """
+
+    def __init__(self, run: RunContext, teacher: SigLIP, dataset: "ClipDataset | MixedDataset"):
+        cfg = run.cfg
+        self.run, self.teacher, self.num_views = run, teacher, cfg.data.num_views
+        self.folder, self.pending = os.path.join(run.folder, "target_cache"), []
+        self.grid = (cfg.data.image_size // cfg.vit.patch_size,) * 2        # one teacher token for each student patch
+        one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
+        self.disabled_because = [reason for reason, holds in (
+            ("the data has images", bool(cfg.data.image_corpora)),
+            ("a view is seen less than twice", cfg.steps * cfg.batch < 2 * self.num_views * len(dataset)),
+            ("the run has several hosts", not one_host),
+            (f"mask {cfg.mask.name} draws at random from teacher outputs", cfg.mask.stochastic and not
+             cfg.mask.shape_only),
+            (f"the token sizes of mask {cfg.mask.name} are random", cfg.mask.stochastic and cfg.model.proportional),
+        ) if holds]
+        self.enabled = self.num_views > 0 and not self.disabled_because
+        if self.enabled:
+            self.first_pass_end = math.ceil(self.num_views * len(dataset) / cfg.batch) * cfg.batch  # a sample number
+            self.synced = False
+            self.open(len(dataset))
+        elif self.num_views:
+            print0("the teacher runs at every step, its targets are not cached: " + " and ".join(self.disabled_because))
+
+    def __call__(self, batches: "list[Batch]") -> list[TeacherTargets]:
+        if not self.enabled:
+            return [self.compute(b) for b in batches]
+        self.flush()
+        if batches[0].first_sample < self.first_pass_end:
+            return [self.compute_and_store(b) for b in batches]
+        if not self.synced:             # no rank reads before all ranks have written
+            self.run.barrier()
+            self.synced = True
+        return [self.lookup(b) or self.compute_and_store(b) for b in batches]
+
+    def open(self, num_clips: int):
+        """Open the file. A resumed run continues with the one it has, a new run begins an empty one."""
+        run, cfg = self.run, self.run.cfg
+        path, config_path = (os.path.join(self.folder, name) for name in ("targets.bin", "config.json"))
+        if cfg.resume and os.path.isfile(config_path):
+            check_same_config(read_json(config_path), asdict(cfg), config_path)
+        run.barrier()
+        N, E = self.grid[0] * self.grid[1], self.teacher.cfg.vision_config.hidden_size
+        if run.rank == 0:
+            if not (cfg.resume and os.path.isfile(config_path)):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                os.makedirs(self.folder)
+            if not os.path.isfile(path):
+                open(path, "wb").close()
+        run.barrier()
+        self.store = TargetStore(path, cfg.data.num_frames, N, keep_count(N, cfg.mask.ratio), E, cfg.model.proportional)
+        run.exit_stack.enter_context(self.store.file)
+        if run.rank == 0 and not os.path.isfile(config_path):
+            total, free = self.store.record_bytes * self.num_views * num_clips, shutil.disk_usage(self.folder).free
+            if total > free:
+                raise ValueError(f"{self.folder}: the disk must have {total / 1e9:.3g} GB free for the targets of "
+                                 f"{self.num_views * num_clips} views, got {free / 1e9:.3g} GB; --data.num-views 0 "
+                                 "turns the cache off")
+            if total > 1e9:
+                print0(f"{self.folder} takes {total / 1e9:.3g} GB")
+            atomic_write_text(config_path, json.dumps(asdict(cfg)))
+
+    def compute(self, batch: "Batch") -> TeacherTargets:
+        """Run the teacher on a batch."""
+        cfg = self.run.cfg
+        # On a GPU the mask does not look for a NaN, because the host would wait for it. A NaN makes the loss NaN.
+        check = batch.video.device.type != "cuda"
+        image = cfg.data.image_corpora and batch.video.shape[1] == 1
+        return compute_targets(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio,
+                               cfg.target_pooling, check, self.grid, cfg.model.proportional)
+
+    def compute_and_store(self, batch: "Batch") -> TeacherTargets:
+        """
+        Compute the targets of a batch, quantized as they are stored.
+
+        The records are written at the next call or before a checkpoint, when their copies have reached the host.
+        """
+        targets = self.store.quantize(self.compute(batch))
+        self.pending.append((self.record_ids(batch), self.store.to_host(targets)))
+        return targets
+
+    def lookup(self, batch: "Batch") -> TeacherTargets | None:
+        """
+        Read the cached targets of a batch. None if any record is missing or damaged: it is missing if the video was
+        unreadable in the first pass.
+        """
+        cfg, targets = self.run.cfg, self.store.read(self.record_ids(batch), batch.video.device)
+        if targets and cfg.mask.stochastic:     # the mask uses only shapes: it is drawn again, as compute would draw it
+            targets.visible_ids = cfg.mask(
+                targets.token_targets[..., :1].float(), keep_count(targets.token_targets.shape[2], cfg.mask.ratio),
+                check=False, generator=seeded_generator(batch, Stream.MASK), grid=self.grid)
+        return targets
+
+    def record_ids(self, batch: "Batch") -> list[int]:
+        """Return the record id of each clip's view."""
+        return (batch.clip_ids * self.num_views + batch.view_ids).tolist()
+
+    def flush(self):
+        """Write the pending records."""
+        try:
+            for record_ids, parts in self.pending:
+                self.store.write(record_ids, parts)
+        except OSError as error:
+            raise OSError(f"{self.store.file.name} could not be written ({error.strerror}); "
+                          f"{resume_hint(self.run.folder)}") from None
+        self.pending = []
+
+    def flush_all_ranks(self):
+        """Write the pending records of all ranks. A run that resumes from a checkpoint written after it finds them."""
+        self.flush()
+        if self.enabled:
+            self.run.barrier()
+
+    def delete(self):
+        """Delete the cache, when pretraining is finished."""
+        if self.enabled:
+            self.store.file.close()
+        self.run.barrier()
+        if self.enabled and self.run.rank == 0:
+            shutil.rmtree(self.folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache of fine-tuning
+
+class VisibleIdCache:
+    """
+    Compute the visible ids of a batch's clips in fine-tuning: Batch -> TeacherTargets. Ids of a fixed view are computed
+    once and stay on the device, unless the mask is random.
+    """
+
+    def __init__(self, run: RunContext, grid_fn: Callable, wrap: Callable | None = None):
+        """grid_fn(video) ends in the student's (h, w), as ViT.grid_size does. wrap(teacher) may compile its layers."""
+        cfg = run.cfg
+        if not cfg.teacher:
+            raise ValueError("--teacher must be a SigLIP for --finetune-masked, got '': config.json of --init-from "
+                             "names none")
+        dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+        self.teacher = SigLIP.from_pretrained(cfg.teacher, dtype).to(run.device)
+        self.teacher = wrap(self.teacher) if wrap else self.teacher
+        self.mask, self.grid_fn, self.with_sizes = cfg.mask, grid_fn, cfg.model.proportional
+        self.enabled = cfg.data.num_views > 0 and not cfg.mask.stochastic
+        self.cache = {}                             # (clip id, view id) -> visible ids (S,), and sizes (S,) if used
+
+    def compute(self, video: Tensor, seed: int) -> TeacherTargets:
+        """Run the teacher on video (B, T, 3, H, W) uint8."""
+        return compute_visible_ids(self.teacher, video, self.mask, self.mask.ratio, seed, self.grid_fn(video)[-2:],
+                                   self.with_sizes)
+
+    def __call__(self, batch: "Batch") -> TeacherTargets:
+        if not self.enabled:                        # and the host does not wait for the device
+            return self.compute(batch.video, batch.seed)
+        views = list(zip(batch.clip_ids.tolist(), batch.view_ids.tolist(), strict=True))
+        new = {view: i for i, view in enumerate(views) if view not in self.cache}
+        if new:
+            indices = to_device(torch.tensor([*new.values()]), batch.video.device)
+            targets = self.compute(batch.video[indices], batch.seed)
+            parts = (targets.visible_ids, targets.token_size) if self.with_sizes else (targets.visible_ids,)
+            self.cache.update(zip(new, zip(*parts, strict=True), strict=True))
+        visible_ids, *token_size = map(torch.stack, zip(*(self.cache[view] for view in views), strict=True))
+        return TeacherTargets(visible_ids, token_size=token_size[0] if token_size else None)
