@@ -16,6 +16,7 @@ V2T is txt_r.
 import difflib
 import hashlib
 import json
+import mmap
 import os
 import re
 import sqlite3
@@ -64,8 +65,24 @@ class Annotation:
     source: str = ""                               # annotation file and row, for messages
 
 
+HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")      # a high surrogate without its low one
+
+
+def _check_surrogates(path: str):
+    """Raise a ValueError for half a surrogate pair in a JSON file, which ijson would read as "?" without an error."""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for match in HALF_PAIR.finditer(content):
+            start = match.start()
+            before = content[max(0, start - 64):start]
+            if (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:             # otherwise the backslash is escaped
+                raise ValueError(f"{path}, byte {start}: must be valid Unicode, got half a surrogate pair "
+                                 f"{match.group().decode()}")
+
+
 def _iter_json_list(path: str) -> Iterator:
     count = 0
+    if os.path.getsize(path):
+        _check_surrogates(path)
     with open(path, "rb") as f:
         try:
             if next(ijson.basic_parse(f))[0] == "start_array":
@@ -110,8 +127,7 @@ def iter_annotations(path: str) -> Iterator:
     The file is a JSON list, a .jsonl file with one value per line, or VindLU's SQLite in a .sqlite or .db file, a table
     annos(id, image or video, caption). JSON lists are streamed, because they may be larger than memory.
 
-    The parser of JSON lists is stricter than Python's: NaN, Infinity and integers beyond 64 bits are errors. A high
-    surrogate without its low one, such as "\\ud83d" alone, is read as "?".
+    The parser of JSON lists is stricter than Python's: NaN, Infinity and integers beyond 64 bits are errors.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such annotation file")

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ import eval as evaluation
 from data import Batch, ClipDataset, DataConfig, MixedDataset, load_tokenizer, resolve_tokenizer
 from encoders import Bert, BertLayer, Block, TextEncoderConfig, ViTConfig, bert_config, mask_tokens
 from loop import Stage, train_stage
-from masking import MaskConfig, keep_count
+from masking import MASKS, MaskConfig, keep_count
 from model import ClusterSTM, ModelConfig, VideoToText
 from runtime import (
     RunContext,
@@ -65,7 +65,16 @@ from runtime import (
     select_device,
 )
 from targets import TargetProvider, TeacherTargets, VisibleIdCache
-from tasks import build_mapped_annotations, find_file, get_task, read_answers, read_rows, resolve_data_root, split_files
+from tasks import (
+    TASKS,
+    build_mapped_annotations,
+    find_file,
+    get_task,
+    read_answers,
+    read_rows,
+    resolve_data_root,
+    split_files,
+)
 from teacher import EncoderLayer, SigLIP, VisionConfig, read_tower_config
 from tools.sprites import write_sprites
 from tools.toy_teacher import SigLIPTrainer, ToyConfig, build_toy_teacher, sample_single_frames
@@ -81,7 +90,7 @@ class Config:
     # all: pretrain, after training the toy models that are needed; teacher, text: train only this toy model; finetune:
     # fine-tune for --task
     stage: Literal["all", "teacher", "text", "finetune"] = "all"
-    task: str = ""                # finetune: a benchmark, e.g. msrvtt or sprites-qa; an unknown name lists them all
+    task: Annotated[str, tyro.conf.arg(help=f"finetune: a benchmark: {', '.join(TASKS)}")] = ""
     data_root: str = ""           # finetune: folder with the benchmark's annotations and videos
     # finetune: the split whose score chooses the epoch; last: the last epoch is taken; empty: val, or last without one
     select_split: Literal["", "val", "test", "last"] = ""
@@ -113,7 +122,8 @@ class Config:
     save_every: int = 500         # steps between two checkpoints
     keep_checkpoints: int = 2     # number of newest checkpoints that are kept
     data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
+    mask: Annotated[MaskConfig, tyro.conf.arg(help=f"Which tokens are visible. Masks: {', '.join(MASKS)}.")] = field(
+        default_factory=MaskConfig)
     vit: ViTConfig = field(default_factory=ViTConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -231,8 +241,6 @@ def setup(cfg: Config) -> RunContext:
             raise ValueError(f"{given} must be empty for stage {cfg.stage!r}, got {getattr(cfg, given)!r}")
         folders = {cfg.stage: folders[cfg.stage]}
     run, resume = init_run(cfg, sorted(set(folders.values())), device)
-    if run.rank == 0:
-        atomic_write_text(os.path.join(run.folder, "command.txt"), shlex.join(sys.argv) + "\n")
     run = replace(run, folder=out, cfg=replace(cfg, resume=resume))
     for stage, folder in folders.items():       # random draws go by micro-batch: a resumed run keeps its sizes
         if stage != "teacher":
@@ -247,9 +255,10 @@ def setup(cfg: Config) -> RunContext:
 
 def fix_config(run: RunContext, cfg: Config) -> RunContext:
     """
-    Write the resolved config to out/NAME/config.json -> the run with this config, which does not change any more.
-    ValueError, on all ranks, if it differs from that of the run that is resumed. A run that was stopped before its
-    first checkpoint may begin again with another config.
+    Write the resolved config and the command line -> the run with this config, which does not change any more.
+
+    ValueError, on all ranks, if the config differs from that of the run that is resumed. A run that was stopped before
+    its first checkpoint may begin again with another config.
     """
     run, error = replace(run, cfg=cfg), ""
     path, *weights = (os.path.join(run.folder, name) for name in
@@ -265,7 +274,14 @@ def fix_config(run: RunContext, cfg: Config) -> RunContext:
             error = str(caught)
     if error := run.broadcast(error):
         raise ValueError(error)
+    if run.rank == 0:
+        atomic_write_text(os.path.join(own_folder(run), "command.txt"), shlex.join(sys.argv) + "\n")
     return run
+
+
+def own_folder(run: RunContext) -> str:
+    """The folder that the run has locked: out/NAME, or out/NAME/teacher or text if it trains only this toy model."""
+    return os.path.join(run.folder, run.cfg.stage) if run.cfg.stage in ("teacher", "text") else run.folder
 
 
 def build_datasets(run: RunContext) -> tuple[ClipDataset, ClipDataset | None]:
@@ -274,7 +290,7 @@ def build_datasets(run: RunContext) -> tuple[ClipDataset, ClipDataset | None]:
     corpora = cfg.corpora(), cfg.corpora(images=True)
     annotations = [run.rank0_first(partial(build_mapped_annotations, part, "out")) for part in corpora if part]
     digests = [part.digest for part in annotations]
-    folder = os.path.join(run.folder, run.cfg.stage) if run.cfg.stage in ("teacher", "text") else run.folder
+    folder = own_folder(run)
     if digests != pin_to_first_run(folder, run, "annotations", digests):
         raise ValueError(f"{folder}/run_state.json: the annotations must be those that the run began with; "
                          f"{cfg.train_file} or another corpus has changed")
@@ -618,7 +634,7 @@ def split_defaults(args: list[str]) -> tuple[Config, list[str], str]:
 def cli():
     """Parse the command line and train."""
     default, args, preset = split_defaults(sys.argv[1:])
-    main(tyro.cli(Config, args=args, default=default, prog=" ".join(filter(None, ("python train.py", preset)))))
+    main(tyro.cli(Config, args=args, default=default, prog=f"python train.py {preset or '[sprites|base|large]'}"))
 
 
 if __name__ == "__main__":

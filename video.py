@@ -36,7 +36,7 @@ def sample_frame_indices(count: int, total: int, strategy: str = "middle",
     are taken and the last is repeated, as in UMT.
     """
     if count < 1 or total < 1:
-        raise ValueError(f"count and total must be at least 1, got {count} and {total}")
+        raise ValueError(f"count and total must be at least 1, got {count} of {total} frames")
     edges = np.arange(count + 1) * total // count
     if total < count:
         return np.minimum(np.arange(count), total - 1)

@@ -197,15 +197,21 @@ def test_an_empty_file_or_a_bad_database_is_refused(tmp_path):
     assert_refused(str(tmp_path / "rows.db"), "empty")
 
 
-def test_half_a_surrogate_pair_is_refused_or_replaced(tmp_path):
-    """No tokenizer takes it. Python's JSON parser reads it; that of JSON lists replaces it."""
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    """No tokenizer takes it. Python's JSON parser reads it; that of JSON lists would replace it by "?"."""
     half = ENTRY[:-2] + r' \ud83d"}'
     path = written(tmp_path / "rows.jsonl", f"{ENTRY}\n{half}")
     with pytest.raises(ValueError, match='rows.jsonl, row 1.*"caption"') as error:
         read_annotations(path, str(tmp_path), check=False)
     assert "\n" not in str(error.value)
-    path = written(tmp_path / "rows.json", f"[{half}]")
-    assert [a.captions for a in read_annotations(path, str(tmp_path), check=False)] == [["x"]]
+    for escape, good in ((r"\ud83d", False), (r"\ud83d\ud83d\ude00", False), (r"\\\ud83d", False), (r"\ude00", False),
+                         (r"\ud83d\ude00", True), (r"\\ud83d", True), (r"\uD83D\uDE00\u00e9", True)):
+        path = written(tmp_path / "rows.json", f"[{ENTRY}, {ENTRY[:-2]} {escape}" + '"}]')
+        if good:
+            assert len(read_annotations(path, str(tmp_path), check=False)) == 2, escape
+        else:
+            with pytest.raises(ValueError, match="rows.json"):
+                read_annotations(path, str(tmp_path), check=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

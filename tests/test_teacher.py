@@ -354,13 +354,14 @@ def test_captions_keep_their_case_if_do_lower_case_is_false(tmp_path):
 def test_ids_match_transformers_siglip_tokenizer(tmp_path):
     pytest.importorskip("google.protobuf")
     sentencepiece, hf = pytest.importorskip("sentencepiece"), hugging_face()
+    from transformers.convert_slow_tokenizer import SpmConverter
     corpus = [f"a {c} {o} moves {w}" for c in ("red", "blue", "green") for o in ("dog", "it", "its", "café", "square")
               for w in ("left", "right", "up", "ός")] * 5
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "spiece"), vocab_size=60, hard_vocab_limit=False,
         unk_id=2, eos_id=1, bos_id=-1, pad_id=-1, minloglevel=2)
     slow = hf.SiglipTokenizer(str(tmp_path / "spiece.model"))
-    fast = hf.convert_slow_tokenizer.SpmConverter(slow).converted()
+    fast = SpmConverter(slow).converted()
     model = SigLIP.from_pretrained(folder_of(tmp_path, fast, {"do_lower_case": True}))
     for caption in [*CAPTIONS, "A BLUE Square; moves? (right)", "ﬁne ½ café", "日本語 a dog", "a\u00a0red"]:
         expected = slow(caption, padding="max_length", max_length=16, truncation=True).input_ids

@@ -527,7 +527,8 @@ def settings(cfg, prefix=""):
             yield from settings(getattr(cfg, f.name), f"{prefix}{f.name}.")
         else:
             comment = (re.search(rf"^    {f.name}: .*?# (.*)$", body, re.M)
-                       or re.search(rf"((?:^    # .*\n)+)    {f.name}: ", body, re.M))
+                       or re.search(rf"((?:^    # .*\n)+)    {f.name}: ", body, re.M)
+                       or re.search(rf"^    {f.name}: .*help=f?\"(.*?)[\"{{]", body, re.M))
             assert comment, f"{prefix}{f.name} has no comment"
             yield f"--{prefix}{f.name}".replace("_", "-"), " ".join(comment[1].replace("# ", "").split())
 

@@ -40,6 +40,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context, parent_process
 from threading import Thread
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -169,7 +170,7 @@ TABLES = {
 @dataclass
 class ShowCommand:
     """Print tables from the CSV file --out."""
-    tables: tuple[str, ...] = ()                # tables, such as masks; empty: all; an unknown name lists them
+    tables: Annotated[tuple[str, ...], tyro.conf.arg(help=f"tables; empty: all of {', '.join(TABLES)}")] = ()
     full: bool = False                          # larger students, trained with more clips and steps, for a GPU
     out: str = "docs/ablations.csv"             # CSV file with a row for each trained student
 

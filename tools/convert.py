@@ -32,7 +32,7 @@ from data import load_tokenizer
 from encoders import ViT
 from model import ClusterSTM, VideoToText
 from runtime import atomic_write_text, run_cli, save_weights
-from tasks import TASK_KINDS, get_task
+from tasks import TASK_KINDS, TASKS, get_task
 from train import PRESETS
 
 MASK_ID = 103           # id of [MASK] in bert-base-uncased and bert-large-uncased
@@ -45,7 +45,7 @@ class Config:
     # UMT's .pth file: stage 1, stage 2, or fine-tuned for retrieval or QA
     file: Annotated[Positional[str], arg(metavar="FILE")]
     out: Annotated[Positional[str], arg(metavar="OUT")]     # folder to write; it must be new or empty
-    task: str = ""              # benchmark that the file is fine-tuned for, e.g. msrvtt-qa; empty: none
+    task: Annotated[str, arg(help=f"benchmark that the file is fine-tuned for; empty: none; {', '.join(TASKS)}")] = ""
     tokenizer: str = ""         # tokenizer.json or vocab.txt of bert-base-uncased to add to OUT; eval.py needs it
     trust: bool = False         # open a pickle that holds other objects than tensors, without running its code
 

@@ -30,7 +30,7 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class Masks:
     seed: int = 0                                     # first of the three seeds of random masks
     commit: str = ""                                  # commit to print above the tables; empty: ask git
     out: str = ""                                     # JSON file to write; empty: none
-    mask: tuple[str, ...] = ()                        # masks; empty: all; an unknown name lists them
+    mask: Annotated[tuple[str, ...], tyro.conf.arg(help=f"masks; empty: all of {', '.join(MASKS)}")] = ()
 
     def rows(self) -> dict[tuple, MaskConfig]:
         """Return the masks to compare, by the first cells of their rows."""

@@ -12,6 +12,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Annotated
 
 import matplotlib
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
-from masking import MASK_INPUTS, MaskConfig, keep_count, log_attention
+from masking import MASK_INPUTS, MASKS, MaskConfig, keep_count, log_attention
 from runtime import run_cli
 from targets import select_visible
 from teacher import SigLIP
@@ -38,9 +39,10 @@ DEMO_TEACHER = "out/demo/seed0/teacher"
 @dataclass
 class MaskCommand:
     """Draw a clip's frames, its clusters, and what each mask keeps, side by side: a picture, or a video (.mp4)."""
-    video: tyro.conf.Positional[str]                                # video file
+    video: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VIDEO")]     # video file
     teacher: str = DEMO_TEACHER                                     # folder or hub id of a SigLIP checkpoint
-    mask: tuple[str, ...] = ("cluster_stm", "random_frame")         # masks, a column each; an unknown name lists all
+    mask: Annotated[tuple[str, ...], tyro.conf.arg(help=f"a column for each mask, of {', '.join(MASKS)}")] = (
+        "cluster_stm", "random_frame")
     ratio: float = 0.9                                              # share of each frame's tokens that is masked
     quantile: float = 0.95      # d_c of the clusters as a quantile: 0.95 for the demo's teacher, 0.02 for a real SigLIP
     frames: int = 8                                                 # frames to show (fewer if the video is shorter)
