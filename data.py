@@ -129,19 +129,17 @@ def resolve_tokenizer(run: RunContext, captions: Iterable[str], text_folder: str
     return load_tokenizer(path)
 
 
-def encode_texts(tokenizer: Tokenizer, texts: list[str], max_length: int, add_sep: bool = False) -> Tensor:
+def encode_texts(tokenizer: Tokenizer, texts: list[str], max_length: int) -> Tensor:
     """
     M texts -> (M, L) int64, L = max_length: [CLS] and the pieces, truncated to L, padded with [PAD]. As in UMT there is
-    no [SEP], unless add_sep.
+    no [SEP].
     """
-    if max_length < 2 + add_sep:
-        raise ValueError(f"max_length must be at least {2 + add_sep} ([CLS]{', [SEP]' * add_sep} and a word), got "
-                         f"{max_length}")
-    pad, cls, sep = special_token_ids(tokenizer)
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 ([CLS] and a word), got {max_length}")
+    pad, cls, _ = special_token_ids(tokenizer)
     ids = torch.full((len(texts), max_length), pad)                         # (M, L)
     for row, text in zip(ids, texts, strict=True):
-        pieces = tokenizer.encode(text, add_special_tokens=False).ids[:max_length - 1 - add_sep]
-        pieces = [cls, *pieces, *[sep] * add_sep]
+        pieces = [cls, *tokenizer.encode(text, add_special_tokens=False).ids[:max_length - 1]]
         row[:len(pieces)] = torch.tensor(pieces)
     return ids
 
@@ -407,7 +405,7 @@ class Batch:
         return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
-def collate(samples: list[Sample], tokenizer: Tokenizer, max_length: int, seed: int, add_sep: bool = False,
+def collate(samples: list[Sample], tokenizer: Tokenizer, max_length: int, seed: int,
             max_answer_length: int = 0) -> Batch:
     """
     Make a batch of samples. text_ids are those of the captions; if max_answer_length > 0, they are those of the
@@ -426,11 +424,11 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, max_length: int, seed: 
         skipped=[record for s in samples for record in s.skipped],
     )
     if not max_answer_length:
-        return replace(batch, text_ids=encode_texts(tokenizer, captions, max_length, add_sep))
+        return replace(batch, text_ids=encode_texts(tokenizer, captions, max_length))
     questions = [(b, q) for b, s in enumerate(samples) for q in s.questions]
     answers = [(i, answer, weight) for i, (_, q) in enumerate(questions) for answer, weight in q.answers.items()]
     return replace(
-        batch, text_ids=encode_texts(tokenizer, [q.text for _, q in questions], max_length, add_sep),
+        batch, text_ids=encode_texts(tokenizer, [q.text for _, q in questions], max_length),
         clip_index=torch.tensor([b for b, _ in questions]), question_index=torch.tensor([i for i, _, _ in answers]),
         answer_ids=encode_answers(tokenizer, [answer for _, answer, _ in answers], max_answer_length),
         answer_weight=torch.tensor([weight for _, _, weight in answers]),
@@ -456,7 +454,7 @@ def iterate_micro_batches(run: RunContext, dataset: ClipDataset | MixedDataset, 
     loader = iter(DataLoader(
         dataset, batch_sampler=batches, num_workers=cfg.data.num_workers, pin_memory=run.device.type == "cuda",
         worker_init_fn=ignore_sigterm, collate_fn=partial(
-            collate, tokenizer=tokenizer, max_length=cfg.text.max_length, seed=0, add_sep=cfg.text.add_sep,
+            collate, tokenizer=tokenizer, max_length=cfg.text.max_length, seed=0,
             max_answer_length=get_task(cfg.task).max_answer_length if cfg.task else 0),
     ))
     # On a separate stream the copies overlap with the previous step.

@@ -61,7 +61,6 @@ class TextEncoderConfig:
     vocab_size: int = 0          # size of the vocabulary; 0: as in the tokenizer
     mask_token_id: int = 0       # id of [MASK]; 0: as in the tokenizer
     max_length: int = 32         # tokens per caption, [CLS] included; longer captions are truncated
-    add_sep: bool = False        # end each caption with [SEP], as BERT does and UMT does not
 
     def __post_init__(self):
         check_heads("text.width", self.width, "text.heads", self.heads)

@@ -224,7 +224,7 @@ def encode_videos(model, dataset: ClipDataset, indices: list[int], tokenizer, pr
 
 def encode_captions(model: ClusterSTM, tokenizer, captions: list[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """M captions -> ids (M, L), states (M, L, D), features (M, E')."""
-    ids = data.encode_texts(tokenizer, captions, length, model.text_cfg.add_sep).to(model.temp.device)
+    ids = data.encode_texts(tokenizer, captions, length).to(model.temp.device)
     states, features = zip(*(model.encode_text(chunk) for chunk in ids.split(256)), strict=True)
     return ids, torch.cat(states), torch.cat(features)
 
@@ -407,7 +407,7 @@ def answer_questions(model: VideoToText, dataset: ClipDataset, tokenizer, protoc
         questions = [(b, q) for b, i in enumerate(indices) for q in dataset.annotations[i].questions]
         for chunk in (questions[start:start + chunk_size] for start in range(0, len(questions), chunk_size)):
             texts, clip_index = [q.text for _, q in chunk], torch.tensor([b for b, _ in chunk], device=device)
-            ids = data.encode_texts(tokenizer, texts, protocol.max_text_length, model.text_cfg.add_sep).to(device)
+            ids = data.encode_texts(tokenizer, texts, protocol.max_text_length).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 memory, mask = model.encode_context(tokens, ids, clip_index)
                 best = rank_answers(model, answer_ids, memory, mask, topk, protocol.count_first_token_twice).tolist()

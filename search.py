@@ -124,9 +124,9 @@ class StudentEncoder:
     def encode_text(self, text: str) -> tuple[Tensor, int, int]:
         """-> feature (E,) of unit length, the number of tokens of the text, the number that the model reads."""
         cfg = self.model.text_cfg
-        ids = encode_texts(self.tokenizer, [text], cfg.max_length, cfg.add_sep).to(self.model.temp.device)
+        ids = encode_texts(self.tokenizer, [text], cfg.max_length).to(self.model.temp.device)
         num_tokens = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return self.model.encode_text(ids)[1][0], num_tokens, cfg.max_length - 1 - cfg.add_sep
+        return self.model.encode_text(ids)[1][0], num_tokens, cfg.max_length - 1
 
 
 class SiglipEncoder:

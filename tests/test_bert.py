@@ -12,7 +12,7 @@ from helpers.models import hugging_face, seeded
 from safetensors.torch import load_file, save_file
 
 import encoders
-from data import encode_texts, load_tokenizer
+from data import encode_answers, load_tokenizer
 from encoders import Bert, BertConfig
 
 SIZES = dict(vocab_size=40, hidden_size=12, num_hidden_layers=3, num_attention_heads=3, intermediate_size=20,
@@ -171,7 +171,7 @@ def test_the_real_minilm_has_transformers_embeddings_which_mean_something():
              ("a red car drives down an empty road", "an automobile travels along a deserted street"),
              ("children are swimming in a pool", "kids splash around in the water")]
     tokenizer = load_tokenizer(folder)
-    ids = encode_texts(tokenizer, [text for pair in pairs for text in pair], 24, add_sep=True)
+    ids = encode_answers(tokenizer, [text for pair in pairs for text in pair], 24)      # [CLS], text, [SEP]
     ours = Bert.from_pretrained(folder, fusion_layers=2, encoder_width=16, vocab_size=tokenizer.get_vocab_size())
     assert asdict(ours.cfg) == asdict(BertConfig(30522, 384, 6, 12, 1536, fusion_layers=2, encoder_width=16))
     theirs = hugging_face().BertModel.from_pretrained(folder).eval()

@@ -373,9 +373,6 @@ def test_a_batch_holds_its_samples(annotations, tokenizer):
     dataset = ClipDataset(annotations, CFG)
     samples = [dataset[n] for n in range(5)]
     batch = collate(samples, tokenizer, 10, seed=9)
-    with_sep = collate(samples, tokenizer, 10, seed=9, add_sep=True).text_ids       # [SEP] where the padding began
-    length = (batch.text_ids != 0).sum(1, keepdim=True)
-    assert with_sep.equal(batch.text_ids.scatter(1, length, tokenizer.token_to_id("[SEP]")))
     assert batch.video.shape == (5, 4, 3, 32, 32) and batch.video.dtype == torch.uint8
     assert torch.equal(batch.text_ids, data.encode_texts(tokenizer, batch.captions, 10)) and batch.seed == 9
     for i, s in enumerate(samples):
@@ -577,11 +574,9 @@ def test_micro_batches_hold_answers_if_the_task_has_them(annotations, tokenizer)
     group, = micro_batches(context(task="msrvtt-qa"), rows, tokenizer, steps=1)
     assert torch.equal(group[0].text_ids, data.encode_texts(tokenizer, ["one"] * 2, 10))
     assert torch.equal(group[0].answer_ids, data.encode_answers(tokenizer, ["two"] * 2, 5))
-    run = context()
-    run.cfg.text = replace(run.cfg.text, add_sep=True)
-    group, = micro_batches(run, rows, tokenizer, steps=1)
+    group, = micro_batches(context(), rows, tokenizer, steps=1)
     assert group[0].answer_ids is None
-    assert torch.equal(group[0].text_ids, data.encode_texts(tokenizer, group[0].captions, 10, add_sep=True))
+    assert torch.equal(group[0].text_ids, data.encode_texts(tokenizer, group[0].captions, 10))
 
 
 def test_loader_workers_ignore_sigterm_and_end_with_the_loader(annotations, tokenizer):

@@ -619,7 +619,7 @@ def test_texts_fit_the_lengths_of_the_tasks(tmp_path):
     data.build_wordpiece([spec.caption() for spec in specs], str(tmp_path / "tokenizer.json"))
     tokenizer = data.load_tokenizer(str(tmp_path / "tokenizer.json"))
     longest = max((text for spec in specs for text in spec.captions()), key=lambda text: len(text.split()))
-    assert data.encode_texts(tokenizer, [longest], 41, add_sep=True)[0, 40] == 0           # 40 with [CLS] and [SEP]
+    assert data.encode_texts(tokenizer, [longest], 40)[0, 39] == 0                      # 39 with [CLS]
     assert max(len(answer.split()) for answer in sprites.answer_list()) + 2 <= 8
     assert max(len(row["question"].split()) for i in range(100) for row in questions_of(0, "train", i)) <= 12
 

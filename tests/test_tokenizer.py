@@ -60,13 +60,9 @@ def test_texts_are_encoded_without_sep_and_truncated(tmp_path):
     assert pieces[1] == ["[CLS]", "a", "red", "square", "grows"]
     assert pieces[2] == ["[CLS]", "s", "##u", "##d", "##s"]                 # an unknown word is spelt
     assert pieces[3] == ["[CLS]", "[UNK]", "[PAD]", "[PAD]", "[PAD]"]
-    with_sep = encode_texts(tokenizer, ["a red ring", "a red square grows"], 5, add_sep=True)
-    assert [tokenizer.id_to_token(i) for i in with_sep[1].tolist()] == ["[CLS]", "a", "red", "square", "[SEP]"]
-    assert [tokenizer.id_to_token(i) for i in with_sep[0].tolist()] == ["[CLS]", "a", "red", "ring", "[SEP]"]
     assert (encode_texts(tokenizer, ["a red square grows"], 3) == ids[1:2, :3]).all()
-    for length, add_sep in ((1, False), (2, True)):
-        with pytest.raises(ValueError, match=f"max_length.*{length + 1}.*{length}"):
-            encode_texts(tokenizer, ["a"], length, add_sep)
+    with pytest.raises(ValueError, match="max_length.*2.*1"):
+        encode_texts(tokenizer, ["a"], 1)
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +160,10 @@ def check_encoding(folder, path=None):
     assert len(texts) >= 200
     pieces = [reference(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     for length in (3, 32, 512):
-        expected = reference(texts, padding="max_length", truncation=True, max_length=length)["input_ids"]
-        ids = encode_texts(tokenizer, texts, length, add_sep=True)
+        ids = encode_texts(tokenizer, texts, length)
+        expected = [([reference.cls_token_id, *p] + [0] * length)[:length] for p in pieces]
         wrong = [text for text, a, b in zip(texts, ids.tolist(), expected, strict=True) if a != b]
         assert not wrong, (length, wrong)
-        without_sep = encode_texts(tokenizer, texts, length)                # one more piece fits
-        assert without_sep.tolist() == [([reference.cls_token_id, *p] + [0] * length)[:length] for p in pieces]
     return ids
 
 
