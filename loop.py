@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -28,6 +27,7 @@ from runtime import (
     AsyncHostCopy,
     BadMediaLog,
     RunContext,
+    all_reduce_sum,
     atomic_write_text,
     load_checkpoint,
     save_checkpoint,
@@ -223,10 +223,7 @@ class TrainLog:
 
     def write(self, step: int, losses: dict[str, Tensor], norm: Tensor, lr: float, counts: dict[str, int]):
         """Append a row, on rank 0. It is called on all ranks, since losses are averaged over them."""
-        values = torch.stack([*losses.values()]).float()
-        if self.run.world > 1:
-            dist.all_reduce(values)
-            values /= self.run.world
+        values = all_reduce_sum(torch.stack([*losses.values()]).float()) / self.run.world
         seconds = time.perf_counter() - self.start
         row = {"stage": self.stage.name, "step": step, **dict(zip(losses, values.tolist(), strict=True)),
                "grad_norm": norm.item(), "lr": lr,
@@ -257,10 +254,8 @@ class Health:
         """Return (3,): not finite (0 or 1), number of ranks asked to stop, number of unreadable videos."""
         finite = torch.stack([*losses.values()]).float().isfinite().all() & norm.isfinite()
         unreadable = sum(len(batch.skipped) for batch in batches)
-        flags = torch.stack([(~finite).float(), norm.new_full((), self.run.stop.requested),
-                             norm.new_full((), unreadable)])
-        if self.run.world > 1:
-            dist.all_reduce(flags)
+        flags = all_reduce_sum(torch.stack([(~finite).float(), norm.new_full((), self.run.stop.requested),
+                                            norm.new_full((), unreadable)]))
         flags[0].clamp_(max=1)
         return flags
 

@@ -228,7 +228,7 @@ def micro_batch_sizes(cfg: Config, world: int) -> dict[str, int]:
 
 
 def setup(cfg: Config) -> RunContext:
-    """Join the process group, choose the device, lock the run's folder, write its command line."""
+    """Join the process group, choose the device, lock the folders that the run writes to."""
     name = cfg.name or os.path.splitext(os.path.basename(cfg.data.train_file))[0].removesuffix("_train")
     cfg = replace(cfg, name=name)
     device = select_device(cfg.device)
