@@ -4,11 +4,11 @@ BIN = .venv/bin
 .PHONY: demo test clean
 
 demo: .venv/installed
-	@echo "== demo: draw clips, train a teacher, mask, pretrain, score (about ten minutes on two CPU cores)"
+	@echo "== demo: draw clips, train a teacher, mask, pretrain, score (11 to 14 minutes on two CPU cores)"
 	@$(BIN)/python -m tools.demo
 
 test: .venv/installed-dev
-	@echo "== test: pytest, then ruff (about seven minutes on two CPU cores)"
+	@echo "== test: pytest, then ruff (about six minutes on two CPU cores)"
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	@$(BIN)/ruff check .
 

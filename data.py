@@ -228,7 +228,7 @@ class DataConfig:
 @dataclass
 class Sample:
     """One clip as the model sees it."""
-    video: Tensor                                  # (T, 3, S, S) uint8; (T, 3, h, w) if the device resizes it
+    video: Tensor                                  # (T, 3, H, W) uint8; (T, 3, h, w) if the device resizes it
     caption: str
     frame_caption: str                             # describes each single frame; the caption if the file has none
     media_id: int                                  # Annotation.media_id
@@ -236,7 +236,7 @@ class Sample:
     view_id: int                                   # index of the frames, crop and flip of this clip
     questions: list[Question] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)  # unreadable videos drawn before this one: UnreadableError.record
-    image_size: int = 0                            # S
+    image_size: int = 0                            # H and W, if video may still be a crop
 
 
 class UnreadableError(ValueError):
@@ -365,7 +365,7 @@ class MixedDataset(torch.utils.data.Dataset):
 @dataclass
 class Batch:
     """B clips, their texts and, for question answering and captioning, Q questions with A answers."""
-    video: Tensor | None                           # (B, T, 3, S, S) uint8; None until `to` resizes the crops
+    video: Tensor | None                           # (B, T, 3, H, W) uint8; None until `to` resizes the crops
     text_ids: Tensor                               # (B, L) int64; of questions (Q, L)
     captions: list[str]
     frame_captions: list[str]
@@ -381,7 +381,7 @@ class Batch:
     skipped: list[dict] = field(default_factory=list)      # of all its samples
     crops: Tensor | None = None                    # uint8, the crops of all clips, flattened and concatenated
     crop_shapes: list[tuple] = field(default_factory=list)     # (T, 3, h, w) of each
-    image_size: int = 0                            # S
+    image_size: int = 0                            # H and W
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader: copies from pinned memory to the device run asynchronously."""

@@ -106,7 +106,7 @@ class Protocol:
 
 # Metrics
 
-def ranks(scores: Tensor, positives: Tensor) -> Tensor:
+def best_ranks(scores: Tensor, positives: Tensor) -> Tensor:
     """
     scores (Q, M), positives (Q, M) bool -> (Q,), the rank from 1 of each query's best positive.
 
@@ -327,7 +327,8 @@ def retrieval(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Prot
     text_positives = counts[group] > 0                                                              # (M, V)
 
     def both_ways(t2v: Tensor, v2t: Tensor) -> dict:
-        return {"T2V": recall_metrics(ranks(t2v, positives)), "V2T": recall_metrics(ranks(v2t, text_positives.T))}
+        rank_pairs = ("T2V", best_ranks(t2v, positives)), ("V2T", best_ranks(v2t, text_positives.T))
+        return {way: recall_metrics(rank) for way, rank in rank_pairs}
 
     temp = model.temp.item()
     scores = {"similarity": both_ways(similarity, similarity.T),

@@ -1,5 +1,5 @@
 """
-Video file -> frames (T, 3, H, W) uint8 -> crops (T, 3, S, S); the frame cache; the two image resizes; patches.
+Video file -> frames (T, 3, H, W) uint8 -> crops (T, 3, s, s); the frame cache; the two image resizes; patches.
 
 If codec and container allow it, only the packets that the requested frames depend on are decoded. For an intact file
 the result equals that of a full decode bit for bit. Only the first video stream of a file is read; an image is a video
@@ -315,17 +315,17 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
 
 
 def eval_transform(frames: Tensor, size: int) -> Tensor:
-    """(T, 3, H, W) uint8 -> (T, 3, S, S): the whole frame, whatever its aspect ratio, as in UMT."""
+    """(T, 3, H, W) uint8 -> (T, 3, size, size): the whole frame, whatever its aspect ratio, as in UMT."""
     return resize(frames, (size, size))
 
 
 def train_transform(frames: Tensor, size: int, min_crop_scale: float, hflip: bool, rng: np.random.Generator,
                     resize_on_device: bool = False) -> Tensor:
     """
-    (T, 3, H, W) uint8 -> (T, 3, S, S): the same random crop and flip for all frames. The crop has at least
+    (T, 3, H, W) uint8 -> (T, 3, size, size): the same random crop and flip for all frames. The crop has at least
     min_crop_scale of the area and an aspect ratio from 3/4 to 4/3.
 
-    resize_on_device: return the crop (T, 3, h, w) for the device to resize, unless it has more than 4 S^2 pixels and
+    resize_on_device: return the crop (T, 3, h, w) for the device to resize, unless it has more than 4 size^2 pixels and
     would cost too much to copy.
     """
     H, W = frames.shape[2:]

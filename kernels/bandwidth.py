@@ -16,7 +16,7 @@ quantile.
 
 Cost. Reference: the distances, N^2 (T-1)/2T per token, then a selection, linear in their number. Kernel: within frames
 2FN^2C flop and about four passes over N^2 distances in the L2 cache, no extra pass over features when density_peaks
-computes it on the way; across frames 2BS^2C flop for a sample of S tokens, 13 Gflop for B, S, C = 128, 256, 768.
+computes it on the way; across frames 2Bn^2C flop for a sample of n tokens, 13 Gflop for B, n, C = 128, 256, 768.
 """
 
 import math

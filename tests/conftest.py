@@ -26,7 +26,7 @@ pytest_plugins = ["helpers.benchmarks"]
 
 @pytest.fixture(scope="session")
 def sprites(tmp_path_factory):
-    """Folder of 24 training, 12 test and 6 validation clips, the same for all test files."""
+    """Write 24 training, 12 test and 6 validation clips once for all test files -> their folder."""
     from tools.sprites import write_sprites
     folder = str(tmp_path_factory.getbasetemp() / "sprites")
     write_sprites(folder, train=24, test=12, val=6)
@@ -34,74 +34,74 @@ def sprites(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def first(sprites, tmp_path_factory):
-    """Folder with out/first, a run that trained its own teacher and text encoder."""
-    from helpers.runs import FIRST, config
+def first_run(sprites, tmp_path_factory):
+    """Train a run with its own teacher and text encoder -> the folder that holds it as out/first."""
+    from helpers.runs import FIRST_RUN_FLAGS, config
 
     import train
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train.main(config(sprites, FIRST))
+        train.main(config(sprites, FIRST_RUN_FLAGS))
     return str(folder)
 
 
 @pytest.fixture
-def given(sprites, first, tmp_path, monkeypatch):
-    """In a folder of its own: given(flags) is the config of a run that is given teacher and text encoder."""
+def run_config(sprites, first_run, tmp_path, monkeypatch):
+    """Enter an empty folder. run_config(flags) makes the config of a run with the first run's teacher and BERT."""
     from helpers.runs import config, with_weights
     monkeypatch.chdir(tmp_path)
-    return lambda flags="": config(sprites, with_weights(first, flags))
+    return lambda flags="": config(sprites, with_weights(first_run, flags))
 
 
 @pytest.fixture
-def tune(sprites, first, tmp_path, monkeypatch):
-    """In a folder of its own: tune(task, flags) is a fine-tuning config. Java, which is slow to start, is hidden."""
-    from helpers.runs import finetune_config
+def finetune_config(sprites, first_run, tmp_path, monkeypatch):
+    """Enter an empty folder and hide Java, which starts slowly. finetune_config(task, flags) makes a config."""
+    from helpers.runs import make_finetune_config
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    return lambda task, flags="": finetune_config(sprites, first, task, flags)
+    return lambda task, flags="": make_finetune_config(sprites, first_run, task, flags)
 
 
 @pytest.fixture(scope="session")
-def whole(sprites, first, tmp_path_factory):
-    """whole(flags, ranks) -> the folder of an undisturbed run."""
+def undisturbed_run(sprites, first_run, tmp_path_factory):
+    """undisturbed_run(flags, world) trains a run without interruption on `world` ranks, once -> its folder."""
     from helpers.processes import SHORT
     from helpers.runs import config, on_ranks, with_weights
 
     import train
-    done = {}
+    folders = {}
 
-    def run(flags=SHORT, ranks=1):
-        if (flags, ranks) not in done:
-            folder = tmp_path_factory.mktemp("whole")
+    def run(flags=SHORT, world=1):
+        if (flags, world) not in folders:
+            folder = tmp_path_factory.mktemp("undisturbed")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                cfg = config(sprites, with_weights(first, flags))
-                train.main(cfg) if ranks == 1 else on_ranks(ranks, cfg)
-            done[flags, ranks] = str(folder / "out" / "run")
-        return done[flags, ranks]
+                cfg = config(sprites, with_weights(first_run, flags))
+                train.main(cfg) if world == 1 else on_ranks(world, cfg)
+            folders[flags, world] = str(folder / "out" / "run")
+        return folders[flags, world]
     return run
 
 
 @pytest.fixture
-def begun(given, sprites, first, tmp_path):
-    """In the folder of `given`, begun(flags, command): a process of its own, the flags being of a run."""
+def start_process(run_config, sprites, first_run, tmp_path):
+    """start_process(flags, command) starts a Python command with the flags of a run in the folder of `run_config`."""
     from helpers.runs import ROOT, argv, with_weights
     processes = []
 
-    def begin(flags, command=(f"{ROOT}/train.py",)):
-        flags = with_weights(first, flags)
+    def start(flags, command=(f"{ROOT}/train.py",)):
+        flags = with_weights(first_run, flags)
         process = subprocess.Popen([sys.executable, *command, *argv(sprites, flags)], cwd=tmp_path, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
         processes.append(process)
         return process
 
-    yield begin
+    yield start
     for process in processes:
         if process.poll() is None:
-            process.terminate()                                             # torchrun ends its processes
+            process.terminate()                                             # torchrun then ends its workers
             with suppress(subprocess.TimeoutExpired):
                 process.wait(40)
             process.kill()
@@ -109,43 +109,44 @@ def begun(given, sprites, first, tmp_path):
 
 
 @pytest.fixture
-def poisoned_empty(monkeypatch):
-    """torch.empty is full of NaN, or of -7: what no program wrote cannot pass for computed."""
-    def poisoned(make):
+def poison_empty(monkeypatch):
+    """Fill torch.empty with NaN, or with -7, so that memory which no program wrote cannot look computed."""
+    def fill_result(allocate):
         def empty(*args, **kwargs):
-            t = make(*args, **kwargs)
+            t = allocate(*args, **kwargs)
             return t.fill_(torch.nan if t.is_floating_point() else -7)
         return empty
 
-    for make in (torch.empty, torch.empty_like):
-        monkeypatch.setattr(torch, make.__name__, poisoned(make))
+    for allocate in (torch.empty, torch.empty_like):
+        monkeypatch.setattr(torch, allocate.__name__, fill_result(allocate))
 
 
 @pytest.fixture(autouse=True)
-def in_bounds(monkeypatch):
-    """In the interpreter: each address that a kernel reads or writes lies within one of the launch's tensors."""
+def check_bounds(monkeypatch):
+    """Check in the interpreter that a kernel reads and writes only inside the tensors of its launch."""
     if torch.cuda.is_available():
         return
     from triton.runtime import interpreter
-    spans = []
+    spans = []                                  # (start, end) address of each tensor's memory
+    init_args = interpreter.GridExecutor._init_args_hst
 
-    def arguments(self, *args, plain=interpreter.GridExecutor._init_args_hst):
-        result = plain(self, *args)
+    def record_spans(self, *args):
+        result = init_args(self, *args)
         storages = [a.untyped_storage() for a in result[0] if isinstance(a, torch.Tensor)]
         spans[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
         return result
 
-    def guarded(plain, mask_at, verb):
-        def access(self, ptrs, *args):
-            active = ptrs.data[args[mask_at].data]
+    def check_access(access, mask_index, verb):
+        def checked_access(self, ptrs, *args):
+            active = ptrs.data[args[mask_index].data]
             size = ptrs.get_element_ty().primitive_bitwidth // 8
             low, high = (int(active.min()), int(active.max()) + size) if active.size else spans[0]
             if not any(a <= low and high <= b for a, b in spans):
                 raise IndexError(f"a kernel {verb} bytes {[(low - a, high - b) for a, b in spans]} from its tensors")
-            return plain(self, ptrs, *args)
-        return access
+            return access(self, ptrs, *args)
+        return checked_access
 
     builder = interpreter.InterpreterBuilder
-    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", arguments)
-    monkeypatch.setattr(builder, "create_masked_load", guarded(builder.create_masked_load, 0, "reads"))
-    monkeypatch.setattr(builder, "create_masked_store", guarded(builder.create_masked_store, 1, "writes"))
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", record_spans)
+    monkeypatch.setattr(builder, "create_masked_load", check_access(builder.create_masked_load, 0, "reads"))
+    monkeypatch.setattr(builder, "create_masked_store", check_access(builder.create_masked_store, 1, "writes"))

@@ -23,7 +23,7 @@ from helpers.kernels import (
 
 from kernels.bandwidth import bandwidth, bandwidth_ref, bandwidth_triton, num_sampled_tokens
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 QUANTILES = ["0.02", "0.1", "0.5", "0.987", "1", "0.00001"]
 MIN_BANDWIDTH = np.float32(1e-6)

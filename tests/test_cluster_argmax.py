@@ -8,7 +8,7 @@ from helpers.kernels import DEVICE, DTYPES, captured, low, needs_cuda, seeded
 
 from kernels.cluster_argmax import cluster_argmax, cluster_argmax_ref, cluster_argmax_triton
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 SHAPES = [(2, 64, 8), (3, 49, 7), (1, 1, 1), (4, 13, 13), (5, 30, 1), (2, 196, 29)]     # F, N, K
 

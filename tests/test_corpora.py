@@ -91,9 +91,9 @@ def corpus(sprites, tmp_path_factory):
 
 
 @pytest.fixture
-def flags(first, corpus):
+def flags(first_run, corpus):
     """Flags of a run of 13 steps of 8 clips on the corpus: each clip is seen once, and four twice."""
-    return with_weights(first, f"--steps 13 --unmasked-steps 0 --data.train-file {corpus}/rows.json "
+    return with_weights(first_run, f"--steps 13 --unmasked-steps 0 --data.train-file {corpus}/rows.json "
                                f"--data.video-root {corpus}/videos ")
 
 
@@ -167,11 +167,11 @@ def test_each_file_is_listed_once_on_two_ranks_and_after_a_kill(corpus_config, c
         assert one[key] == pytest.approx(other[key], rel=1e-3), key
 
 
-def test_cached_targets_skip_what_cannot_be_read(corpus_config, corpus, first):
+def test_cached_targets_skip_what_cannot_be_read(corpus_config, corpus, first_run):
     cfg = corpus_config("--name a --steps 26 --data.num-views 1")
     annotations = read_annotations(cfg.data.train_file, cfg.data.video_root, check=False)
     dataset = ClipDataset(annotations, cfg.data, cfg.seed)
-    tokenizer = data.load_tokenizer(f"{first}/out/first/text")
+    tokenizer = data.load_tokenizer(f"{first_run}/out/first/text")
     teacher, run = SigLIP.from_pretrained(cfg.teacher), RunContext(cfg, "out/a", torch.device("cpu"), 0, 1)
     provider = TargetProvider(run, teacher, dataset)
     assert provider.enabled
@@ -266,10 +266,10 @@ def images(tmp_path_factory, sprites):
 
 
 @pytest.fixture
-def mixed_config(given, sprites, images):
+def mixed_config(run_config, sprites, images):
     """mixed_config(flags) is the config of a run on 30 videos and 16 images."""
-    return lambda flags="": given(f"--data.extra-videos {images}/videos.jsonl={sprites}/videos "
-                                  f"--data.image-corpora {images}/images.json={images}/images {flags}")
+    return lambda flags="": run_config(f"--data.extra-videos {images}/videos.jsonl={sprites}/videos "
+                                       f"--data.image-corpora {images}/images.json={images}/images {flags}")
 
 
 def test_videos_and_images_take_turns(mixed_config, images, sprites, micro_batches):
@@ -359,8 +359,8 @@ def test_toy_models_are_trained_on_the_mixture_too(sprites, images, micro_batche
         f"{images}/images.json, row 3"]
 
 
-def test_a_mask_hides_tokens_of_both_videos_and_images_or_of_neither(sprites, first, mixed_config, images, capsys):
-    flags = with_weights(first, "--steps 3 --unmasked-steps 0 ")
+def test_a_mask_hides_tokens_of_both_videos_and_images_or_of_neither(sprites, first_run, mixed_config, images, capsys):
+    flags = with_weights(first_run, "--steps 3 --unmasked-steps 0 ")
     corpus = f"--data.image-corpora {images}/images.json={images}/images "
     for ratio, image_ratio in ((0.75, 0.0), (0.0, 0.5), (0.75, 0.03), (0.01, 0.5)):        # 3 % of 16 tokens is none
         masks = f"--name a --mask.ratio {ratio} --mask.image-ratio {image_ratio}"
@@ -380,9 +380,9 @@ def test_a_mask_hides_tokens_of_both_videos_and_images_or_of_neither(sprites, fi
     ("--data.image-corpora IMAGES/images.json=IMAGES/images --data.max-unreadable 0.06",
      "images.json, row 3: .*bad.jpg: .*1 of 16 videos"),
 ])
-def test_a_bad_corpus_is_named_in_one_line(sprites, first, images, tmp_path, monkeypatch, capsys, flags, match):
+def test_a_bad_corpus_is_named_in_one_line(sprites, first_run, images, tmp_path, monkeypatch, capsys, flags, match):
     monkeypatch.chdir(tmp_path)
-    code, _, err = command("train.py", argv(sprites, with_weights(first, flags.replace("IMAGES", images))), capsys)
+    code, _, err = command("train.py", argv(sprites, with_weights(first_run, flags.replace("IMAGES", images))), capsys)
     assert_one_line("train.py", code, err, match)
     assert not any(name.endswith((".safetensors", ".tmp", ".pt")) for _, _, names in os.walk("out") for name in names)
 

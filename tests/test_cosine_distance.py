@@ -22,7 +22,7 @@ from helpers.kernels import (
 
 from kernels.cosine_distance import cosine_distance, cosine_distance_ref, cosine_distance_triton, l2_normalize
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 SHAPES = [(2, 64, 64), (1, 1, 8), (3, 49, 40), (4, 7, 1)]       # whole tiles, one token, ragged, one channel
 

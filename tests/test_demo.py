@@ -71,10 +71,10 @@ def test_the_boxes_of_the_sprites_are_read(sprites):
     assert demo.objects_kept(ids, boxes, 64, 8) == pytest.approx(objects_kept_by_loop(ids, boxes, 64, 8))
 
 
-def test_the_analysis_draws_pictures_and_counts_objects(first, sprites, tmp_path, monkeypatch):
-    os.symlink(f"{first}/out/first/teacher", tmp_path / "teacher")
+def test_the_analysis_draws_pictures_and_counts_objects(first_run, sprites, tmp_path, monkeypatch):
+    os.symlink(f"{first_run}/out/first/teacher", tmp_path / "teacher")
     for name in demo.DEMO_MASKS:
-        os.symlink(f"{first}/out/first", tmp_path / name)
+        os.symlink(f"{first_run}/out/first", tmp_path / name)
     with open(f"{sprites}/sprites_test.json") as f:
         moving = next(row["caption"] for row in json.load(f) if row["caption"].count("moves") == 2)
     monkeypatch.setattr(demo, "NUM_ANALYSED", 12)

@@ -30,7 +30,7 @@ from kernels.density_peaks import (
     density_peaks_triton,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 WAYS = [(density, assign) for density in ("exp", "gauss") for assign in ("nearest", "parent")]
 ways = pytest.mark.parametrize("density, assign", WAYS)

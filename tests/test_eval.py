@@ -42,13 +42,13 @@ def test_ranks_are_those_of_a_loop(levels, Q, M):
     positives = torch.rand(Q, M, generator=g) < 0.2
     positives[torch.arange(Q), torch.randint(M, (Q,), generator=g)] = True      # every query has a positive
     expected = [rank_by_hand(s, p) for s, p in zip(scores.tolist(), positives.tolist(), strict=True)]
-    assert evaluation.ranks(scores, positives).tolist() == expected
+    assert evaluation.best_ranks(scores, positives).tolist() == expected
 
 
 def test_equal_scores_rank_the_positive_last():
-    assert evaluation.ranks(torch.zeros(6, 6), torch.eye(6, dtype=torch.bool)).tolist() == [6] * 6
+    assert evaluation.best_ranks(torch.zeros(6, 6), torch.eye(6, dtype=torch.bool)).tolist() == [6] * 6
     positives = torch.tensor([[True, True, False, False]] * 2)
-    assert evaluation.ranks(torch.full((2, 4), -3.0), positives).tolist() == [3, 3]
+    assert evaluation.best_ranks(torch.full((2, 4), -3.0), positives).tolist() == [3, 3]
 
 
 def test_recall_metrics():
@@ -80,7 +80,7 @@ def test_ties_stay_ties_when_reranked():
     reranked = evaluation.rerank(scores, 3, lambda query, item: torch.zeros(len(query)))[0]
     assert reranked[0] == reranked[1] == reranked[2] > reranked[3] == reranked[4] > reranked[5]
     positives = torch.tensor([[True, False, False, False, False, False]])
-    assert evaluation.ranks(reranked[None], positives).item() == 3
+    assert evaluation.best_ranks(reranked[None], positives).item() == 3
 
 
 @pytest.mark.parametrize("Q, M, temp", [(5, 3, 0.07), (3, 8, 0.01), (1, 4, 1.0), (4, 1, 0.5)])
@@ -97,8 +97,8 @@ def test_dual_softmax_is_its_formula(Q, M, temp):
 def test_dual_softmax_down_weights_an_item_that_all_queries_match():
     similarity = torch.tensor([[0.6, 0.5], [0.9, 0.1]])                     # both prefer the first
     positives = torch.eye(2, dtype=torch.bool).flip(0)                      # it belongs to the second
-    assert evaluation.ranks(similarity, positives).tolist() == [2, 1]
-    assert evaluation.ranks(evaluation.dual_softmax(similarity, 0.1), positives).tolist() == [1, 1]
+    assert evaluation.best_ranks(similarity, positives).tolist() == [2, 1]
+    assert evaluation.best_ranks(evaluation.dual_softmax(similarity, 0.1), positives).tolist() == [1, 1]
 
 
 def test_selection_metric():
@@ -123,9 +123,9 @@ def test_selection_metric():
 # Retrieval
 
 @pytest.fixture
-def checkpoint(first, tmp_path, monkeypatch):
+def checkpoint(first_run, tmp_path, monkeypatch):
     """out/first in a folder of its own: a copy of the first run and its teacher, with weights that tell clips apart."""
-    shutil.copytree(f"{first}/out/first", tmp_path / "out" / "first")
+    shutil.copytree(f"{first_run}/out/first", tmp_path / "out" / "first")
     monkeypatch.chdir(tmp_path)
     save_weights(shaken(ClusterSTM.from_pretrained("out/first")).float(), "out/first")
     return "out/first"

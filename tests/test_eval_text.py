@@ -230,7 +230,7 @@ def test_caption_scores_without_java_are_those_of_pycocoevalcap(no_java, capfd):
     assert list(evaluation.caption_scores(REFERENCES, PREDICTIONS, cider_only=True)) == ["CIDEr (simple tokenizer)"]
 
 
-def test_caption_scores_are_highest_for_the_references_and_0_without_a_common_word(no_java):
+def test_caption_scores_are_highest_for_references_and_0_without_overlap(no_java):
     references = {i: captions[:1] for i, captions in REFERENCES.items()}
     scores = evaluation.caption_scores(references, {i: captions[0] for i, captions in references.items()})
     assert scores == pytest.approx({"CIDEr (simple tokenizer)": 1000, "BLEU-4 (simple tokenizer)": 100,

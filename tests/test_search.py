@@ -63,11 +63,11 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(first, tmp_path_factory):
+def checkpoints(first_run, tmp_path_factory):
     """Folder with `student` and `teacher`, whose weights tell clips apart."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, source in (("student", "first"), ("teacher", "first/teacher")):
-        shutil.copytree(f"{first}/out/{source}", folder / name)
+        shutil.copytree(f"{first_run}/out/{source}", folder / name)
         shake(str(folder / name), ClusterSTM if name == "student" else SigLIP)
     return folder
 

@@ -367,19 +367,19 @@ def test_plot_losses_has_a_panel_per_loss_and_a_line_per_run(tmp_path, monkeypat
     assert {t.get_text() for t in axes[0].get_legend().get_texts()} == {"one", "two"}
 
 
-def test_a_log_is_read_as_it_was_written(first):
-    rows = show.read_log(f"{first}/out/first")
+def test_a_log_is_read_as_it_was_written(first_run):
+    rows = show.read_log(f"{first_run}/out/first")
     assert [(row["stage"], row["step"]) for row in rows] == \
         [("pretrain", s) for s in range(1, 5)] + [("unmasked", s) for s in (1, 2)]
 
 
-def test_the_commands_draw_runs_and_masks(first, sprites, tmp_path, monkeypatch, capsys, figures):
+def test_the_commands_draw_runs_and_masks(first_run, sprites, tmp_path, monkeypatch, capsys, figures):
     monkeypatch.chdir(tmp_path)
-    show.main(show.RunCommand((f"{first}/out/first",), "l.png"))
+    show.main(show.RunCommand((f"{first_run}/out/first",), "l.png"))
     assert_picture("l.png")
     titles = {axis.get_title() for axis in figures[0].axes}
     assert {"VTC", show.TITLES["mrm"], show.TITLES["data_wait"], show.TITLES["lr"]} <= titles
-    flags = f"--teacher {first}/out/first/teacher --mask cluster_stm tube --ratio 0.5 --frames 3 --out m.png"
+    flags = f"--teacher {first_run}/out/first/teacher --mask cluster_stm tube --ratio 0.5 --frames 3 --out m.png"
     code, out, err = command("tools.show", ["mask", f"{sprites}/videos/test_00001.mp4", *flags.split()], capsys)
     assert code == 0 and "m.png" in out, err
     assert_picture("m.png")

@@ -117,20 +117,20 @@ def test_compiled_layers_give_the_same_losses_and_share_programs(count_graphs, p
     assert breaks == 0 and 4 <= graphs <= (8 if parts == 1 else 13)
 
 
-def test_a_run_may_change_compile_and_activation_checkpointing_on_resume(given, count_graphs):
-    train.main(given("--name plain"))
+def test_a_run_may_change_compile_and_activation_checkpointing_on_resume(run_config, count_graphs):
+    train.main(run_config("--name plain"))
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, "unmasked", 3)                  # before its first checkpoint
         with pytest.raises(Killed):
-            train.main(given("--name a --compile --activation-checkpointing"))
+            train.main(run_config("--name a --compile --activation-checkpointing"))
     graphs, breaks = count_graphs()
     assert breaks == 0 and 0 < graphs <= 15         # with the layers of the teacher
-    train.main(given("--name a --resume"))
+    train.main(run_config("--name a --resume"))
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, "pretrain", 9)
         with pytest.raises(Killed):
-            train.main(given("--name b"))
-    train.main(given("--name b --resume --activation-checkpointing"))
+            train.main(run_config("--name b"))
+    train.main(run_config("--name b --resume --activation-checkpointing"))
     plain = log("out/plain")
     assert len(plain) == 26 and log("out/b") == plain
     for key, row in log("out/a").items():
@@ -310,9 +310,9 @@ def run_steps(cfg, net, make_inputs, groups, stage="pretrain"):
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def pretrain(given, flags, step, device, before_inputs=lambda: None):
+def pretrain(run_config, flags, step, device, before_inputs=lambda: None):
     """Three steps from `step`, after the teacher has run for the earlier ones on the host."""
-    cfg = given(f"--name a --log-every 99 --save-every 99 {flags}")
+    cfg = run_config(f"--name a --log-every 99 --save-every 99 {flags}")
     dataset = ClipDataset(read_annotations(cfg.data.train_file, cfg.data.video_root), cfg.data, cfg.seed)
     tokenizer, host = load_tokenizer(cfg.text_encoder), torch.device("cpu")
     cfg = train.resolve_config(RunContext(cfg, f"out/{cfg.name}", host, 0, 1), tokenizer)
@@ -333,9 +333,10 @@ def pretrain(given, flags, step, device, before_inputs=lambda: None):
     run_steps(cfg, net, make_inputs, [[b.to(device) for b in group] for group in groups[step:]])
 
 
-def finetune(given, first, kind, device):
+def finetune(run_config, first_run, kind, device):
     """Three steps of a task of this kind."""
-    cfg, tokenizer = given("--name a --log-every 99 --save-every 99"), load_tokenizer(f"{first}/out/first/text")
+    cfg = run_config("--name a --log-every 99 --save-every 99")
+    tokenizer = load_tokenizer(f"{first_run}/out/first/text")
     parts = configs(vit={"drop_path": 0.3},
                     text={"dropout": 0.2, "vocab_size": tokenizer.get_vocab_size(), "max_length": 6})
     net = ClusterSTM(*parts) if kind == "retrieval" else VideoToText(*parts, has_question=kind == "qa")
@@ -348,34 +349,34 @@ def finetune(given, first, kind, device):
 
 
 @RUNS
-def test_no_step_of_pretraining_waits_for_the_device(given, flags, step):
-    pretrain(given, flags, step, META)
+def test_no_step_of_pretraining_waits_for_the_device(run_config, flags, step):
+    pretrain(run_config, flags, step, META)
 
 
 @KINDS
-def test_no_step_of_fine_tuning_waits_for_the_device(given, first, kind):
-    finetune(given, first, kind, META)
+def test_no_step_of_fine_tuning_waits_for_the_device(run_config, first_run, kind):
+    finetune(run_config, first_run, kind, META)
 
 
 @GPU
 @RUNS
-def test_no_step_of_pretraining_waits_for_a_gpu(given, flags, step):
-    pretrain(given, flags, step, torch.device("cuda"))
+def test_no_step_of_pretraining_waits_for_a_gpu(run_config, flags, step):
+    pretrain(run_config, flags, step, torch.device("cuda"))
 
 
 @GPU
 @KINDS
-def test_no_step_of_fine_tuning_waits_for_a_gpu(given, first, kind):
-    finetune(given, first, kind, torch.device("cuda"))
+def test_no_step_of_fine_tuning_waits_for_a_gpu(run_config, first_run, kind):
+    finetune(run_config, first_run, kind, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("wait, message", [
     (lambda: torch.zeros(3).to(META), "_to_copy"),              # from memory that is not pinned
     (lambda: torch.ones((), device=META).item(), "item"),
 ], ids=["copy", "item"])
-def test_a_wait_would_be_found(given, wait, message):
+def test_a_wait_would_be_found(run_config, wait, message):
     with pytest.raises((AssertionError, RuntimeError), match=message):
-        pretrain(given, "--data.num-views 0 --mask.name tube --micro-batch 8", 0, META, before_inputs=wait)
+        pretrain(run_config, "--data.num-views 0 --mask.name tube --micro-batch 8", 0, META, before_inputs=wait)
 
 
 def test_to_device_pins_memory_of_the_host_and_does_not_block():

@@ -242,8 +242,8 @@ class Harness:
     ("--data.num-views 0", False),
     ("--data.num-views 4", False),                          # a view is seen less than twice
 ])
-def test_targets_of_a_view_are_computed_once_and_read_as_computed(given, flags, enabled):
-    a = Harness(given(f"--name a {flags}"))
+def test_targets_of_a_view_are_computed_once_and_read_as_computed(run_config, flags, enabled):
+    a = Harness(run_config(f"--name a {flags}"))
     cfg, masks = a.run.cfg, {}
     assert a.provider.enabled == enabled == os.path.exists("out/a/target_cache")
     first_pass = math.ceil(CLIPS * cfg.data.num_views / cfg.batch) if enabled else math.inf     # in steps
@@ -266,8 +266,8 @@ def test_targets_of_a_view_are_computed_once_and_read_as_computed(given, flags, 
     a.close()
 
 
-def test_targets_of_data_with_images_are_not_cached(given):
-    a = Harness(given("--name a --data.image-corpora images.json=images"))
+def test_targets_of_data_with_images_are_not_cached(run_config):
+    a = Harness(run_config("--name a --data.image-corpora images.json=images"))
     assert not a.provider.enabled and not os.path.exists("out/a/target_cache")
 
 
@@ -276,18 +276,18 @@ def test_targets_of_data_with_images_are_not_cached(given):
     ("--mask.pick random --data.num-views 4", ["view", "mask cluster_stm"]),
     ("--mask.name tube --model.proportional", ["sizes of mask tube"]),
     ("--data.image-corpora images.json=images", ["images"])])
-def test_reasons_for_not_caching_are_printed_if_views_are_fixed(given, capsys, flags, reasons):
-    a = Harness(given(f"--name a {flags}"))
+def test_reasons_for_not_caching_are_printed_if_views_are_fixed(run_config, capsys, flags, reasons):
+    a = Harness(run_config(f"--name a {flags}"))
     out = capsys.readouterr().out
     assert len(a.provider.disabled_because) == len(reasons) and all(reason in out for reason in reasons)
-    Harness(given(f"--name b {flags} --data.num-views 0"))
+    Harness(run_config(f"--name b {flags} --data.num-views 0"))
     assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("frames, patch, sized", [(4, 4, False), (3, 8, False), (1, 8, False), (4, 4, True)])
-def test_a_record_has_the_length_of_its_parts(given, frames, patch, sized):
-    a = Harness(given(f"--name a --data.num-frames {frames} --vit.patch-size {patch} --data.num-views 2 "
-                      f"--mask.ratio 0.5 {'--model.proportional' * sized}"))
+def test_a_record_has_the_length_of_its_parts(run_config, frames, patch, sized):
+    a = Harness(run_config(f"--name a --data.num-frames {frames} --vit.patch-size {patch} --data.num-views 2 "
+                           f"--mask.ratio 0.5 {'--model.proportional' * sized}"))
     for _ in range(7):                              # one step past the first pass writes its last records
         a.step()
     tokens = frames * (16 // patch) ** 2
@@ -295,8 +295,8 @@ def test_a_record_has_the_length_of_its_parts(given, frames, patch, sized):
     assert os.path.getsize(FILE) == size * 2 * CLIPS
 
 
-def test_records_are_written_at_the_next_step(given):
-    a = Harness(given("--name a"))
+def test_records_are_written_at_the_next_step(run_config):
+    a = Harness(run_config("--name a"))
     a.step()
     assert os.path.getsize(FILE) == 0
     a.step()
@@ -304,16 +304,16 @@ def test_records_are_written_at_the_next_step(given):
     assert sum(any(record) for record in records(size)) == B
 
 
-def test_ranks_wait_once_for_each_other_before_they_read(given):
-    a = Harness(given("--name a"))
+def test_ranks_wait_once_for_each_other_before_they_read(run_config):
+    a = Harness(run_config("--name a"))
     with mock.patch.object(a.run, "barrier") as barrier:
         for step in range(6):
             a.step()
             assert barrier.call_count == (step >= 3)        # the first pass has 3 steps
 
 
-def test_targets_that_are_not_finite_stay_so_in_the_cache(given):
-    a = Harness(given("--name a --batch 8 --micro-batch 8"))
+def test_targets_that_are_not_finite_stay_so_in_the_cache(run_config):
+    a = Harness(run_config("--name a --batch 8 --micro-batch 8"))
     batch, = next(a.groups)
     expected = a.expected(batch)
     expected.token_targets[2, 1, 3, 4], expected.token_targets[5, 0, 0, 0] = math.nan, math.inf
@@ -369,8 +369,8 @@ def copy_other(row, store):
 @pytest.mark.parametrize("damage", [*map(flip_bit, ("targets", "bits", "text", "checksum")), truncate, zero_page,
                                     copy_other],
                          ids=["targets", "bits", "text", "checksum", "truncated", "zeros", "other view"])
-def test_damaged_records_are_computed_and_written_again(given, damage):
-    a = Harness(given("--name a"))
+def test_damaged_records_are_computed_and_written_again(run_config, damage):
+    a = Harness(run_config("--name a"))
     for _ in range(4):
         a.step()
     store, group = a.provider.store, next(a.groups)
@@ -389,11 +389,11 @@ def test_damaged_records_are_computed_and_written_again(given, damage):
 
 @pytest.mark.parametrize("flags", ["--data.num-views 2", "--data.num-views 2 --mask.name tube",
                                    "--data.num-views 2 --model.proportional"])
-def test_a_resumed_run_reads_the_cache_and_computes_what_is_missing(given, flags):
-    a = Harness(given(f"--name a {flags}"))
+def test_a_resumed_run_reads_the_cache_and_computes_what_is_missing(run_config, flags):
+    a = Harness(run_config(f"--name a {flags}"))
     results = [a.step()[0] for _ in range(9)]       # the first pass has 6 steps
     a.close()
-    cfg = given(f"--name a --resume {flags}")
+    cfg = run_config(f"--name a --resume {flags}")
     b = Harness(cfg, step=7)
     for step in (7, 8):
         again, computed = b.step()
@@ -409,18 +409,18 @@ def test_a_resumed_run_reads_the_cache_and_computes_what_is_missing(given, flags
     d = Harness(cfg, step=7)
     assert [d.num_computed() for _ in range(2)] == [B, B]
     d.close()
-    e = Harness(given(f"--name a {flags}"))         # a new run does not read an old file
+    e = Harness(run_config(f"--name a {flags}"))         # a new run does not read an old file
     assert os.path.getsize(FILE) == 0 and e.num_computed() == B
     e.close()
 
 
-def test_a_full_disk_is_reported_before_the_first_step_and_later(given, monkeypatch):
+def test_a_full_disk_is_reported_before_the_first_step_and_later(run_config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("targets.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
         with pytest.raises(ValueError, match=r"^out/a/target_cache: .* 24 views.* 1e-06 GB"):
-            Harness(given("--name a"))
+            Harness(run_config("--name a"))
     for pwrite in (mock.Mock(return_value=100), mock.Mock(side_effect=OSError(28, "No space left on device"))):
-        a = Harness(given("--name a"))
+        a = Harness(run_config("--name a"))
         a.step()
         with monkeypatch.context() as patch:
             patch.setattr("targets.os.pwrite", pwrite)
@@ -429,8 +429,8 @@ def test_a_full_disk_is_reported_before_the_first_step_and_later(given, monkeypa
         a.close()
 
 
-def test_the_file_is_closed_before_its_folder_is_removed(given, monkeypatch):
-    a, rmtree = Harness(given("--name a")), shutil.rmtree
+def test_the_file_is_closed_before_its_folder_is_removed(run_config, monkeypatch):
+    a, rmtree = Harness(run_config("--name a")), shutil.rmtree
 
     def remove(folder):
         assert a.provider.store.file.closed         # NFS keeps a removed file that is open
@@ -445,23 +445,23 @@ def test_the_file_is_closed_before_its_folder_is_removed(given, monkeypatch):
 @pytest.mark.parametrize("flag, field, before, now", [
     ("--mask.quantile 0.3", "mask.quantile", "0.95", "0.3"), ("--mask.ratio 0.5", "mask.ratio", "0.75", "0.5"),
     ("--target-pooling mean", "target_pooling", "'map'", "'mean'"), ("--data.num-views 2", "data.num_views", "1", "2")])
-def test_a_cache_of_other_settings_is_not_read(given, flag, field, before, now):
-    a = Harness(given("--name a"))
+def test_a_cache_of_other_settings_is_not_read(run_config, flag, field, before, now):
+    a = Harness(run_config("--name a"))
     for _ in range(2):
         a.step()
     a.close()
     with pytest.raises(ValueError, match=rf"^out/a/target_cache/config.json\b.*{field}\b.*{before}.*{now}"):
-        Harness(given(f"--name a --resume {flag}"))
+        Harness(run_config(f"--name a --resume {flag}"))
     size = os.path.getsize(FILE)
-    b = Harness(given(f"--name a {flag}"))          # a new run
+    b = Harness(run_config(f"--name a {flag}"))          # a new run
     assert size > 0 and os.path.getsize(FILE) == 0
     for _ in range(2 * CLIPS // B):
         b.assert_equal(b.step()[0])
     b.close()
 
 
-def test_videos_unreadable_in_the_first_pass_are_computed_later_once(given):
-    a = Harness(given("--name a"))
+def test_videos_unreadable_in_the_first_pass_are_computed_later_once(run_config):
+    a = Harness(run_config("--name a"))
     training_sample = ClipDataset.training_sample
 
     def fail(self, index, view_id):
@@ -495,38 +495,38 @@ def undeleted(monkeypatch):
     monkeypatch.setattr(TargetProvider, "delete", lambda self: self.run.barrier())
 
 
-def test_two_ranks_write_one_file_and_train_as_one(given, undeleted, monkeypatch):
-    train.main(given("--name one"))
+def test_two_ranks_write_one_file_and_train_as_one(run_config, undeleted, monkeypatch):
+    train.main(run_config("--name one"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")     # as torchrun sets it if both ranks are on one host
-    on_ranks(2, given("--name two"))
+    on_ranks(2, run_config("--name two"))
     assert_close_runs("out/one", "out/two")
     one, two = (open(f"out/{name}/target_cache/targets.bin", "rb").read() for name in ("one", "two"))
     assert one == two and len(one) == CLIPS * (TN * 2 * E + TN // 8 + 4 * E + 4)
 
 
-def test_ranks_on_several_hosts_cache_nothing(given, undeleted):
-    on_ranks(2, given(f"{SHORT} --name two"))       # LOCAL_WORLD_SIZE is 1
+def test_ranks_on_several_hosts_cache_nothing(run_config, undeleted):
+    on_ranks(2, run_config(f"{SHORT} --name two"))       # LOCAL_WORLD_SIZE is 1
     assert not os.path.exists("out/two/target_cache") and len(log("out/two")) == 9
 
 
 @pytest.fixture(scope="module")
-def unbroken(sprites, first, tmp_path_factory):
+def unbroken(sprites, first_run, tmp_path_factory):
     """Folder of a run that was not killed."""
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train.main(config(sprites, with_weights(first, f"{SHORT} --name unbroken")))
+        train.main(config(sprites, with_weights(first_run, f"{SHORT} --name unbroken")))
     return f"{folder}/out/unbroken"
 
 
 @pytest.mark.parametrize("step, save_every", [(2, 1), (3, 1), (4, 1), (2, 2), (6, 4), (7, 1)])
-def test_a_killed_run_ends_bit_for_bit_as_an_unbroken_one(given, unbroken, step, save_every):
+def test_a_killed_run_ends_bit_for_bit_as_an_unbroken_one(run_config, unbroken, step, save_every):
     flags = f"{SHORT} --save-every {save_every} --name killed"
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, "pretrain", step)               # before the targets of this step are computed
         with pytest.raises(Killed):
-            train.main(given(flags))
-    train.main(given(f"{flags} --resume"))
+            train.main(run_config(flags))
+    train.main(run_config(f"{flags} --resume"))
     assert log("out/killed") == log(unbroken)
     assert_same(weights("out/killed"), weights(unbroken))
     assert not os.path.exists("out/killed/target_cache") and not os.path.exists(f"{unbroken}/target_cache")

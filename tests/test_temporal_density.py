@@ -26,7 +26,7 @@ from kernels.temporal_density import (
     temporal_density_triton,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 SHAPES = [(2, 3, 16, 64), (1, 2, 1, 8), (1, 5, 7, 40), (2, 1, 9, 8)]
 

@@ -71,7 +71,7 @@ def test_frames_and_captions_are_functions_of_seed_and_sample():
     assert not torch.equal(other, frames)
 
 
-def test_the_toy_teacher_has_the_students_patches_and_starts_without_mixing():
+def test_the_toy_teacher_has_the_students_patches_and_no_mixing_at_first():
     cfg = SimpleNamespace(toy=ToyConfig(width=16, depth=2, text_depth=1, heads=2), seed=3,
                           data=SimpleNamespace(image_size=24), vit=SimpleNamespace(patch_size=4),
                           text=SimpleNamespace(max_length=7))

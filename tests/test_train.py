@@ -1,4 +1,4 @@
-"""Runs tested as runs: one process against two, killed against unbroken, what stops them and what they say of it."""
+"""Train whole runs: on one and several ranks, killed and resumed, stage by stage, with settings that must fail."""
 
 import json
 import os
@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.runs import (
+    FIRST_RUN_FLAGS,
     LOSSES,
     ROOT,
     Killed,
     argv,
     assert_close_runs,
+    assert_close_weights,
     assert_one_line,
     assert_same,
     command,
@@ -41,149 +43,151 @@ from runtime import MAY_CHANGE_ON_RESUME, RunContext, list_checkpoints
 from tasks import read_annotations
 from teacher import SigLIP
 
-LEFT = {"config.json", "command.txt", "lock", "log.jsonl", "before_unmasked", "model.safetensors", "run_state.json",
-        "checkpoints", "tokenizer.json"}
+RUN_FILES = {"config.json", "command.txt", "lock", "log.jsonl", "before_unmasked", "model.safetensors",
+             "run_state.json", "checkpoints", "tokenizer.json"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One process or several
 
-def test_torchrun_with_two_processes_and_one_process_train_the_same_model(given, sprites, first, tmp_path):
-    train.main(given("--name one"))                                         # two micro-batches after each other
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = with_weights(first, "--name two")
-    ended = subprocess.run([*launch, f"{ROOT}/train.py", *argv(sprites, flags)], cwd=tmp_path, capture_output=True,
-                           text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 0, ended.stderr[-3000:]
+def test_torchrun_with_two_ranks_trains_the_model_of_one_process(run_config, sprites, first_run, tmp_path):
+    train.main(run_config("--name one"))                                    # two micro-batches a step
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = with_weights(first_run, "--name two")
+    result = subprocess.run([*torchrun, f"{ROOT}/train.py", *argv(sprites, flags)], cwd=tmp_path, capture_output=True,
+                            text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
     assert_close_runs("out/one", "out/two")
-    assert ended.stdout.count("out/two: trained") == 1                      # one rank speaks for both
+    assert result.stdout.count("out/two: trained") == 1                     # only rank 0 prints
 
 
-def test_one_two_and_four_processes_train_the_same_model(given):
+def test_one_two_and_four_processes_train_the_same_model(run_config):
     flags = "--micro-batch 2 --unmasked-batch 8 --data.num-views 0 --mask.name umt --name"
-    train.main(given(f"{flags} one"))
+    train.main(run_config(f"{flags} one"))
     for world, name in ((2, "two"), (4, "four")):
-        on_ranks(world, given(f"{flags} {name}"))
+        on_ranks(world, run_config(f"{flags} {name}"))
         assert_close_runs("out/one", f"out/{name}")
 
 
-def test_contrast_and_relevance_run_over_the_batch_however_it_is_cut(given):
+def test_mrm_and_vtc_do_not_depend_on_the_micro_batch_size(run_config):
     flags = """--steps 8 --unmasked-steps 0 --model.vtm-weight 0 --model.mlm-weight 0 --text.dropout 0 --vit.drop-path 0
                --model.decoder-query-ratio 1 --name"""
-    train.main(given(f"{flags} one --micro-batch 8"))
-    train.main(given(f"{flags} two --micro-batch 2"))
-    on_ranks(2, given(f"{flags} three --micro-batch 4"))
-    for cut in ("out/two", "out/three"):
-        for key, row in log("out/one").items():                             # vtm and mlm are drawn by micro-batch
-            one, other = ({k: x[k] for k in ("mrm", "vtc", "grad_norm", "lr")} for x in (row, log(cut)[key]))
-            assert one == pytest.approx(other, rel=1e-3), (cut, key)
+    train.main(run_config(f"{flags} one --micro-batch 8"))
+    train.main(run_config(f"{flags} two --micro-batch 2"))
+    on_ranks(2, run_config(f"{flags} three --micro-batch 4"))
+    for folder in ("out/two", "out/three"):
+        rows = log(folder)
+        for key, row in log("out/one").items():         # the samples of vtm and mlm do depend on the micro-batch
+            expected, actual = ({k: x[k] for k in ("mrm", "vtc", "grad_norm", "lr")} for x in (row, rows[key]))
+            assert expected == pytest.approx(actual, rel=1e-3), (folder, key)
 
 
-def test_two_processes_train_a_text_encoder_and_the_teacher_that_one_trains(sprites, first, tmp_path, monkeypatch):
+def test_two_processes_train_the_same_toy_models_as_one(sprites, first_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     on_ranks(2, config(sprites, "--name two --steps 2 --unmasked-steps 0"))
-    one, two = log(f"{first}/out/first/teacher"), log("out/two/teacher")    # of the whole batch, a half on each
+    one, two = log(f"{first_run}/out/first/teacher"), log("out/two/teacher")
     assert Counter(stage for stage, _ in two) == {"teacher": 6} and one.keys() == two.keys()
     for step in one:
         assert one[step] == pytest.approx(two[step], rel=1e-4)
-    one, two = weights(f"{first}/out/first/teacher"), weights("out/two/teacher")
-    for name in one.keys() - {name for name in one if re.search("k_proj.bias|in_proj_bias", name)}:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    one, two = weights(f"{first_run}/out/first/teacher"), weights("out/two/teacher")
+    compared = [name for name in one if not re.search("k_proj.bias|in_proj_bias", name)]
+    assert_close_weights(*({name: w[name] for name in compared} for w in (one, two)), atol=1e-4)
     assert Counter(stage for stage, _ in log("out/two/text")) == {"text": 6}
     assert weights("out/two").keys() == weights("out/two/before_unmasked").keys()
 
 
-def test_two_processes_can_also_hide_nothing(given):
-    on_ranks(2, given("--name two --steps 2 --unmasked-steps 1 --mask.ratio 0"))           # no MRM, no decoder
+def test_two_processes_train_without_masked_tokens(run_config):
+    on_ranks(2, run_config("--name two --steps 2 --unmasked-steps 1 --mask.ratio 0"))      # so without MRM and decoder
     assert all("mrm" not in row for row in log("out/two").values())
 
 
-def drawn(cfg, rank, world, step=0, steps=5, batch=8, micro=2):
-    """What a rank is given: (step, clips, views, seed) of each of its micro-batches."""
+def read_micro_batches(cfg, rank, world, step=0, steps=5, batch=8, micro_batch=2):
+    """Read the micro-batches of a rank -> (step, clip ids, view ids, seed) of each."""
     run = RunContext(cfg, "", torch.device("cpu"), rank, world)
     clips = ClipDataset(read_annotations(cfg.data.train_file, cfg.data.video_root), cfg.data, cfg.seed)
     tokenizer = load_tokenizer(os.path.join(os.path.dirname(cfg.data.train_file), "tokenizer.json"))
-    groups = loop.iterate_micro_batches(run, clips, tokenizer, "pretrain", batch, micro, step, steps)
+    groups = loop.iterate_micro_batches(run, clips, tokenizer, "pretrain", batch, micro_batch, step, steps)
     return [(step + i, b.clip_ids.tolist(), b.view_ids.tolist(), b.seed)
             for i, group in enumerate(groups) for b in group]
 
 
 @pytest.mark.parametrize("flags", ["--data.num-views 0", "--data.num-views 2",
                                    "--data.num-views 2 --data.num-workers 1"])
-def test_sample_n_is_the_same_on_any_number_of_ranks_and_after_any_step(given, flags):
-    cfg = given(flags)
-    alone = drawn(cfg, 0, 1)
+def test_sample_n_is_the_same_on_any_number_of_ranks_and_after_any_step(run_config, flags):
+    cfg = run_config(flags)
+    one_rank = read_micro_batches(cfg, 0, 1)
     clips = ClipDataset(read_annotations(cfg.data.train_file, cfg.data.video_root), cfg.data, cfg.seed)
     samples = [clips[n] for n in range(40)]
-    assert [c for _, ids, _, _ in alone for c in ids] == [s.clip_id for s in samples]
-    assert [v for _, _, views, _ in alone for v in views] == [s.view_id for s in samples]
-    assert len({seed for *_, seed in alone}) == len(alone)                  # each micro-batch draws its own numbers
+    assert [c for _, ids, _, _ in one_rank for c in ids] == [s.clip_id for s in samples]
+    assert [v for _, _, views, _ in one_rank for v in views] == [s.view_id for s in samples]
+    assert len({seed for *_, seed in one_rank}) == len(one_rank)            # each micro-batch has its own seed
     for world in (2, 4):
-        together = [drawn(cfg, rank, world) for rank in range(world)]
-        assert sum(together, []) != alone and sorted(sum(together, [])) == sorted(alone)
-        parts = [[part for s, *part in mine if s == step] for step in range(5) for mine in together]
-        assert [part for some in parts for part in some] == [part for _, *part in alone]        # ranks in order
-    assert drawn(cfg, 0, 1, step=3) == [row for row in alone if row[0] >= 3]
-    other = replace(cfg, seed=cfg.seed + 1)
-    assert not {seed for *_, seed in drawn(other, 0, 1)} & {seed for *_, seed in alone}
+        by_rank = [read_micro_batches(cfg, rank, world) for rank in range(world)]
+        assert sum(by_rank, []) != one_rank and sorted(sum(by_rank, [])) == sorted(one_rank)
+        by_step = [row for step in range(5) for rows in by_rank for row in rows if row[0] == step]
+        assert by_step == one_rank                                          # in a step, rank 0 has the first samples
+    assert read_micro_batches(cfg, 0, 1, step=3) == [row for row in one_rank if row[0] >= 3]
+    other_seed = read_micro_batches(replace(cfg, seed=cfg.seed + 1), 0, 1)
+    assert not {seed for *_, seed in other_seed} & {seed for *_, seed in one_rank}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed and resumed
 
 @pytest.fixture(scope="module")
-def unbroken(sprites, first, tmp_path_factory):
-    """unbroken(flags) -> the folder of a run that nobody killed."""
-    done = {}
+def unbroken_run(sprites, first_run, tmp_path_factory):
+    """unbroken_run(flags) trains a run that is not killed, once -> its folder."""
+    folders = {}
 
     def run(flags):
-        if flags not in done:
+        if flags not in folders:
             folder = tmp_path_factory.mktemp("unbroken")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                train.main(config(sprites, with_weights(first, f"{flags} --name whole")))
-            done[flags] = str(folder / "out" / "whole")
-        return done[flags]
+                train.main(config(sprites, with_weights(first_run, f"{flags} --name unbroken")))
+            folders[flags] = str(folder / "out" / "unbroken")
+        return folders[flags]
     return run
 
 
-STORED, ASKED, DRAWN = "--data.num-views 1", "--data.num-views 0", "--data.num-views 1 --mask.name random_frame"
-SIZED = "--data.num-views 1 --model.proportional"
+# Teacher targets are cached, or computed at each step.
+CACHED, COMPUTED, RANDOM = "--data.num-views 1", "--data.num-views 0", "--data.num-views 1 --mask.name random_frame"
+PROPORTIONAL = "--data.num-views 1 --model.proportional"
 
 
 @pytest.mark.parametrize("stage, step, flags", [
-    ("pretrain", 10, STORED),       # two steps after a save: they are taken again
-    ("pretrain", 8, ASKED),         # just after one
-    ("pretrain", 2, STORED),        # before any
-    ("pretrain", 13, DRAWN),
-    ("pretrain", 10, SIZED),
-    ("before_unmasked", None, STORED),       # between the stages
-    ("unmasked", 1, ASKED),         # the masked model is written, the state is still that of its last step
-    ("unmasked", 5, STORED),
-    ("unmasked", 4, ASKED),
-    ("unmasked", None, STORED),     # all steps taken, the model not written
+    ("pretrain", 10, CACHED),                   # two steps after a checkpoint
+    ("pretrain", 8, COMPUTED),                  # just after a checkpoint
+    ("pretrain", 2, CACHED),                    # before any checkpoint
+    ("pretrain", 13, RANDOM),
+    ("pretrain", 10, PROPORTIONAL),
+    ("before_unmasked", None, CACHED),          # between the stages
+    ("unmasked", 1, COMPUTED),                  # before the first checkpoint of the stage
+    ("unmasked", 5, CACHED),
+    ("unmasked", 4, COMPUTED),
+    ("unmasked", None, CACHED),                 # after the last step, before the model is written
 ])
-def test_a_run_killed_and_resumed_ends_bit_for_bit_as_an_unbroken_one(given, unbroken, stage, step, flags):
-    whole = unbroken(flags)
+def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(run_config, unbroken_run, stage, step, flags):
+    expected = unbroken_run(flags)
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, stage, step)
         with pytest.raises(Killed):
-            train.main(given(f"{flags} --name killed"))
+            train.main(run_config(f"{flags} --name killed"))
     assert not os.path.exists("out/killed/model.safetensors")
-    if (stage, step) != ("pretrain", 2):                                    # nobody starts on top of what is there
+    if (stage, step) != ("pretrain", 2):                # a new run must not overwrite checkpoints
         with pytest.raises(ValueError, match="out/killed/.*pt .*--resume"):
-            train.main(given(f"{flags} --name killed"))
-    train.main(given(f"{flags} --name killed --resume --save-every 5"))
-    assert_same(weights("out/killed"), weights(whole))
-    assert_same(weights("out/killed/before_unmasked"), weights(f"{whole}/before_unmasked"))
-    assert log("out/killed") == log(whole)
-    assert set(os.listdir("out/killed")) == LEFT == set(os.listdir(whole))
-    assert sorted(os.listdir(f"{whole}/checkpoints")) == ["unmasked-0000004.pt", "unmasked-0000006.pt"]
+            train.main(run_config(f"{flags} --name killed"))
+    train.main(run_config(f"{flags} --name killed --resume --save-every 5"))
+    assert_same(weights("out/killed"), weights(expected))
+    assert_same(weights("out/killed/before_unmasked"), weights(f"{expected}/before_unmasked"))
+    assert log("out/killed") == log(expected)
+    assert set(os.listdir("out/killed")) == RUN_FILES == set(os.listdir(expected))
+    assert sorted(os.listdir(f"{expected}/checkpoints")) == ["unmasked-0000004.pt", "unmasked-0000006.pt"]
 
 
-def test_a_process_killed_by_the_system_resumes_too(given, unbroken, sprites, first, tmp_path):
-    whole = unbroken(STORED)
-    flags = with_weights(first, f"{STORED} --name killed")
+def test_a_run_ended_by_sigkill_resumes_bit_for_bit(run_config, unbroken_run, sprites, first_run, tmp_path):
+    expected = unbroken_run(CACHED)
+    flags = with_weights(first_run, f"{CACHED} --name killed")
     with open("err.txt", "w") as err:
         process = subprocess.Popen([sys.executable, f"{ROOT}/train.py", *argv(sprites, flags)], cwd=tmp_path,
                                    stdout=err, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -198,66 +202,63 @@ def test_a_process_killed_by_the_system_resumes_too(given, unbroken, sprites, fi
     with open("out/killed/log.jsonl") as f:
         assert 4 < len(f.readlines()) < 26
     with open("out/killed/log.jsonl", "a") as f:
-        f.write('{"stage": "pretr')                                         # as when the machine loses its power
-    train.main(given(f"{STORED} --name killed --resume"))
-    assert_same(weights("out/killed"), weights(whole))
-    assert log("out/killed") == log(whole)
+        f.write('{"stage": "pretr')                     # a power failure can leave half a line
+    train.main(run_config(f"{CACHED} --name killed --resume"))
+    assert_same(weights("out/killed"), weights(expected))
+    assert log("out/killed") == log(expected)
 
 
-def test_a_state_that_is_cut_short_while_written_leaves_the_one_before(given, unbroken, monkeypatch):
-    real, calls = torch.save, []
+def test_a_half_written_checkpoint_leaves_the_one_before(run_config, unbroken_run, monkeypatch):
+    torch_save, learning_rate, saves, steps = torch.save, loop.learning_rate, [], []
 
     def save(state, f):
-        calls.append(f)
-        if len(calls) == 3:                                                 # that of step 12
+        saves.append(f)
+        if len(saves) == 3:                             # the checkpoint of step 12
             f.write(b"half of it")
             raise Killed
-        real(state, f)
+        torch_save(state, f)
+
+    def record_step(step, *args):
+        steps.append(step)
+        return learning_rate(step, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", save)
         with pytest.raises(Killed):
-            train.main(given(f"{ASKED} --name killed"))
+            train.main(run_config(f"{COMPUTED} --name killed"))
     assert sorted(os.listdir("out/killed/checkpoints")) == ["pretrain-0000004.pt", "pretrain-0000008.pt"]
-    steps = []
-    real_rate = loop.learning_rate
-
-    def learning_rate(step, *rest):
-        steps.append(step)
-        return real_rate(step, *rest)
-
-    monkeypatch.setattr(loop, "learning_rate", learning_rate)
-    train.main(given(f"{ASKED} --name killed --resume"))
-    assert steps[::2] == [*range(8, 20), *range(6)]                         # two groups of parameters
-    assert_same(weights("out/killed"), weights(unbroken(ASKED)))
+    monkeypatch.setattr(loop, "learning_rate", record_step)
+    train.main(run_config(f"{COMPUTED} --name killed --resume"))
+    assert steps[::2] == [*range(8, 20), *range(6)]     # a step sets the rate of two groups of parameters
+    assert_same(weights("out/killed"), weights(unbroken_run(COMPUTED)))
 
 
 @pytest.mark.parametrize("stage", ["teacher", "text"])
-def test_a_small_stage_that_was_killed_goes_on_in_a_whole_run(sprites, first, tmp_path, monkeypatch, stage):
+def test_a_killed_toy_stage_resumes_in_a_run_of_all_stages(sprites, first_run, tmp_path, monkeypatch, stage):
     monkeypatch.chdir(tmp_path)
-    rest = "--name killed --steps 4 --unmasked-steps 2"
+    flags = "--name killed --steps 4 --unmasked-steps 2"
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, stage, 5)
         with pytest.raises(Killed):
-            train.main(config(sprites, f"{rest} --stage {stage}"))
-    train.main(config(sprites, f"{rest} --resume"))
+            train.main(config(sprites, f"{flags} --stage {stage}"))
+    train.main(config(sprites, f"{flags} --resume"))
     for part in ("teacher", "text", "."):
-        assert_same(weights(f"out/killed/{part}"), weights(f"{first}/out/first/{part}"))
-        assert log(f"out/killed/{part}") == log(f"{first}/out/first/{part}")
+        assert_same(weights(f"out/killed/{part}"), weights(f"{first_run}/out/first/{part}"))
+        assert log(f"out/killed/{part}") == log(f"{first_run}/out/first/{part}")
 
 
-def test_a_finished_run_is_not_trained_again_and_not_trained_over(given, first, monkeypatch):
-    cfg = given("--name whole --steps 2 --unmasked-steps 1")
+def test_a_finished_run_is_neither_trained_again_nor_overwritten(run_config):
+    cfg = run_config("--name finished --steps 2 --unmasked-steps 1")
     train.main(cfg)
-    before, rows = weights("out/whole"), open("out/whole/log.jsonl").read()
-    with pytest.raises(ValueError, match="out/whole/checkpoints/unmasked-0000001.pt"):
+    before, log_text = weights("out/finished"), open("out/finished/log.jsonl").read()
+    with pytest.raises(ValueError, match="out/finished/checkpoints/unmasked-0000001.pt"):
         train.main(cfg)
     train.main(replace(cfg, resume=True))
-    assert_same(weights("out/whole"), before)
-    assert open("out/whole/log.jsonl").read() == rows
-    shutil.rmtree("out/whole/checkpoints")                                        # the model alone is a run too
-    with pytest.raises(ValueError, match="out/whole/+model.safetensors"):
-        train.main(given("--name whole"))
+    assert_same(weights("out/finished"), before)
+    assert open("out/finished/log.jsonl").read() == log_text
+    shutil.rmtree("out/finished/checkpoints")           # a model without checkpoints is not overwritten either
+    with pytest.raises(ValueError, match="out/finished/+model.safetensors"):
+        train.main(run_config("--name finished"))
 
 
 CHANGES = [("lr", "--lr 1e-2", "0.002", "0.01"), ("seed", "--seed 4", "3", "4"), ("steps", "--steps 21", "20", "21"),
@@ -266,63 +267,63 @@ CHANGES = [("lr", "--lr 1e-2", "0.002", "0.01"), ("seed", "--seed 4", "3", "4"),
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "unmasked"])
-def test_a_run_goes_on_as_it_began_or_names_what_differs(given, stage):
+def test_resume_names_a_setting_that_must_not_change(run_config, stage):
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, stage, 4)
         with pytest.raises(Killed):
-            train.main(given("--name killed"))
-    for setting, flag, then, now in CHANGES:
+            train.main(run_config("--name killed"))
+    for setting, flag, before, now in CHANGES:
         with pytest.raises(ValueError) as error:
-            train.main(given(f"--name killed --resume {flag}"))
+            train.main(run_config(f"--name killed --resume {flag}"))
         message = str(error.value)
         assert message.startswith("out/killed/") and f" {setting} " in message
-        assert then in message and message.endswith(now)
-    free = """--device cpu --log-every 3 --save-every 7 --keep-checkpoints 3 --max-skipped-steps 1 --no-compile
-              --activation-checkpointing --data.num-workers 1 --data.no-frame-cache --data.no-resize-on-device
-              --data.max-unreadable 0.2"""
+        assert before in message and message.endswith(now)
+    allowed = """--device cpu --log-every 3 --save-every 7 --keep-checkpoints 3 --max-skipped-steps 1 --no-compile
+                 --activation-checkpointing --data.num-workers 1 --data.no-frame-cache --data.no-resize-on-device
+                 --data.max-unreadable 0.2"""
     for name in {*MAY_CHANGE_ON_RESUME} - {"resume", "stage"}:
-        assert f"--{name}".replace("_", "-") in free.replace("no-", "")
-    train.main(given(f"--name killed --resume {free}"))
+        assert f"--{name}".replace("_", "-") in allowed.replace("no-", "")
+    train.main(run_config(f"--name killed --resume {allowed}"))
     assert os.path.exists("out/killed/model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
 
-def test_twenty_steps_lower_every_loss(unbroken):
-    rows = [row for (stage, _), row in sorted(log(unbroken(STORED)).items()) if stage == "pretrain"]
+def test_twenty_steps_lower_every_loss(unbroken_run):
+    rows = [row for (stage, _), row in sorted(log(unbroken_run(CACHED)).items()) if stage == "pretrain"]
     for name in ("mrm", "mlm", "vtc"):
         values = [row[name] for row in rows]
         assert np.mean(values[-5:]) < np.mean(values[:5]), name
     assert all(0 < row["grad_norm"] < np.inf and set(row) == {*LOSSES[1:5], "grad_norm", "lr"} for row in rows)
-    unmasked = [row for (stage, _), row in log(unbroken(STORED)).items() if stage == "unmasked"]
+    unmasked = [row for (stage, _), row in log(unbroken_run(CACHED)).items() if stage == "unmasked"]
     assert len(unmasked) == 6 and all(set(row) == {"vtc", "vtm", "mlm", "grad_norm", "lr"} for row in unmasked)
     assert max(row["lr"] for row in unmasked) == pytest.approx(0.2 * max(row["lr"] for row in rows))
 
 
-def test_a_run_leaves_all_that_is_needed_to_go_on_from_it(sprites, first):
-    out = f"{first}/out/first"
-    assert set(os.listdir(out)) == LEFT | {"teacher", "text"}
-    wanted = config(sprites, "--name first --steps 4 --unmasked-steps 2")
+def test_a_run_writes_all_files_that_later_runs_need(sprites, first_run):
+    out = f"{first_run}/out/first"
+    assert set(os.listdir(out)) == RUN_FILES | {"teacher", "text"}
+    expected = config(sprites, FIRST_RUN_FLAGS)
     tokenizer = load_tokenizer(f"{out}/tokenizer.json")
-    text = replace(wanted.text, vocab_size=tokenizer.get_vocab_size(), mask_token_id=tokenizer.token_to_id("[MASK]"))
-    wanted = replace(wanted, text=text, model=replace(wanted.model, target_dim=16),
-                     teacher="out/first/teacher")                           # eval.py needs it for masks
+    text = replace(expected.text, vocab_size=tokenizer.get_vocab_size(), mask_token_id=tokenizer.token_to_id("[MASK]"))
+    expected = replace(expected, text=text, model=replace(expected.model, target_dim=16),
+                       teacher="out/first/teacher")                         # eval.py needs it for masks
     for folder in (out, f"{out}/before_unmasked"):
         with open(f"{folder}/config.json") as f:
             written = json.load(f)
-        assert written == json.loads(json.dumps(asdict(wanted)))
+        assert written == json.loads(json.dumps(asdict(expected)))
         assert_same(dict(ClusterSTM.from_pretrained(folder).state_dict()), weights(folder))
-    one, other = weights(out), weights(f"{out}/before_unmasked")
-    same = {name for name in one if torch.equal(one[name], other[name])}
-    assert same == {name for name in one if name.startswith("decoder.")}    # which the unmasked stage has no use for
+    after, before = weights(out), weights(f"{out}/before_unmasked")
+    unchanged = {name for name in after if torch.equal(after[name], before[name])}
+    assert unchanged == {name for name in after if name.startswith("decoder.")}     # it is not trained then
     teacher = SigLIP.from_pretrained(f"{out}/teacher")
     assert teacher.tokenize(["a red square"]).shape == (1, 24) and teacher.cfg.vision_config.hidden_size == 16
-    assert load_tokenizer(f"{out}/text/tokenizer.json").get_vocab_size() == wanted.text.vocab_size
+    assert load_tokenizer(f"{out}/text/tokenizer.json").get_vocab_size() == expected.text.vocab_size
     assert Bert.from_pretrained(f"{out}/text").cfg.fusion_layers == 1
 
 
-def test_stages_one_by_one_are_the_run_at_once(sprites, first, tmp_path, monkeypatch):
+def test_stages_run_one_by_one_equal_a_run_of_all_stages(sprites, first_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--name parts --steps 4 --unmasked-steps 2"
     assert isinstance(train.main(config(sprites, f"{flags} --stage teacher")), SigLIP)
@@ -332,58 +333,58 @@ def test_stages_one_by_one_are_the_run_at_once(sprites, first, tmp_path, monkeyp
     assert isinstance(train.main(config(sprites, f"{flags} --stage text")), Bert)
     assert isinstance(train.main(config(sprites, f"{flags} --resume")), ClusterSTM)
     for part in ("teacher", "text", "before_unmasked", "."):
-        assert_same(weights(f"out/parts/{part}"), weights(f"{first}/out/first/{part}"))
-    with open("out/parts/log.jsonl") as f, open(f"{first}/out/first/log.jsonl") as g:
+        assert_same(weights(f"out/parts/{part}"), weights(f"{first_run}/out/first/{part}"))
+    with open("out/parts/log.jsonl") as f, open(f"{first_run}/out/first/log.jsonl") as g:
         assert len(f.readlines()) == len(g.readlines()) == 6
 
 
-def test_the_text_encoder_may_be_trained_before_the_teacher_is_chosen(sprites, first, tmp_path, monkeypatch):
+def test_the_text_encoder_can_be_trained_before_the_teacher_is_chosen(sprites, first_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--name parts --steps 4 --unmasked-steps 2"
     train.main(config(sprites, f"{flags} --stage text"))
-    train.main(config(sprites, f"{flags} --resume --teacher {first}/out/first/teacher"))
-    assert_same(weights("out/parts"), weights(f"{first}/out/first"))
+    train.main(config(sprites, f"{flags} --resume --teacher {first_run}/out/first/teacher"))
+    assert_same(weights("out/parts"), weights(f"{first_run}/out/first"))
 
 
-def test_given_weights_are_taken_and_not_trained(given, first):
-    before = weights(f"{first}/out/first/teacher")
-    model = train.main(given("--steps 1 --unmasked-steps 0"))               # the run is named after sprites_train.json
+def test_a_run_starts_from_the_given_teacher_and_text_encoder(run_config, first_run):
+    before = weights(f"{first_run}/out/first/teacher")
+    model = train.main(run_config("--steps 1 --unmasked-steps 0"))          # the run is named after sprites_train.json
     assert not os.path.exists("out/sprites/teacher") and not os.path.exists("out/sprites/text")
-    assert_same(weights(f"{first}/out/first/teacher"), before)
-    text = weights(f"{first}/out/first/text")                               # one step of lr 2e-3 moves a weight by that
+    assert_same(weights(f"{first_run}/out/first/teacher"), before)
+    text = weights(f"{first_run}/out/first/text")                           # a step of lr 2e-3 moves a weight by 2e-3
     moved = [(model.state_dict()[f"bert.{k}"] - v).abs().max() for k, v in text.items() if "crossattention" not in k]
     assert 0 < max(moved) <= 2.1e-3
     assert not model.training and all(p.requires_grad for p in model.parameters())
     assert_same(weights("out/sprites"), weights("out/sprites/before_unmasked"))      # no unmasked stage
 
 
-def test_each_stage_has_its_batch(sprites, tmp_path, monkeypatch):
+def test_each_stage_has_its_own_batch_size(sprites, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    real, sizes = loop.iterate_micro_batches, {}
+    iterate_micro_batches, sizes = loop.iterate_micro_batches, {}
 
-    def batches(run, clips, tokenizer, stage, batch, micro, step, steps):
-        sizes[stage] = batch, micro, steps
-        for group in real(run, clips, tokenizer, stage, batch, micro, step, steps):
-            assert len(group) == batch // micro and all(len(b.clip_ids) == micro for b in group)
+    def record_sizes(run, clips, tokenizer, stage, batch, micro_batch, step, steps):
+        sizes[stage] = batch, micro_batch, steps
+        for group in iterate_micro_batches(run, clips, tokenizer, stage, batch, micro_batch, step, steps):
+            assert len(group) == batch // micro_batch and all(len(b.clip_ids) == micro_batch for b in group)
             yield group
 
-    monkeypatch.setattr(loop, "iterate_micro_batches", batches)
+    monkeypatch.setattr(loop, "iterate_micro_batches", record_sizes)
     train.main(config(sprites, "--name a --steps 1 --unmasked-steps 2 --unmasked-batch 16 --toy.batch 6 "
                                "--toy.steps 3 --toy.text-batch 5 --toy.text-steps 4"))
     assert sizes == {"teacher": (6, 6, 3), "text": (5, 5, 4), "pretrain": (8, 4, 1), "unmasked": (16, 4, 2)}
 
 
-def test_without_a_tokenizer_one_is_trained_on_the_captions(given, sprites, tmp_path):
-    train.main(given("--name a --steps 1 --unmasked-steps 0"))
-    assert load_tokenizer("out/a/tokenizer.json").get_vocab() == \
-        load_tokenizer(f"{sprites}/tokenizer.json").get_vocab()
+def test_without_a_tokenizer_one_is_trained_on_the_captions(run_config, sprites, tmp_path):
+    train.main(run_config("--name a --steps 1 --unmasked-steps 0"))
+    vocab = load_tokenizer(f"{sprites}/tokenizer.json").get_vocab()
+    assert load_tokenizer("out/a/tokenizer.json").get_vocab() == vocab
     os.rename(f"{sprites}/tokenizer.json", f"{sprites}/hidden.json")
     try:
-        train.main(config(sprites, "--stage text --toy.text-steps 1 --name own"))
+        train.main(config(sprites, "--stage text --toy.text-steps 1 --name captions"))
     finally:
         os.rename(f"{sprites}/hidden.json", f"{sprites}/tokenizer.json")
-    own, whole = (load_tokenizer(f"{folder}/tokenizer.json").get_vocab() for folder in ("out/own", sprites))
-    assert own.items() < whole.items()                                      # which has the questions' words besides
+    caption_vocab = load_tokenizer("out/captions/tokenizer.json").get_vocab()
+    assert caption_vocab.items() < vocab.items()                            # the data's has words of questions too
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth():
@@ -395,8 +396,8 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth():
     assert all(0 < loop.learning_rate(s, 3, 1.0, 1.0) <= 1 for s in range(3))
 
 
-def test_matrices_decay_and_embeddings_norms_biases_and_scalars_do_not(first):
-    out = f"{first}/out/first"
+def test_weight_decay_is_for_matrices_other_than_embeddings(first_run):
+    out = f"{first_run}/out/first"
     for model in (ClusterSTM.from_pretrained(out), SigLIP.from_pretrained(f"{out}/teacher")):
         groups = loop.parameter_groups(model, 0.3)
         names = {id(p): name for name, p in model.named_parameters()}
@@ -414,35 +415,37 @@ def test_matrices_decay_and_embeddings_norms_biases_and_scalars_do_not(first):
 # What stops a run
 
 @pytest.mark.parametrize("every", [1, 1000], ids=["read at once", "read a step later"])
-@pytest.mark.parametrize("stage, call, bad", [("pretrain", 13, float("inf")), ("unmasked", 51, float("nan"))])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(given, monkeypatch, stage, call, bad,
-                                                                               every):
-    real, seen = ClusterSTM.forward, []
+@pytest.mark.parametrize("stage, call, factor", [("pretrain", 13, float("inf")), ("unmasked", 51, float("nan"))])
+def test_a_nonfinite_gradient_stops_the_run_before_the_weights_change(
+        run_config, monkeypatch, stage, call, factor, every):
+    compute_losses, calls = ClusterSTM.forward, []      # of each call: model, clips, weights; two micro-batches a step
 
     def forward(self, batch, *args):
-        seen.append((self, batch.clip_ids.tolist(), deepcopy(self.state_dict()) if len(seen) % 2 == 0 else None))
-        losses = real(self, batch, *args)
-        if len(seen) == call:                                               # two micro-batches a step
-            losses["vtc"] = losses["vtc"] * bad
+        calls.append((self, batch.clip_ids.tolist(), deepcopy(self.state_dict()) if len(calls) % 2 == 0 else None))
+        losses = compute_losses(self, batch, *args)
+        if len(calls) == call:
+            losses["vtc"] = losses["vtc"] * factor
         return losses
 
     monkeypatch.setattr(ClusterSTM, "forward", forward)
     with pytest.raises(ValueError) as error:
-        train.main(given(f"--name a --log-every {every} --save-every 7"))
+        train.main(run_config(f"--name a --log-every {every} --save-every 7"))
     step = (call - 1) // 2 - (20 if stage == "unmasked" else 0)
-    said, first = str(error.value), (call - 1) // 2 * 2
-    assert said.startswith(f"{stage} step {step} ") and "\n" not in said
-    assert re.search(f"vtc ({bad:g}|nan)", said) and said.endswith(f"clips {[seen[first][1], seen[first + 1][1]]}")
-    assert_same(dict(seen[-1][0].state_dict()), seen[first][2])
+    message, first_call = str(error.value), (call - 1) // 2 * 2
+    clips = [clip_ids for _, clip_ids, _ in calls[first_call:first_call + 2]]
+    assert message.startswith(f"{stage} step {step} ") and "\n" not in message
+    assert re.search(f"vtc ({factor:g}|nan)", message) and message.endswith(f"clips {clips}")
+    expected = calls[first_call][2]
+    assert_same(dict(calls[-1][0].state_dict()), expected)
     assert not os.path.exists("out/a/model.safetensors")
-    state = torch.load(list_checkpoints("out/a")[0], weights_only=True)     # --resume begins with the bad step
+    state = torch.load(list_checkpoints("out/a")[0], weights_only=True)     # --resume begins with the nonfinite step
     assert (state["stage"], state["step"]) == (stage, step)
-    assert_same(state["model"], seen[first][2])
+    assert_same(state["model"], expected)
 
 
-def test_a_student_of_other_patches_has_a_teacher_token_for_each_in_training_and_in_scoring(given, sprites, capsys):
-    # Frames of 16 pixels: 16 teacher patches of 4, but 4 of the student's.
-    train.main(given("--name wide --steps 1 --unmasked-steps 1 --vit.patch-size 8"))
+def test_the_student_may_have_larger_patches_than_the_teacher(run_config, sprites, capsys):
+    # A frame of 16 x 16 pixels has 16 patches of the teacher and 4 of the student.
+    train.main(run_config("--name wide --steps 1 --unmasked-steps 1 --vit.patch-size 8"))
     code, _, err = command("eval.py", ["--task", "sprites", "--data-root", sprites, "--mask", "cluster_stm",
                                        "--checkpoint", "out/wide/before_unmasked"], capsys)
     assert code == 0, err
@@ -468,9 +471,9 @@ def test_a_student_of_other_patches_has_a_teacher_token_for_each_in_training_and
     ("--vit.patch-size 5", "16.* 5"),
     ("--task sprites", "task.*finetune.*'all'"),
 ])
-def test_what_cannot_be_run_says_so_in_one_line_and_leaves_no_model(given, sprites, first, capsys, flags, message):
+def test_invalid_settings_end_with_one_line_and_write_no_model(run_config, sprites, first_run, capsys, flags, message):
     write_rows(sprites, 1)
-    code, _, err = command("train.py", argv(sprites, with_weights(first, flags)), capsys)
+    code, _, err = command("train.py", argv(sprites, with_weights(first_run, flags)), capsys)
     assert_one_line("train.py", code, err, message)
     assert not any(name.endswith((".safetensors", ".tmp")) for _, _, names in os.walk("out") for name in names)
 
@@ -480,7 +483,7 @@ def test_what_cannot_be_run_says_so_in_one_line_and_leaves_no_model(given, sprit
     ({"video": "absent.mp4"}, r"rows.json, row 2: .*absent.mp4: .*\(1 of 3 "),
     ({"caption": "?!"}, r"rows.json, row 2: .*caption.*\?!"),
 ])
-def test_bad_data_is_named_before_anything_is_trained(given, sprites, first, capsys, changes, message):
+def test_bad_data_is_reported_before_training(run_config, sprites, first_run, capsys, changes, message):
     os.symlink(f"{sprites}/videos", "videos")
     write_rows(sprites, 3, **changes)
     broken = f"{sprites}/videos/broken.mp4"
@@ -494,32 +497,32 @@ def test_bad_data_is_named_before_anything_is_trained(given, sprites, first, cap
     assert not any(name.endswith((".pt", ".safetensors")) for _, _, names in os.walk("out") for name in names)
 
 
-def test_other_causes_are_one_line_as_well(given, sprites, first, capsys, monkeypatch):
-    train.main(given("--name held --steps 1 --unmasked-steps 0"))
-    weights = with_weights(first, "--unmasked-steps 0 --steps")
-    code, _, err = command("train.py", argv(sprites, f"{weights} 1 --name held"), capsys)
-    assert_one_line("train.py", code, err, "out/held/checkpoints/pretrain-0000001.pt .*--resume")
-    code, _, err = command("train.py", argv(sprites, f"{weights} 3 --name held --resume"), capsys)
-    assert_one_line("train.py", code, err, "out/held/config.json: steps .* 1 .* 3")
+def test_errors_of_resume_device_and_ranks_are_one_line(run_config, sprites, first_run, capsys, monkeypatch):
+    train.main(run_config("--name finished --steps 1 --unmasked-steps 0"))
+    flags = with_weights(first_run, "--unmasked-steps 0 --steps")
+    code, _, err = command("train.py", argv(sprites, f"{flags} 1 --name finished"), capsys)
+    assert_one_line("train.py", code, err, "out/finished/checkpoints/pretrain-0000001.pt .*--resume")
+    code, _, err = command("train.py", argv(sprites, f"{flags} 3 --name finished --resume"), capsys)
+    assert_one_line("train.py", code, err, "out/finished/config.json: steps .* 1 .* 3")
     if not torch.cuda.is_available():
         code, _, err = command("train.py", argv(sprites, "--device cuda"), capsys)
         assert_one_line("train.py", code, err, "no CUDA GPU")
-    monkeypatch.setenv("WORLD_SIZE", "3")                                   # of the stages that this run has
-    code, _, err = command("train.py", argv(sprites, f"{weights} 1"), capsys)
+    monkeypatch.setenv("WORLD_SIZE", "3")                                   # the error names a stage of this run
+    code, _, err = command("train.py", argv(sprites, f"{flags} 1"), capsys)
     assert_one_line("train.py", code, err, "pretrain: batch .* 8, 4 and 3")
 
 
-def test_a_process_of_its_own_fails_the_same_way(sprites, tmp_path):
-    ended = subprocess.run([sys.executable, f"{ROOT}/train.py", "--data.train-file", "nowhere.json"], cwd=tmp_path,
-                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode and re.fullmatch("train.py: nowhere.json.*\n", ended.stderr)
+def test_train_py_in_a_new_process_fails_with_one_line(sprites, tmp_path):
+    result = subprocess.run([sys.executable, f"{ROOT}/train.py", "--data.train-file", "nowhere.json"], cwd=tmp_path,
+                            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode and re.fullmatch("train.py: nowhere.json.*\n", result.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line and presets
 
 def settings(cfg, prefix=""):
-    """(flag, comment) of each field, those of nested configs too."""
+    """Yield (flag, comment) of each field of a config, including nested configs."""
     source = open(sys.modules[type(cfg).__module__].__file__).read()
     body = re.search(rf"class {type(cfg).__name__}:\n(.*?)(\n\S|\Z)", source, re.S)[1]
     for f in fields(cfg):

@@ -8,7 +8,7 @@ from helpers.kernels import DEVICE, DTYPES, LOW, low, needs_cuda, seeded
 
 from kernels.window_attention import window_attention, window_attention_ref, window_attention_triton
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 # grid, H, D, F: corners only, borders only, one inside, ragged; heads of 72, one head, many small ones.
 SHAPES = [

@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own, and what befalls them: signals, kills, waits."""
+"""Train in processes of their own and disturb them: signals, kills, blocked steps."""
 
 import multiprocessing
 import os
@@ -20,20 +20,20 @@ STEPS = 8
 SHORT = f"--name run --data.num-views 0 --steps {STEPS} --unmasked-steps 2 --save-every 2 "
 LONG = "--name run --data.num-views 0 "                 # 20 + 6 steps
 LOADER = "--data.num-workers 1 --data.no-frame-cache "
-PAUSE = 300                                         # seconds; a test that has to wait for its end has failed
+PAUSE = 300                                         # seconds; a test that waits for its end has failed
 
 
-def assert_ends_as(whole, folder="out/run"):
-    """Bit for bit, and with the same losses."""
+def assert_same_run(expected, folder="out/run"):
+    """Assert that two runs have the same weights bit for bit and the same log, and that no temporary file is left."""
     for part in ("", "before_unmasked"):
-        assert_same(weights(os.path.join(folder, part)), weights(os.path.join(whole, part)))
-    assert log(folder) == log(whole)
+        assert_same(weights(os.path.join(folder, part)), weights(os.path.join(expected, part)))
+    assert log(folder) == log(expected)
     assert not [name for _, _, names in os.walk("out") for name in names if name.endswith(".tmp")]
 
 
 @contextmanager
-def ranks(world, cfg):
-    """`python train.py` with this config in `world` processes, forked from this one with all that is patched in it."""
+def launch_ranks(world, cfg):
+    """Run `python train.py` with this config in `world` processes, which are forked with all patches of this one."""
     def main(rank):
         os.setsid()
         for fd, name in ((1, "out"), (2, "err")):
@@ -61,62 +61,65 @@ def ranks(world, cfg):
         for p in processes:
             p.kill()
             with suppress(ProcessLookupError):
-                os.killpg(p.pid, signal.SIGKILL)                            # its loader processes
+                os.killpg(p.pid, signal.SIGKILL)                            # with its loader processes
             p.join()
 
 
-def ended(processes):
-    """-> (exit code, stdout, stderr) of each."""
+def wait_for_exit(processes):
+    """Wait until all ranks have exited -> (exit code, stdout, stderr) of each."""
     end = time.time() + 90
     for p in processes:
         p.join(max(0, end - time.time()))
-    assert all(p.exitcode is not None for p in processes), "still running"
+    assert all(p.exitcode is not None for p in processes), "a process did not exit within 90 s"
     return [(p.exitcode, *(open(f"{rank}.{name}").read() for name in ("out", "err")))
             for rank, p in enumerate(processes)]
 
 
-def assert_said(code, err, message):
-    """It failed and said why in one line, beside a progress bar."""
-    said = re.findall("train.py: .*", err)
-    assert code == 1 and len(said) == 1 and "Traceback" not in err, err
-    assert re.match("train.py: " + message, said[0]), err
+def assert_train_error(code, err, message):
+    """Assert that train.py failed with one line that matches `message`; a progress bar may stand beside it."""
+    errors = re.findall("train.py: .*", err)
+    assert code == 1 and len(errors) == 1 and "Traceback" not in err, err
+    assert re.match("train.py: " + message, errors[0]), err
 
 
-def until(there, seconds=90):
+def wait_until(condition, seconds=90):
+    """Poll condition() until it is true."""
     end = time.time() + seconds
-    while not there():
-        assert time.time() < end, "it never came"
+    while not condition():
+        assert time.time() < end, f"the condition was not met within {seconds} s"
         time.sleep(0.005)
 
 
-def in_step(patch, step, do, rank=0):
-    """do() in the middle of a step of pretraining, by one of the ranks."""
-    real = loop.learning_rate
+def call_in_step(patch, step, function, rank=0):
+    """Patch training so that one rank calls function() during this step of pretraining."""
+    compute_rate = loop.learning_rate
 
-    def rate(at, steps, *rest):
-        if (at, steps, int(os.environ.get("RANK", 0))) == (step, STEPS, rank):
-            do()
-        return real(at, steps, *rest)
+    def learning_rate(current_step, steps, *args):
+        if (current_step, steps, int(os.environ.get("RANK", 0))) == (step, STEPS, rank):
+            function()
+        return compute_rate(current_step, steps, *args)
 
-    patch.setattr(loop, "learning_rate", rate)
-
-
-def end_me(with_signal):
-    return lambda: os.kill(os.getpid(), with_signal)
+    patch.setattr(loop, "learning_rate", learning_rate)
 
 
-def hold(*_, **__):
-    """Something that takes long."""
-    open("held", "w").close()
+def send_to_self(signal_number):
+    """Return a function that sends the signal to the process that calls it."""
+    return lambda: os.kill(os.getpid(), signal_number)
+
+
+def block_forever(*_, **__):
+    """Create the file `blocked`, then sleep longer than any test waits."""
+    open("blocked", "w").close()
     time.sleep(PAUSE)
 
 
-def lines(path):
+def count_lines(path):
+    """Count the lines of a file that may not exist yet."""
     return open(path).read().count("\n") if os.path.exists(path) else 0
 
 
 def interrupt(cfg, step=5):
-    """In this process."""
+    """Train in this process until the run is killed before this step of pretraining."""
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, "pretrain", step)
         with pytest.raises(Killed):

@@ -1,4 +1,4 @@
-"""Runs of train.py for tests: the tiny configuration, commands in this process, several processes, kills."""
+"""Train tiny runs in tests: their configuration, their results, commands, several processes, kills."""
 
 import json
 import multiprocessing
@@ -25,40 +25,40 @@ TINY = """--batch 8 --micro-batch 4 --steps 20 --unmasked-steps 6 --unmasked-bat
     --text.heads 2 --text.fusion-layers 1 --text.dropout 0.2 --text.max-length 24 --model.embed-dim 8
     --model.decoder-width 16 --model.decoder-depth 1 --model.decoder-heads 2 --toy.width 16 --toy.depth 1
     --toy.heads 2 --toy.text-depth 1 --toy.batch 8 --toy.steps 6 --toy.text-batch 8 --toy.text-steps 6""".split()
-FIRST = "--name first --steps 4 --unmasked-steps 2"         # the run of the fixture `first`
+FIRST_RUN_FLAGS = "--name first --steps 4 --unmasked-steps 2"       # of the fixture `first_run`
 LOSSES = ("sigmoid", "mrm", "vtc", "vtm", "mlm", "lm")
 
 
 def argv(sprites, flags=""):
-    """The command line of a tiny run on the sprites in a folder."""
+    """Return the command line of a tiny run on the sprites in a folder."""
     return [*TINY, "--data.train-file", f"{sprites}/sprites_train.json", "--data.video-root", f"{sprites}/videos",
             *flags.split()]
 
 
 def config(sprites, flags=""):
-    """The config of a tiny run on the sprites in a folder."""
+    """Return the config of a tiny run on the sprites in a folder."""
     return tyro.cli(train.Config, args=argv(sprites, flags), default=train.PRESETS["sprites"])
 
 
-def finetune_arguments(sprites, first, task, flags=""):
-    """The command line of a tiny fine-tuning run of the model in `first`."""
-    return ["--stage", "finetune", "--task", task, "--init-from", f"{first}/out/first", "--data-root", sprites,
+def finetune_argv(sprites, first_run, task, flags=""):
+    """Return the command line of a tiny run that fine-tunes the model of the first run."""
+    return ["--stage", "finetune", "--task", task, "--init-from", f"{first_run}/out/first", "--data-root", sprites,
             *"--batch 8 --epochs 2 --data.num-frames 4 --data.cache-frames 8 --log-every 1".split(), *flags.split()]
 
 
-def finetune_config(*args):
-    """The config of that run: finetune_config(sprites, first, task, flags)."""
-    default, rest, _ = train.split_defaults(finetune_arguments(*args))
+def make_finetune_config(sprites, first_run, task, flags=""):
+    """Return the config of a tiny run that fine-tunes the model of the first run."""
+    default, rest, _ = train.split_defaults(finetune_argv(sprites, first_run, task, flags))
     return tyro.cli(train.Config, args=rest, default=default)
 
 
-def with_weights(first, flags=""):
-    """Flags of a run that is given the teacher and the text encoder of the run in `first`."""
-    return f"--teacher {first}/out/first/teacher --text-encoder {first}/out/first/text {flags}"
+def with_weights(first_run, flags=""):
+    """Put the flags for the first run's teacher and text encoder before the given flags."""
+    return f"--teacher {first_run}/out/first/teacher --text-encoder {first_run}/out/first/text {flags}"
 
 
 def write_rows(sprites, count, **changes):
-    """Write rows.json, an annotation file of `count` good rows of which the last one is changed."""
+    """Write rows.json, an annotation file of `count` valid rows, with changes to the last one."""
     with open(f"{sprites}/sprites_train.json") as f:
         rows = json.load(f)[:count]
     rows[-1].update(changes)
@@ -70,25 +70,26 @@ def write_rows(sprites, count, **changes):
 # Results
 
 def read_rows(path):
-    """The objects of a JSON-lines file."""
+    """Read the objects of a JSON-lines file."""
     with open(path) as f:
         return [json.loads(line) for line in f]
 
 
 def weights(folder):
+    """Read model.safetensors of a folder."""
     return load_file(os.path.join(folder, "model.safetensors"))
 
 
 def log(folder):
-    """(stage, step) -> its losses, learning rate and gradient norm. Each step stands there once, in order."""
+    """Read log.jsonl, which has each step once, in order -> {(stage, step): losses, gradient norm, learning rate}."""
     rows = read_rows(os.path.join(folder, "log.jsonl"))
     steps = [(runtime.STAGES.index(row["stage"]), row["step"]) for row in rows]
     assert steps == sorted(set(steps))
     return {(row["stage"], row["step"]): {k: row[k] for k in (*LOSSES, "grad_norm", "lr") if k in row} for row in rows}
 
 
-def trained(folder):
-    """The weights, less the biases of keys: softmax cancels them, so their gradient is rounding; Adam enlarges it."""
+def weights_without_key_bias(folder):
+    """Read weights except biases of keys: softmax cancels them, so Adam amplifies a gradient that is only rounding."""
     model = {name: w for name, w in weights(folder).items() if not name.endswith("key.bias")}
     for name in [name for name in model if name.endswith("kv.bias")]:
         parts = 3 if "qkv" in name else 2
@@ -97,22 +98,29 @@ def trained(folder):
 
 
 def assert_same(a, b):
-    """Two dicts of tensors are equal bit for bit."""
+    """Assert that two dicts of tensors are equal bit for bit."""
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
 
 def assert_close_runs(a, b):
-    """The same losses and weights, to rounding: 1e-6 was found, after twenty-six steps of up to lr = 2e-3 a weight."""
-    one, other = log(a), log(b)
-    assert one.keys() == other.keys() and len(one) == 26
-    for key in one:
-        assert one[key] == pytest.approx(other[key], rel=1e-5), key
-    one, other = trained(a), trained(b)
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    """
+    Assert that two runs have the same losses and weights to rounding. Weights differed by 1e-6 after 26 steps, each of
+    which moves a weight by up to lr = 2e-3.
+    """
+    rows, expected_rows = log(a), log(b)
+    assert rows.keys() == expected_rows.keys() and len(rows) == 26
+    for key in rows:
+        assert rows[key] == pytest.approx(expected_rows[key], rel=1e-5), key
+    assert_close_weights(weights_without_key_bias(a), weights_without_key_bias(b), atol=1e-5)
+
+
+def assert_close_weights(a, b, atol):
+    """Assert that two dicts of tensors are equal within an absolute tolerance; an error names the tensor."""
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +145,10 @@ def command(script, args, capsys):
 
 
 def assert_one_line(script, code, err, message):
-    """A command failed with one line that matches `message`; a progress bar may stand before it. tyro prints a box."""
+    """
+    Assert that a command failed with one line that matches `message`. A progress bar may precede the line. tyro, whose
+    exit code is 2, prints a box instead.
+    """
     assert code and "Traceback" not in err
     if code == 2:
         assert re.search(message, " ".join(re.sub("[^!-~]+", " ", err).split())), err
@@ -151,13 +162,14 @@ def assert_one_line(script, code, err, message):
 # Several processes
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Find a TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def in_processes(world, function):
-    """Call function() in `world` processes forked from this one, as torchrun would start them."""
+    """Call function() in `world` processes, which are forked from this one with the environment of torchrun."""
     def main(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
@@ -175,18 +187,18 @@ def in_processes(world, function):
 
 
 def on_ranks(world, cfg):
-    """train.main(cfg) in `world` processes."""
+    """Call train.main(cfg) in `world` processes."""
     in_processes(world, lambda: train.main(cfg))
 
 
 class Killed(Exception):
-    """Stands for the end of a process."""
+    """Stand for the death of the process."""
 
 
 def kill(patch, stage, step):
     """
-    End the run before this step of the stage. step None: while the weights before ("before_unmasked") or after
-    ("unmasked") the unmasked stage are written.
+    Patch the run to raise Killed before this step of the stage. With step None it is raised when the model is written,
+    before ("before_unmasked") or after ("unmasked") the unmasked stage.
     """
     if step is not None:
         iterate = loop.iterate_micro_batches
