@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal
@@ -43,7 +43,7 @@ import tasks
 from data import ClipDataset, DataConfig, decode_ids, encode_answers, require_readable, special_token_ids
 from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, VideoToText, load_model
-from runtime import all_gather_lists, all_reduce_sum, config_from_dict, rank_and_world
+from runtime import all_gather_lists, all_reduce_sum, bf16_autocast, config_from_dict, rank_and_world
 from targets import compute_visible_ids
 from tasks import TASK_KINDS, TASKS, Annotation, Task, split_files
 from teacher import SigLIP
@@ -181,7 +181,7 @@ def caption_scores(references: dict[str, list[str]], predictions: dict[str, str]
 class ReadableClips(Dataset):
     """Samples of chosen annotations: (index, sample, None), or (index, None, (video, reason)) if it cannot be read."""
 
-    def __init__(self, dataset: ClipDataset, indices: list[int]):
+    def __init__(self, dataset: ClipDataset, indices: Sequence[int]):
         self.dataset, self.indices = dataset, indices
 
     def __len__(self):
@@ -203,7 +203,7 @@ def collate_readable(tokenizer, max_text_length: int, items: list):
     return indices, batch, [error for *_, error in items if error]
 
 
-def encode_videos(model, dataset: ClipDataset, indices: list[int], tokenizer, protocol: Protocol):
+def encode_videos(model, dataset: ClipDataset, indices: Sequence[int], tokenizer, protocol: Protocol):
     """Encode this rank's share of `indices`; yield batches of (indices, tokens (B, S, C), features (B, E') or None)."""
     rank, world = rank_and_world()
     device = next(model.parameters()).device
@@ -216,7 +216,7 @@ def encode_videos(model, dataset: ClipDataset, indices: list[int], tokenizer, pr
         if batch is None:
             continue
         batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with bf16_autocast(device):
             targets = protocol.visible_fn and protocol.visible_fn(batch)
             visible_ids, token_size = (targets.visible_ids, targets.token_size) if targets else (None, None)
             yield batch_indices, *model.encode_video(batch.video, visible_ids, token_size)
@@ -239,7 +239,7 @@ def score_pairs(model: ClusterSTM, ids: Tensor, states: Tensor, tokens: Tensor, 
     for chunk in tqdm(order.split(chunk_size), "matching", mininterval=1, leave=False, disable=hide_bar):
         texts = text_index[chunk]
         videos, row = video_index[chunk].unique(return_inverse=True)            # keys and values once per video
-        with torch.autocast(video_index.device.type, torch.bfloat16, enabled=video_index.is_cuda):
+        with bf16_autocast(video_index.device):
             logits[chunk] = model.match(states[texts], ids[texts], tokens[videos], row).float()
     return logits
 
@@ -348,7 +348,7 @@ def multiple_choice(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol
     is a softmax of the similarities over these captions (UMT, multi_modality/tasks/retrieval_mc.py); and by each alone.
     """
     annotations, choices = dataset.annotations, []
-    for indices, tokens, features in encode_videos(model, dataset, list(range(len(dataset))), tokenizer, protocol):
+    for indices, tokens, features in encode_videos(model, dataset, range(len(dataset)), tokenizer, protocol):
         captions = [(b, caption) for b, i in enumerate(indices) for caption in annotations[i].captions]
         ids, states, text = encode_captions(model, tokenizer, [c for _, c in captions], protocol.max_text_length)
         clip_index = torch.tensor([b for b, _ in captions], device=ids.device)
@@ -404,12 +404,12 @@ def answer_questions(model: VideoToText, dataset: ClipDataset, tokenizer, protoc
         return decode_ids(tokenizer, encode_answers(tokenizer, [answer], max_length))[0]
 
     predictions = []
-    for indices, tokens, _ in encode_videos(model, dataset, list(range(len(dataset))), tokenizer, protocol):
+    for indices, tokens, _ in encode_videos(model, dataset, range(len(dataset)), tokenizer, protocol):
         questions = [(b, q) for b, i in enumerate(indices) for q in dataset.annotations[i].questions]
         for chunk in (questions[start:start + chunk_size] for start in range(0, len(questions), chunk_size)):
             texts, clip_index = [q.text for _, q in chunk], torch.tensor([b for b, _ in chunk], device=device)
             ids = data.encode_texts(tokenizer, texts, protocol.max_text_length).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with bf16_autocast(device):
                 memory, mask = model.encode_context(tokens, ids, clip_index)
                 best = rank_answers(model, answer_ids, memory, mask, topk, protocol.count_first_token_twice).tolist()
                 generated = decode_ids(tokenizer, model.generate(memory, mask, max_length, 1, cls, sep))
@@ -467,10 +467,10 @@ def captioning(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Pr
     _, cls, sep = special_token_ids(tokenizer)
     beams = {"greedy": 1} | ({f"beam {protocol.beams}": protocol.beams} if protocol.beams > 1 else {})
     predictions = []
-    for indices, tokens, _ in encode_videos(model, dataset, list(range(len(dataset))), tokenizer, protocol):
+    for indices, tokens, _ in encode_videos(model, dataset, range(len(dataset)), tokenizer, protocol):
         rows = [{"row": i, "video": os.path.basename(dataset.annotations[i].video)} for i in indices]
         for name, width in beams.items():
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+            with bf16_autocast(tokens.device):
                 ids = model.generate(tokens, None, protocol.max_answer_length, width, cls, sep)
             for row, caption in zip(rows, decode_ids(tokenizer, ids), strict=True):
                 row[name] = caption

@@ -29,6 +29,7 @@ from runtime import (
     RunContext,
     all_reduce_sum,
     atomic_write_text,
+    bf16_autocast,
     load_checkpoint,
     save_checkpoint,
     truncate_log,
@@ -159,15 +160,14 @@ def forward_backward(net: nn.Module, batches: list[Batch], make_inputs: Callable
 
     On a GPU matrices are multiplied in bf16. Gradients are averaged over the ranks once, in the last micro-batch.
     """
-    kind, mean = batches[0].video.device.type, {}
-    autocast = lambda: torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-    with autocast():
+    device, mean = batches[0].video.device, {}
+    with bf16_autocast(device):
         inputs = make_inputs(batches)
     for i, (batch, arguments) in enumerate(zip(batches, inputs, strict=True)):
         torch.manual_seed(batch.seed)           # dropout is a function of (seed, step, micro-batch)
         last = i == len(batches) - 1
         with nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync():
-            with autocast():
+            with bf16_autocast(device):
                 losses = net(*arguments)
                 loss = sum(loss_weights.get(name, 1.0) * value for name, value in losses.items())
             (loss / len(batches)).backward()

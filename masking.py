@@ -664,12 +664,12 @@ def kmeans(x, K):
     return torch.stack([cluster_argmax_ref(temporal_density_score(clip), spherical_kmeans(clip, K), K) for clip in x])
 
 
-def spherical_kmeans(x: Tensor, K: int, rounds: int = 10) -> Tensor:
+def spherical_kmeans(x: Tensor, K: int) -> Tensor:
     """K-means by cosine in each frame from farthest points: x (F, N, C) -> labels (F, N). No cluster is empty."""
     u, d = l2_normalize(x).nan_to_num(), cosine_distance_safe(x)
     seeds = farthest_point_sampling(d, d.mean(-1).argmin(-1), K)
     centres = torch.stack([frame[n] for frame, n in zip(u, seeds, strict=True)])            # (F, K, C)
-    for _ in range(rounds):
+    for _ in range(10):
         similarity, labels = (u @ centres.mT).max(-1)
         member = refill_empty_clusters(one_hot(labels, K), similarity)                      # (F, N, K)
         centres = l2_normalize(member.to(u.dtype).mT @ u)

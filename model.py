@@ -161,11 +161,6 @@ def hard_negatives(similarity: Tensor, media_ids: Tensor, generator: torch.Gener
     return score.argmax(1), is_negative.any(1)
 
 
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return x, with its gradient multiplied by factor."""
-    return x.detach() + factor * (x - x.detach())
-
-
 @dataclass
 class BatchStats:
     """
@@ -368,8 +363,8 @@ class ClusterSTM(nn.Module):
         gathered = stats.gathered_features or (all_gather(video), all_gather(text), all_gather(batch.media_ids))
         i, all_features = stats.index, []
         for constants, features in zip(gathered[:2], (video, text), strict=True):
-            features = scale_gradient(features, stats.grad_scale)[None]
-            all_features.append(torch.cat([constants[:i], features, constants[i + 1:]]).flatten(0, 1))
+            features = features.detach() + stats.grad_scale * (features - features.detach())    # scales the gradient
+            all_features.append(torch.cat([constants[:i], features[None], constants[i + 1:]]).flatten(0, 1))
         return vtc_loss(*all_features, gathered[2].flatten(), self.temp)
 
     def fusion_losses(self, batch: "Batch", tokens: Tensor, states: Tensor, similarity: Tensor,

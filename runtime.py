@@ -85,12 +85,6 @@ def format_error(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def shorten(value) -> str:
-    """Return the repr of a value, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def require(ok: bool, path: str, key: str, expected: str, value):
     """Raise a one-line ValueError that names file, key, expected and actual value, unless ok."""
     if not ok:
@@ -108,7 +102,7 @@ def read_json(path: str) -> dict:
     return values
 
 
-def config_from_dict(cls, values: dict, path: str = "", strict: bool = True):
+def config_from_dict(cls, values: dict, path: str, strict: bool = True):
     """
     Build the dataclass `cls`, and the dataclasses in it, from a dict read from JSON.
 
@@ -118,7 +112,7 @@ def config_from_dict(cls, values: dict, path: str = "", strict: bool = True):
     known = {f.name: f for f in fields(cls)}
     unknown = [key for key in values if key not in known]
     if strict and unknown:
-        raise ValueError(f"{path or cls.__name__}: {cls.__name__} has no field {unknown[0]!r}; its fields are "
+        raise ValueError(f"{path}: {cls.__name__} has no field {unknown[0]!r}; its fields are "
                          f"{', '.join(known)}")
     arguments = {}
     for key in known.keys() & values.keys():
@@ -238,6 +232,11 @@ def select_device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
+
+
+def bf16_autocast(device: torch.device) -> torch.autocast:
+    """Return a context in which a GPU multiplies matrices in bf16. On a CPU it changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def rank_and_world() -> tuple[int, int]:

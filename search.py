@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -49,6 +48,7 @@ from data import encode_texts, load_tokenizer
 from model import ClusterSTM
 from runtime import (
     atomic_write,
+    bf16_autocast,
     format_error,
     num_cpus,
     read_json,
@@ -98,11 +98,6 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 # Two kinds of checkpoints
 
-def eval_square(frame: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size) uint8, as eval.py shows it to the student."""
-    return eval_transform(frame[None], size)[0]
-
-
 class StudentEncoder:
     """A folder that train.py wrote. Its config.json is enough for decoding; `load` must come before encoding."""
 
@@ -111,7 +106,7 @@ class StudentEncoder:
         require({"num_frames", "image_size"} <= data.keys(), os.path.join(folder, "config.json"), "data",
                 "an object with num_frames and image_size", data)
         self.folder, self.num_frames, self.image_size = folder, data["num_frames"], [data["image_size"]] * 2
-        self.transform = partial(eval_square, size=data["image_size"])
+        self.transform = partial(eval_transform, size=data["image_size"])
 
     def load(self, device: torch.device):
         self.model = ClusterSTM.from_pretrained(self.folder).to(device).requires_grad_(False)
@@ -268,9 +263,9 @@ class SegmentDataset(IterableDataset):
 
         # Each frame is resized and each segment handed on at once: the frames of an hour would take gigabytes.
         for frame in video.iter_frames(path, select):
-            frames.append(self.transform(video.frame_to_tensor(frame, None)))
+            frames.append(self.transform(video.frame_to_tensor(frame, None)[None]))
             if len(frames) == self.T:
-                yield segments.pop(0), torch.stack(frames)
+                yield segments.pop(0), torch.cat(frames)
                 frames.clear()
 
 
@@ -349,7 +344,7 @@ def encode_segments(items, encode, batch: int, device: torch.device, bar):
     def flush():
         if waiting:
             clips = torch.stack([frames for *_, frames in waiting]).to(device)
-            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+            with bf16_autocast(device):
                 features = encode(clips).float().cpu()                      # (b, E)
             for (name, segment, _), feature in zip(waiting, features, strict=True):
                 encoded[name].append((segment, feature))

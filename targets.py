@@ -183,7 +183,7 @@ class TargetProvider:
         cfg = run.cfg
         self.run, self.teacher, self.num_views = run, teacher, cfg.data.num_views
         self.folder, self.pending = os.path.join(run.folder, "target_cache"), []
-        self.grid = (cfg.data.image_size // cfg.vit.patch_size,) * 2        # one teacher token for each student patch
+        self.grid = cfg.grid                                # one teacher token for each student patch
         one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
         self.disabled_because = [reason for reason, holds in (
             ("the data has images", bool(cfg.data.image_corpora)),
@@ -219,7 +219,7 @@ class TargetProvider:
         if cfg.resume and os.path.isfile(config_path):
             check_same_config(read_json(config_path), asdict(cfg), config_path)
         run.barrier()
-        N, E = self.grid[0] * self.grid[1], self.teacher.cfg.vision_config.hidden_size
+        N, E = math.prod(self.grid), self.teacher.cfg.vision_config.hidden_size
         if run.rank == 0:
             if not (cfg.resume and os.path.isfile(config_path)):
                 shutil.rmtree(self.folder, ignore_errors=True)

@@ -31,10 +31,16 @@ import ijson
 import numpy as np
 from tqdm import tqdm
 
-from runtime import atomic_write, atomic_write_text, read_json, shorten
+from runtime import atomic_write, atomic_write_text, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotations
+
+def shorten(value) -> str:
+    """Return the repr of a value, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
 
 def normalize_caption(caption: str) -> str:
     """Normalise a text as UMT does (multi_modality/dataset/utils.py, pre_text)."""

@@ -155,6 +155,9 @@ class Config:
         return keep_count(N, ratio) < N
 
 
+WEB_DATA = DataConfig(
+    train_file="data/webvid_cc3m_train.json", video_root="data/videos", num_frames=4, image_size=224,
+    min_crop_scale=0.5, hflip=True, num_views=0, frame_cache=False, num_workers=12, resize_on_device=True)
 PRESETS = {
     # The embedded run: everything is small enough for two CPU cores.
     "sprites": Config(
@@ -170,19 +173,13 @@ PRESETS = {
     "base": Config(
         name="base", teacher="google/siglip-base-patch16-224", text_encoder="bert-base-uncased", batch=2048,
         steps=27_000, unmasked_steps=2_700, unmasked_batch=1024, lr=1e-4, save_every=1000, compile=True,
-        data=DataConfig(train_file="data/webvid_cc3m_train.json", video_root="data/videos", num_frames=4,
-                        image_size=224, min_crop_scale=0.5, hflip=True, num_views=0, frame_cache=False, num_workers=12,
-                        resize_on_device=True),
-        mask=MaskConfig(ratio=0.85),
+        data=WEB_DATA, mask=MaskConfig(ratio=0.85),
     ),
     # As base, but with 256 pixels a side, the size for which there is a SigLIP-L/16.
     "large": Config(
         name="large", teacher="google/siglip-large-patch16-256", text_encoder="bert-large-uncased", batch=4096,
         steps=13_500, unmasked_steps=1_350, unmasked_batch=2048, lr=1e-4, save_every=1000, compile=True,
-        data=DataConfig(train_file="data/webvid_cc3m_train.json", video_root="data/videos", num_frames=4,
-                        image_size=256, min_crop_scale=0.5, hflip=True, num_views=0, frame_cache=False, num_workers=12,
-                        resize_on_device=True),
-        mask=MaskConfig(ratio=0.85),
+        data=replace(WEB_DATA, image_size=256), mask=MaskConfig(ratio=0.85),
         vit=ViTConfig(width=1024, depth=24, heads=16, drop_path=0.2),
         text=TextEncoderConfig(width=1024, depth=24, heads=16, fusion_layers=5),
         model=ModelConfig(embed_dim=768),

@@ -53,11 +53,11 @@ def num_frames_within(times: np.ndarray, seconds: float) -> int:
 
 
 def read_frames(path: str, num_frames: int, strategy: str = "middle", rng: np.random.Generator | None = None,
-                size: int | None = None, seconds: float = 0) -> Tensor:
+                seconds: float = 0) -> Tensor:
     """
     Read num_frames frames of a video, or all if num_frames is 0 -> (T, 3, H, W) uint8.
 
-    size: reduce the short side to at most this many pixels. seconds: use only this many from the start; 0: all.
+    seconds: use only this many from the start; 0: all.
 
     For an intact file the frames equal those of a full decode bit for bit. A frame that fails to decode is replaced by
     the previous good one; more than 10 % such frames in the file are an error. Damage in parts that are not decoded
@@ -67,7 +67,7 @@ def read_frames(path: str, num_frames: int, strategy: str = "middle", rng: np.ra
         total = num_frames_within(times, seconds)
         return sample_frame_indices(num_frames or total, total, strategy, rng)
 
-    return decode_frames(path, select, size)
+    return decode_frames(path, select, None)
 
 
 def decode_frames(path: str, select, size: int | None) -> Tensor:
@@ -243,10 +243,10 @@ def iter_frames_sequential(path: str, pts: list[int | None]):
                 index += not index_of_pts                                   # without times a lost frame is counted
 
 
-def write_video(path: str, frames: np.ndarray, codec: str = "libx264", fps: int = 8, **options: str):
-    """Write frames (T, H, W, 3) uint8 to a video file, on one thread. options: those of the codec."""
+def write_video(path: str, frames: np.ndarray, fps: int = 8, **options: str):
+    """Write frames (T, H, W, 3) uint8 to an H.264 file, on one thread. options: those of libx264."""
     with av.open(path, "w") as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:

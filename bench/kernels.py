@@ -29,15 +29,7 @@ from bench.operations import (
     operations,
     probe_fp32_out,
 )
-from bench.timing import (
-    is_deterministic,
-    measure_roofline,
-    peak_memory,
-    ratio,
-    roofline_ms,
-    time_interleaved,
-    time_ms,
-)
+from bench.timing import is_deterministic, measure_roofline, peak_memory, ratio, roofline_ms, time_interleaved, time_ms
 from kernels.bandwidth import bandwidth_ref
 from kernels.density_peaks import density_peaks
 from masking import cluster_stm, keep_count, select_tokens_ref

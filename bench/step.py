@@ -36,7 +36,7 @@ from encoders import max_masked_tokens
 from loop import forward_backward, parameter_groups
 from masking import keep_count
 from model import ClusterSTM, target_variance
-from runtime import select_device
+from runtime import bf16_autocast, select_device
 from targets import TargetStore, TeacherTargets, compute_targets, select_visible
 from teacher import SigLIP, SigLIPConfig, TextConfig
 from tools.tables import banner, print_header, print_row
@@ -172,16 +172,13 @@ class TrainStep:
 
     def cache_targets(self):
         """From now on read the targets from a file, which is in memory, as train.py does in later passes."""
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), bf16_autocast(self.device):
             targets = self.targets(self.batch)
         B, T, N, E = targets.token_targets.shape
         with tempfile.NamedTemporaryFile() as file:         # the store keeps it open
             store = TargetStore(file.name, T, N, targets.visible_ids.shape[1] // T, E)
         store.write(range(B), store.to_host(store.quantize(targets)))
         self.store = store
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
 
 class StepParts:
@@ -190,7 +187,7 @@ class StepParts:
     def __init__(self, step: TrainStep):
         self.step, self.model, self.teacher, self.batch = step, step.model, step.teacher, step.batch
         self.frames = self.batch.video.flatten(0, 1)
-        with torch.no_grad(), step.autocast():
+        with torch.no_grad(), bf16_autocast(step.device):
             self.targets = step.targets(self.batch)
             self.tokens = self.teacher.forward_features(self.teacher.normalize(self.frames, step.cfg.grid))
             self.stats, = self.model.batch_stats([self.batch], [self.targets])
@@ -217,11 +214,11 @@ class StepParts:
         }
 
     def without_grad(self, function: Callable):
-        with torch.no_grad(), self.step.autocast():
+        with torch.no_grad(), bf16_autocast(self.step.device):
             function()
 
     def with_grad(self, function: Callable):
-        with self.step.autocast():
+        with bf16_autocast(self.step.device):
             function()
         self.step.optimizer.zero_grad(set_to_none=True)
         self.visible.grad = self.video.grad = None

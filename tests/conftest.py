@@ -109,6 +109,12 @@ def start_process(run_config, sprites, first_run, tmp_path):
 
 
 @pytest.fixture
+def seed_0():
+    """Seed torch's global generator."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def poison_empty(monkeypatch):
     """Fill torch.empty with NaN, or with -7, so that memory which no program wrote cannot look computed."""
     def fill_result(allocate):

@@ -1,6 +1,5 @@
 """Students of tools.ablations: cached outputs against the teacher's, and the inputs and scores of each stage."""
 
-import json
 import math
 import os
 import re
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.ablations import BASE, TINY, SerialPool, as_json, job, run, shrink
+from helpers.benchmarks import load_json
 from helpers.runs import assert_same
 from helpers.tables import markdown_tables
 
@@ -27,11 +27,6 @@ from tools.tables import read_csv
 COUNT = {"train": 16, "val": 8, "test": 8}
 
 
-@pytest.fixture
-def small(monkeypatch):
-    shrink(monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Folder in which one seed has been prepared."""
@@ -44,8 +39,9 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(small, prepared, tmp_path, monkeypatch):
+def copy(prepared, tmp_path, monkeypatch):
     """The current folder is a copy of `prepared`."""
+    shrink(monkeypatch)
     shutil.copytree(prepared / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -56,10 +52,10 @@ def student(one=BASE):
     return StudentRun(one, train.setup(replace(one.settings(), device="cpu", name=f"a{len(os.listdir('out'))}")))
 
 
-def eval_batches(dataset, tokenizer, size=4):
+def eval_batches(dataset, tokenizer):
     """The clips as they are scored, batch by batch."""
-    for start in range(0, len(dataset), size):
-        yield collate([dataset[i] for i in range(start, min(start + size, len(dataset)))], tokenizer, 24, seed=0)
+    for start in range(0, len(dataset), 4):
+        yield collate([dataset[i] for i in range(start, min(start + 4, len(dataset)))], tokenizer, 24, seed=0)
 
 
 def train_steps(one, steps):
@@ -109,8 +105,7 @@ def test_stored_outputs_are_those_of_the_teacher(copy, split):
 
 def test_validation_clips_are_the_last_of_the_training_file(copy):
     cfg = BASE.settings()
-    with open(cfg.data.train_file) as f:
-        videos = [f"{cfg.data.video_root}/{row['video']}" for row in json.load(f)]
+    videos = [f"{cfg.data.video_root}/{row['video']}" for row in load_json(cfg.data.train_file)]
     datasets = {split: ablations.split_clips(cfg, split) for split in COUNT}
     assert videos_of(datasets["train"]) + videos_of(datasets["val"]) == videos and len(datasets["val"]) == 8
     assert not set(videos_of(datasets["test"])) & set(videos)

@@ -31,12 +31,8 @@ from model import ClusterSTM, VideoToText
 from targets import TeacherTargets
 from tasks import Question
 
+pytestmark = pytest.mark.usefixtures("seed_0")
 BOTH = pytest.mark.parametrize("has_question", [True, False], ids=["answers", "captions"])
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +42,11 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(path)
 
 
-def encoded_context(model, questions=None, seed=0):
+def encoded_context(model, questions=None):
     """Context and mask of three questions about two clips, of as many clips as questions, or of three clips."""
-    questions = random_ids(3, seed=seed) if questions is None else questions
+    questions = random_ids(3) if questions is None else questions
     clip_index = CLIP_INDEX if len(questions) == 3 else torch.arange(len(questions))
-    video = random_video(3 if model.bert is None else len(questions), seed=seed)
+    video = random_video(3 if model.bert is None else len(questions))
     with torch.no_grad():
         return model.encode_context(model.vit(video), questions, clip_index)
 
@@ -309,11 +305,11 @@ def undecided(has_question=True, vocab_size=10, seed=2):
     return model
 
 
-def random_context(model, Q=12, seed=2):
-    """Q contexts and their mask: states of questions of all lengths, or tokens."""
+def random_context(model):
+    """Twelve contexts and their mask: states of questions of all lengths, or tokens."""
     width = (model.text_cfg if model.bert else model.vit_cfg).width
-    context = 2 * torch.randn(Q, 7, width, generator=seeded(seed), dtype=torch.float64)
-    return context, random_ids(Q) != 0 if model.bert else None
+    context = 2 * torch.randn(12, 7, width, generator=seeded(2), dtype=torch.float64)
+    return context, random_ids(12) != 0 if model.bert else None
 
 
 @BOTH

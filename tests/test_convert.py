@@ -1,7 +1,6 @@
 """tools.convert: the outputs are those of UMT's formulas in fp64; every key is reported; bad files are refused."""
 
 import glob
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as nnf
+from helpers.benchmarks import load_json, write_json
 from helpers.runs import assert_one_line, command
 from helpers.videos import write
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -121,11 +121,6 @@ def folder(tmp_path, monkeypatch):
 def read_report(out="out"):
     with open(f"{out}/report.txt") as f:
         return f.read().splitlines()
-
-
-def read_config(out="out"):
-    with open(f"{out}/config.json") as f:
-        return json.load(f)
 
 
 def convert_file(kind="stage 2", nested=False, out="out", task="", **changes):
@@ -299,7 +294,7 @@ def test_answers_are_scored_as_umt_scores_them():
 def test_a_converted_folder_is_a_model_with_umts_weights(kind, nested):
     saved, report = convert_file(kind, nested)
     model = load_model("out", VideoToText if kind == "QA" else ClusterSTM)
-    weights, config = model.state_dict(), read_config()
+    weights, config = model.state_dict(), load_json("out/config.json")
     assert model.vit_cfg == ViTConfig(width=128, depth=3, heads=2)
     assert model.text_cfg == TextEncoderConfig(width=64, depth=3, heads=1, fusion_layers=2, vocab_size=110,
                                                mask_token_id=103, max_length=25 if kind == "QA" else 32)
@@ -426,7 +421,7 @@ def test_a_student_can_start_from_a_converted_folder(kind):
 @pytest.mark.parametrize("kind, task", [("QA", "activitynet-qa"), ("retrieval", "didemo"), ("retrieval", "msrvtt-mc")])
 def test_the_task_is_written_to_the_config(kind, task):
     _, report = convert_file(kind, task=task)
-    config = read_config()
+    config = load_json("out/config.json")
     assert config["task"] == task and config["data"]["num_frames"] == TASKS[task].num_frames == 12
     assert config["text"]["max_length"] == TASKS[task].max_text_length
     assert not any(line.startswith("--task") for line in report)
@@ -472,8 +467,7 @@ def test_eval_scores_a_converted_qa_file(task):
     write("data/videos_images/msrvtt/v.mp4", 14, shape=(32, 32))
     for name, content in (("qa_test", [{"video": "v.mp4", "question": q, "answer": a} for q, a in ("ab", "cd", "ef")]),
                           ("qa_answer_list", ["a", "b", "d f"])):
-        with open(f"data/msrvtt_{name}.json", "w") as f:
-            json.dump(content, f)
+        write_json(f"data/msrvtt_{name}.json", content)
     result = evaluation.main(evaluation.Config("msrvtt-qa", "out", "data", device="cpu", workers=0))
     assert result["frames"] == (12 if task else 4) and result["size"] == 224 and result["tokens"] == "all"
     assert result["questions"] == 3 and " 25 " in result["protocol"][0]

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers.benchmarks import load_json, write_json
 from helpers.runs import (
     Killed,
     argv,
@@ -297,8 +298,8 @@ def test_videos_and_images_take_turns(mixed_config, images, sprites, micro_batch
     assert len({tuple(frames[i:i + 5]) for i in range(0, 20, 5)}) > 1
 
     # A file has one media id, in two corpora and in two rows of one.
-    with open(f"{sprites}/sprites_train.json") as f:
-        names = [row["video"] for row in json.load(f)] + [f"train_{i:05}.mp4" for i in REPEATED]
+    rows = load_json(f"{sprites}/sprites_train.json")
+    names = [row["video"] for row in rows] + [f"train_{i:05}.mp4" for i in REPEATED]
     media_ids = {}
     for _, _, b in micro_batches:
         for clip_id, media_id in zip(b.clip_ids.tolist(), b.media_ids.tolist(), strict=True):
@@ -309,11 +310,9 @@ def test_videos_and_images_take_turns(mixed_config, images, sprites, micro_batch
 
 
 def test_one_file_in_two_corpora_is_not_a_negative_of_itself(corpus_config, sprites):
-    with open(f"{sprites}/sprites_train.json") as f:
-        rows = json.load(f)[:4]
+    rows = load_json(f"{sprites}/sprites_train.json")[:4]
     for name in ("one.json", "two.json"):                                   # eight clips, all of them in one step
-        with open(name, "w") as f:
-            json.dump(rows, f)
+        write_json(name, rows)
     shutil.copytree(f"{sprites}/videos", "copies")
     losses = []
     for i, root in enumerate((f"{sprites}/videos", f"{sprites}/videos/../videos/.", "copies")):

@@ -31,12 +31,8 @@ from encoders import Bert, BertConfig, Block, ViT, mask_tokens, max_masked_token
 from masking import token_sizes
 from model import VideoToText
 
+pytestmark = pytest.mark.usefixtures("seed_0")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,17 +175,17 @@ def bert(**changes):
     return shaken(Bert(replace(cfg, **changes)))
 
 
-def hf_bert(model, kind="BertForMaskedLM"):
+def hf_bert(model):
     """transformers' BERT with the same weights, by name."""
     hf, c = hugging_face(), model.cfg
     config = hf.BertConfig(vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers,
                            num_attention_heads=c.num_attention_heads, intermediate_size=c.intermediate_size,
                            max_position_embeddings=c.max_position_embeddings, attn_implementation="sdpa")
-    theirs = getattr(hf, kind)(config).double().eval()
+    theirs = hf.BertForMaskedLM(config).double().eval()
     weights = {k: v for k, v in model.state_dict().items() if "crossattention" not in k}
     result = theirs.load_state_dict(weights, strict=False)
     tied = {f"cls.predictions.decoder.{part}" for part in ("weight", "bias")}
-    assert not result.unexpected_keys and (set(result.missing_keys) <= tied or kind != "BertForMaskedLM")
+    assert not result.unexpected_keys and set(result.missing_keys) <= tied
     return theirs
 
 

@@ -1,6 +1,5 @@
 """eval.py: metrics against brute force, retrieval against a loop over pairs, masks, several processes, the command."""
 
-import json
 import math
 import os
 import random
@@ -10,14 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.benchmarks import NAMES, as_list, eval_config, load_json, write_json
-from helpers.evaluation import (
-    approx,
-    evaluate_task,
-    load_clip,
-    rank_by_hand,
-    retrieval_by_hand,
-    visible_ids_by_name,
-)
+from helpers.evaluation import approx, evaluate_task, load_clip, rank_by_hand, retrieval_by_hand, visible_ids_by_name
 from helpers.models import seeded, shaken
 from helpers.runs import assert_one_line, command, in_processes
 
@@ -410,6 +402,5 @@ def test_a_checkpoint_needs_no_training_data(checkpoint, sprites):
     results = evaluation.main(sprites_config(checkpoint, sprites, rerank=0))
     config = load_json(f"{checkpoint}/config.json")
     config["data"].update(train_file="/not/on/this/machine/train.json", video_root="/not/on/this/machine")
-    with open(f"{checkpoint}/config.json", "w") as f:
-        json.dump(config, f)
+    write_json(f"{checkpoint}/config.json", config)
     assert evaluation.main(sprites_config(checkpoint, sprites, rerank=0)) == results

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.benchmarks import load_json
 from helpers.runs import (
     assert_close_weights,
     assert_one_line,
@@ -33,11 +34,6 @@ from tasks import TASKS, get_task, read_rows, split_files
 TASK_NAMES = ("sprites", "sprites-mc", "sprites-qa", "sprites-caption")
 
 
-def read_json(path):
-    with open(path) as f:
-        return json.load(f)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
@@ -45,12 +41,12 @@ def read_json(path):
 def test_the_best_epoch_on_the_val_split_is_scored_on_the_test_split(finetune_config, sprites, task, capsys):
     train.main(finetune_config(task, "--name tuned"))
     out = capsys.readouterr().out
-    epochs, config = read_json("out/tuned/epochs.json"), read_json("out/tuned/config.json")
+    epochs, config = load_json("out/tuned/epochs.json"), load_json("out/tuned/config.json")
     assert [row["epoch"] for row in epochs] == [1, 2]
     best = max(epochs, key=lambda row: row["score"])
     chosen = f"epoch {best['epoch']} of 2, chosen on the val split: {best['metric']} {best['score']:.1f}"
     assert config["chosen"] == chosen and out.count(chosen) == 2            # after training, and above the scores
-    result = read_json(f"out/tuned/eval-{task}-cluster_stm.json")
+    result = load_json(f"out/tuned/eval-{task}-cluster_stm.json")
     assert result["chosen"] == chosen and result["split"] == "test split"
     assert not result["notes"] and not result["unreadable"]
     model_class = VideoToText if TASKS[task].kind in ("qa", "caption") else ClusterSTM
@@ -58,12 +54,12 @@ def test_the_best_epoch_on_the_val_split_is_scored_on_the_test_split(finetune_co
     code, out, err = command("eval.py", ["--task", task, "--checkpoint", "out/tuned", "--data-root", sprites,
                                          "--mask", "cluster_stm"], capsys)
     assert code == 0, err
-    assert read_json(f"out/tuned/eval-{task}-cluster_stm.json")["scores"] == result["scores"]
+    assert load_json(f"out/tuned/eval-{task}-cluster_stm.json")["scores"] == result["scores"]
 
 
 def test_selection_on_the_test_split_is_stated_in_config_and_output(finetune_config, capsys):
     train.main(finetune_config("sprites-mc", "--name tuned --select-split test"))
-    assert "CHOSEN ON THE TEST SPLIT" in read_json("out/tuned/config.json")["chosen"]
+    assert "CHOSEN ON THE TEST SPLIT" in load_json("out/tuned/config.json")["chosen"]
     assert re.search("checkpoint: out/tuned; epoch . of 2, CHOSEN ON THE TEST SPLIT: accuracy", capsys.readouterr().out)
 
 
@@ -82,7 +78,7 @@ def test_the_best_epoch_is_kept_and_the_first_one_of_equals(finetune_config, mon
     assert len(epoch_weights) == 3
     assert_same(weights("out/tuned"), epoch_weights[best - 1])
     assert any(not torch.equal(epoch_weights[0][k], epoch_weights[1][k]) for k in epoch_weights[0])
-    assert read_json("out/tuned/config.json")["chosen"].startswith(f"epoch {best} of 3")
+    assert load_json("out/tuned/config.json")["chosen"].startswith(f"epoch {best} of 3")
 
 
 def test_without_selection_the_last_epoch_is_kept(finetune_config, monkeypatch):
@@ -90,7 +86,7 @@ def test_without_selection_the_last_epoch_is_kept(finetune_config, monkeypatch):
     monkeypatch.setattr(evaluation, "main", lambda cfg: None)
     model = train.main(finetune_config("sprites", "--name tuned --select-split last"))
     assert_same(weights("out/tuned"), dict(model.state_dict()))
-    assert read_json("out/tuned/config.json")["chosen"] == "the last epoch was taken, without selection"
+    assert load_json("out/tuned/config.json")["chosen"] == "the last epoch was taken, without selection"
 
 
 @pytest.mark.parametrize("task", ["sprites", "sprites-qa", "sprites-caption"])
@@ -146,7 +142,7 @@ def test_masked_finetuning_runs_the_teacher_once_for_each_clip(
     clips = len(read_rows(TASKS[task], *split_files(TASKS[task], "train", sprites), train=True))
     assert sum(batch_sizes) == clips + 6                                    # and 6 clips of the validation split
     assert set(visible_shares) == {0.25}                                    # mask ratio 0.75
-    result = read_json(f"out/tuned/eval-{task}-cluster_stm.json")
+    result = load_json(f"out/tuned/eval-{task}-cluster_stm.json")
     assert result["tokens"] == "cluster_stm, 4 of 16 a frame" and "cluster_stm, 4 of 16" in capsys.readouterr().out
     batch_sizes.clear(), visible_shares.clear()
     train.main(finetune_config(task, f"--name unmasked --epochs 1 --no-finetune-masked {flags}"))
@@ -166,8 +162,8 @@ def test_a_run_killed_during_scoring_resumes_bit_for_bit(finetune_config, task, 
             train.main(finetune_config(task, "--name killed"))
     train.main(finetune_config(task, "--name killed --resume"))
     assert_same(weights("out/killed"), weights("out/undisturbed"))
-    assert read_json("out/killed/epochs.json") == read_json("out/undisturbed/epochs.json")
-    assert read_json("out/killed/config.json")["chosen"] == read_json("out/undisturbed/config.json")["chosen"]
+    assert load_json("out/killed/epochs.json") == load_json("out/undisturbed/epochs.json")
+    assert load_json("out/killed/config.json")["chosen"] == load_json("out/undisturbed/config.json")["chosen"]
 
 
 def test_a_run_killed_between_epochs_resumes_bit_for_bit(finetune_config):
@@ -194,7 +190,7 @@ def test_two_processes_finetune_and_score_like_one(finetune_config, task):
     for key, row in log("out/one").items():
         assert row["grad_norm"] == pytest.approx(log("out/two")[key]["grad_norm"], rel=1e-3)
     assert_close_weights(weights_without_key_bias("out/one"), weights_without_key_bias("out/two"), atol=5e-4)
-    result, expected = (read_json(f"out/{name}/eval-{task}-cluster_stm.json") for name in ("two", "one"))
+    result, expected = (load_json(f"out/{name}/eval-{task}-cluster_stm.json") for name in ("two", "one"))
     assert result["scores"].keys() == expected["scores"].keys() and result["videos"] == expected["videos"]
 
 
@@ -207,7 +203,7 @@ def make_student(first_run, tmp_path):
     def make(width):
         folder = tmp_path / f"s{width}"
         shutil.copytree(f"{first_run}/out/first", folder)
-        config = read_json(f"{first_run}/out/first/config.json")
+        config = load_json(f"{first_run}/out/first/config.json")
         config["vit"].update(width=width, heads=width // 64)
         atomic_write_text(str(folder / "config.json"), json.dumps(config))
         return str(folder)
@@ -232,7 +228,7 @@ def test_the_recipe_is_the_published_one(make_student, width, task, recipe):
 
 def test_loss_weights_of_pretraining_are_not_used_in_finetuning(make_student):
     folder = make_student(768)
-    config = read_json(f"{folder}/config.json")
+    config = load_json(f"{folder}/config.json")
     config["model"].update(mrm_weight=0.5, vtc_weight=0.5, vtm_weight=0.0, mlm_weight=2.0)
     atomic_write_text(f"{folder}/config.json", json.dumps(config))
     assert train.loss_weights(train.finetune_defaults("msrvtt", folder).model) == {
@@ -257,7 +253,7 @@ def test_a_student_of_the_hub_is_named_by_its_id(finetune_config, first_run, mon
     assert (cfg.name, cfg.init_from) == ("student-sprites", "owner/student")
     monkeypatch.setattr(evaluation, "main", lambda cfg: None)
     train.main(replace(finetune_config("sprites", "--name tuned --epochs 1"), init_from="owner/student"))
-    assert read_json("out/tuned/config.json")["init_from"] == "owner/student"
+    assert load_json("out/tuned/config.json")["init_from"] == "owner/student"
 
 
 def test_flags_change_the_recipe_and_help_shows_it(sprites, first_run, capsys, monkeypatch):
@@ -300,7 +296,7 @@ def test_a_task_without_a_val_split_cannot_select_on_it(finetune_config, monkeyp
         train.main(finetune_config("sprites", "--select-split val --name a"))
     monkeypatch.setattr(evaluation, "main", lambda cfg: None)
     train.main(finetune_config("sprites", "--name b --epochs 1"))
-    assert read_json("out/b/config.json")["chosen"] == "the last epoch was taken, without selection"
+    assert load_json("out/b/config.json")["chosen"] == "the last epoch was taken, without selection"
 
 
 def test_a_missing_test_split_is_reported_and_the_model_is_saved(finetune_config, sprites, tmp_path, capsys):

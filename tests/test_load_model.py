@@ -10,13 +10,9 @@ from safetensors.torch import save_file
 from model import ClusterSTM, VideoToText, load_model
 from runtime import save_weights
 
+pytestmark = pytest.mark.usefixtures("seed_0")
 MODELS = {"question answering": lambda: video_to_text(True), "captioning": lambda: video_to_text(False),
           "student": student}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

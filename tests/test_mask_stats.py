@@ -1,11 +1,11 @@
 """tools.mask_stats: each statistic against loops in fp64 and cases made by hand, the two commands on a small set."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from helpers.benchmarks import load_json
 from helpers.runs import assert_one_line, command
 from helpers.tables import markdown_tables
 
@@ -319,8 +319,7 @@ def test_clips_are_read_as_for_evaluation(options, sprites, teacher):
         torch.testing.assert_close(clips.aux["attention"][2], model.pool_attention(tokens))
         torch.testing.assert_close(clips.aux["logits"].exp(), clips.aux["attention"])
         torch.testing.assert_close(clips.aux["aligned"][2], model.token_embeddings(tokens, (4, 4)))
-        with open(f"{sprites}/sprites_{split}.json") as f:
-            caption = normalize_caption(json.load(f)[2]["caption"])
+        caption = normalize_caption(load_json(f"{sprites}/sprites_{split}.json")[2]["caption"])
         torch.testing.assert_close(clips.aux["text"][2:3], model.encode_text(model.tokenize([caption])))
         boxes = np.load(f"{sprites}/sprites_boxes.npz")[split][:count]
         np.testing.assert_allclose(clips.boxes, boxes / 4)                   # 64 pixels are resized to 16
@@ -369,16 +368,11 @@ def test_random_masks_are_averaged_over_three_seeds_and_others_run_once(options)
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
-def read_json(path):
-    with open(path) as f:
-        return json.load(f)
-
-
 def test_masks_prints_and_writes_a_row_for_every_mask(options, sprites, teacher, capsys):
     flags = f"masks --teacher {teacher} --clips {sprites} --count 3 --ratio 0.75 0.9 --out {options['out']} --commit c0"
     code, out, err = command("tools.mask_stats", flags.split(), capsys)
     assert code == 0 and "commit c0" in out and "failed" not in out, err
-    tables, result = markdown_tables(out), read_json(options["out"])
+    tables, result = markdown_tables(out), load_json(options["out"])
     assert [result[k] for k in ("count", "split", "quantile", "frames", "tokens")] == [3, "test", 0.95, 8, 16]
     assert len(tables) == 2 and "4 of 16 tokens a frame (0.75 hidden)" in out and "2 of 16" in out
     rows = result["rows"]
@@ -396,7 +390,7 @@ def test_masks_prints_and_writes_a_row_for_every_mask(options, sprites, teacher,
 def test_quantiles_compares_settings_on_training_clips(options, capsys, monkeypatch):
     monkeypatch.setattr(mask_stats, "QUANTILES", (0.5, 0.95))
     main(Quantiles(**options))
-    out, result = capsys.readouterr().out, read_json(options["out"])
+    out, result = capsys.readouterr().out, load_json(options["out"])
     assert result["split"] == "train" and "5 train clips" in out
     rows = {(r["quantile"], r["pick"]): r for r in result["rows"]}
     assert list(rows) == [(q, p) for q in (0.5, 0.95) for p in ("density", "random", "centre", "lowest")]
@@ -407,7 +401,7 @@ def test_quantiles_compares_settings_on_training_clips(options, capsys, monkeypa
     assert all(rows[0.95, pick]["clusters"] == 1 for pick in PICKS) and rows[0.5, "centre"]["clusters"] < 1
     assert len({rows[0.95, pick]["objects"] for pick in PICKS}) > 1
     main(Masks(**{**options, "split": "train", "mask": ("cluster_stm",)}))
-    row, = read_json(options["out"])["rows"]
+    row, = load_json(options["out"])["rows"]
     assert {k: rows[0.95, "density"][k] for k in KEYS - {"ms"}} == {k: row[k] for k in KEYS - {"ms"}}
 
 
@@ -416,7 +410,7 @@ def test_the_quantile_is_that_of_the_mask_and_of_the_clusters(options, monkeypat
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     for quantile in (0.2, 0.95):
         main(Masks(**{**options, "mask": ("cluster_stm",), "quantile": quantile}))
-        rows += read_json(options["out"])["rows"]
+        rows += load_json(options["out"])["rows"]
     assert rows[0]["clusters"] == rows[1]["clusters"] == 1 and rows[0]["lost"] != rows[1]["lost"]
     assert threads == [1, 1]                                                # times are those of one thread
 
@@ -428,7 +422,7 @@ def test_a_mask_that_fails_has_a_row_and_an_error_at_the_end(options, capsys, mo
     monkeypatch.setitem(MASKS, "tube", broken)
     with pytest.raises(ValueError, match="^tube failed"):
         main(Masks(**{**options, "mask": ("tube", "random_frame"), "ratio": (0.5, 0.75)}))
-    rows, out = read_json(options["out"])["rows"], capsys.readouterr().out
+    rows, out = load_json(options["out"])["rows"], capsys.readouterr().out
     assert ["failed" in row for row in rows] == [True, False] * 2
     for table in markdown_tables(out):
         assert table[1][1] == "failed: RuntimeError: out of / luck" and len(table[1]) == len(table[0]) == len(table[2])

@@ -41,16 +41,12 @@ from model import ClusterSTM, Decoder, hard_negatives, vtc_loss
 from runtime import Stream, seeded_generator
 from targets import TeacherTargets
 
+pytestmark = pytest.mark.usefixtures("seed_0")
 CPU = torch.device("cpu")
 GRID = (T, 2, 3)
 DECODERS = pytest.mark.parametrize("decoder", ["cross", "joint"])
 MRM_TEXTS = pytest.mark.parametrize("mrm_texts", ["batch", "own", "none"])
 ALL_OBJECTIVES = pytest.mark.parametrize("objective", OBJECTIVES)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def concatenate(parts):
@@ -77,9 +73,9 @@ def gradients(loss, model):
             for (name, p), g in zip(model.named_parameters(), values, strict=True)}
 
 
-def assert_same_gradients(a, b, tol=1e-5):
+def assert_same_gradients(a, b):
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tol, atol=tol * 0.1, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def untrained(model):

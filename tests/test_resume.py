@@ -1,6 +1,5 @@
 """Stop, kill and resume runs, on the same and on another number of ranks, and under torchrun."""
 
-import json
 import os
 import re
 import signal
@@ -8,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers.benchmarks import load_json
 from helpers.processes import (
     LOADER,
     LONG,
@@ -17,9 +17,9 @@ from helpers.processes import (
     assert_train_error,
     block_forever,
     call_in_step,
-    count_lines,
     interrupt,
     launch_ranks,
+    num_logged,
     send_to_self,
     wait_for_exit,
     wait_until,
@@ -38,7 +38,7 @@ from targets import TargetProvider
 
 def test_sigterm_stops_after_the_step_and_the_run_resumes_bit_for_bit(run_config, undisturbed_run, start_process):
     process = start_process(LONG)
-    wait_until(lambda: count_lines("out/run/log.jsonl") > 2 or process.poll() is not None)
+    wait_until(lambda: num_logged() > 2 or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
@@ -152,7 +152,7 @@ def test_sigterm_during_scoring_stops_at_once_and_resume_scores_again(finetune_c
     assert not os.path.exists("out/run/epochs.json")
     train.main(finetune_config("sprites", "--name run --resume"))
     assert_same(weights("out/run"), weights("out/undisturbed"))
-    assert json.load(open("out/run/epochs.json")) == json.load(open("out/undisturbed/epochs.json"))
+    assert load_json("out/run/epochs.json") == load_json("out/undisturbed/epochs.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_sigterm_during_scoring_stops_at_once_and_resume_scores_again(finetune_c
 def test_a_process_killed_at_any_step_resumes_bit_for_bit(run_config, undisturbed_run, start_process, seed):
     min_steps = np.random.default_rng(seed).integers(1, 18)
     process = start_process(LONG)
-    wait_until(lambda: count_lines("out/run/log.jsonl") >= min_steps or process.poll() is not None)
+    wait_until(lambda: num_logged() >= min_steps or process.poll() is not None)
     process.kill()
     _, err = process.communicate(timeout=90)
     assert process.returncode == -signal.SIGKILL, err
@@ -174,8 +174,8 @@ def test_a_run_killed_many_times_equals_an_undisturbed_one(run_config, undisturb
     rng, kills = np.random.default_rng(0), 0
     while not os.path.exists("out/run/model.safetensors"):
         with launch_ranks(1, run_config(f"{LONG} --save-every 2" + " --resume" * (kills > 0))) as (process,):
-            min_lines = count_lines("out/run/log.jsonl") + rng.integers(3, 7)
-            wait_until(lambda n=min_lines, p=process: count_lines("out/run/log.jsonl") >= n or p.exitcode is not None)
+            min_lines = num_logged() + rng.integers(3, 7)
+            wait_until(lambda n=min_lines, p=process: num_logged() >= n or p.exitcode is not None)
             time.sleep(rng.uniform(0, 0.1))
             process.kill()
             process.join()
@@ -184,9 +184,9 @@ def test_a_run_killed_many_times_equals_an_undisturbed_one(run_config, undisturb
     assert_same_run(undisturbed_run(LONG))
 
 
-def largest_difference(a, b):
-    """Return the largest absolute difference between the weights of two runs."""
-    a, b = weights_without_key_bias(a), weights_without_key_bias(b)
+def largest_difference(expected):
+    """Return the largest absolute difference between the weights of out/run and another run."""
+    a, b = weights_without_key_bias("out/run"), weights_without_key_bias(expected)
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
@@ -201,7 +201,7 @@ def test_resume_on_another_number_of_ranks_agrees_to_rounding(run_config, undist
     assert list_checkpoints("out/run")[0] == "out/run/checkpoints/pretrain-0000004.pt"
     with launch_ranks(after, run_config(f"{flags} --resume")) as processes:
         assert all(code == 0 for code, *_ in wait_for_exit(processes)), open("0.err").read()
-    difference = largest_difference("out/run", undisturbed_run(flags, before))
+    difference = largest_difference(undisturbed_run(flags, before))
     assert difference < 1e-5
     rows, expected = log("out/run"), log(undisturbed_run(flags, before))
     assert rows.keys() == expected.keys()
@@ -215,9 +215,9 @@ def test_resume_keeps_the_micro_batch_size_of_the_start(run_config, undisturbed_
         call_in_step(patch, 5, send_to_self(signal.SIGTERM))
         with launch_ranks(2, run_config(flags)) as processes:
             assert [code for code, *_ in wait_for_exit(processes)] == [0, 0]
-    assert json.load(open("out/run/run_state.json"))["micro_batch of pretrain"] == 4
+    assert load_json("out/run/run_state.json")["micro_batch of pretrain"] == 4
     train.main(run_config(f"{flags} --resume"))
-    difference = largest_difference("out/run", undisturbed_run(flags, 2))
+    difference = largest_difference(undisturbed_run(flags, 2))
     assert difference < 1e-5
 
 
@@ -243,7 +243,7 @@ def test_two_nodes_train_the_same_model_as_one_process(undisturbed_run, start_pr
     (out, err), (other_out, _) = (node.communicate(timeout=120) for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], err[-3000:]
     assert out.count("out/run: trained") == 1 and "trained" not in other_out
-    difference = largest_difference("out/run", undisturbed_run(SHORT))
+    difference = largest_difference(undisturbed_run(SHORT))
     assert difference < 1e-5
 
 

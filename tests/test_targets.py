@@ -8,31 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.runs import (
-    Killed,
-    assert_close_runs,
-    assert_same,
-    config,
-    kill,
-    log,
-    on_ranks,
-    weights,
-    with_weights,
-)
+from helpers.runs import Killed, assert_close_runs, assert_same, kill, log, on_ranks, weights
 from helpers.siglip import random_clips, tiny_siglip
 
 import train
 from data import ClipDataset, UnreadableError, iterate_micro_batches, load_tokenizer
 from masking import MASK_INPUTS, MASKS, MaskConfig, cluster_stm, keep_count, token_sizes
 from runtime import RunContext
-from targets import (
-    TargetProvider,
-    TeacherTargets,
-    VisibleIdCache,
-    compute_targets,
-    compute_visible_ids,
-    select_visible,
-)
+from targets import TargetProvider, TeacherTargets, VisibleIdCache, compute_targets, compute_visible_ids, select_visible
 from tasks import read_annotations
 from teacher import SigLIP
 from video import resize_like_pillow
@@ -509,19 +492,9 @@ def test_ranks_on_several_hosts_cache_nothing(run_config, undeleted):
     assert not os.path.exists("out/two/target_cache") and len(log("out/two")) == 9
 
 
-@pytest.fixture(scope="module")
-def unbroken(sprites, first_run, tmp_path_factory):
-    """Folder of a run that was not killed."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train.main(config(sprites, with_weights(first_run, f"{SHORT} --name unbroken")))
-    return f"{folder}/out/unbroken"
-
-
 @pytest.mark.parametrize("step, save_every", [(2, 1), (3, 1), (4, 1), (2, 2), (6, 4), (7, 1)])
-def test_a_killed_run_ends_bit_for_bit_as_an_unbroken_one(run_config, unbroken, step, save_every):
-    flags = f"{SHORT} --save-every {save_every} --name killed"
+def test_a_killed_run_ends_bit_for_bit_as_an_unbroken_one(run_config, undisturbed_run, step, save_every):
+    flags, unbroken = f"{SHORT} --save-every {save_every} --name killed", undisturbed_run(f"{SHORT} --name run")
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, "pretrain", step)               # before the targets of this step are computed
         with pytest.raises(Killed):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from helpers.models import hugging_face
+from helpers.models import hugging_face, seeded
 from helpers.siglip import WORDS, random_clips, tiny_siglip, word_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -32,8 +32,8 @@ def to_hugging_face(model):
     return other
 
 
-def random_tokens(F, grid, seed=0, C=16):
-    return torch.randn(F, grid[0] * grid[1], C, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+def random_tokens(F, grid):
+    return torch.randn(F, grid[0] * grid[1], 16, generator=seeded(), dtype=torch.float64) * 2
 
 
 def map_head(head, x):
@@ -157,39 +157,29 @@ def test_pool_attention_is_the_map_heads_attention_averaged_over_heads():
 # ---------------------------------------------------------------------------------------------------------------------
 # Pooling
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_map_pooling_applies_the_map_head_to_each_window_alone(grid):
-    model, x = tiny_siglip(), random_tokens(2, grid)
+POOLED = {"map": windows, "mean": lambda x, grid: (window.mean(0, keepdim=True) for window in windows(x, grid)),
+          "token": lambda x, grid: x[:, None]}                      # pooling -> what the MAP head is applied to
+
+
+def pooled_by_hand(model, x, grid, pooling="map"):
+    """tokens x (F, N, C) -> (F, N, E) of unit length, one application of the MAP head at a time."""
     head = model.vision_model.head
+    expected = [torch.stack([map_head(head, tokens)[0] for tokens in POOLED[pooling](frame, grid)]) for frame in x]
+    return nnf.normalize(torch.stack(expected), dim=-1)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("pooling", POOLED)
+def test_pooling_applies_the_map_head_to_each_window_its_mean_or_the_token(grid, pooling):
+    model, x = tiny_siglip(), random_tokens(2, grid)
     with torch.no_grad():
-        expected = torch.stack([torch.stack([map_head(head, window)[0] for window in windows(frame, grid)])
-                                for frame in x])
-        found = model.token_embeddings(x, grid)
-    torch.testing.assert_close(found, nnf.normalize(expected, dim=-1), **TIGHT)
+        expected = pooled_by_hand(model, x, grid, pooling)
+        found = model.token_embeddings(x, grid, pooling)
+        one = model.token_embeddings(x.reshape(-1, 1, 16), (1, 1)).view_as(x)                   # frames of one token
+    torch.testing.assert_close(found, expected, **TIGHT)
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(x.shape[:2], dtype=torch.float64), **TIGHT)
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_mean_pooling_applies_the_map_head_to_each_windows_mean(grid):
-    model, x = tiny_siglip(), random_tokens(2, grid)
-    head = model.vision_model.head
-    with torch.no_grad():
-        expected = torch.stack([torch.stack([map_head(head, window.mean(0, keepdim=True))[0]
-                                             for window in windows(frame, grid)]) for frame in x])
-        found = model.token_embeddings(x, grid, "mean")
-    torch.testing.assert_close(found, nnf.normalize(expected, dim=-1), **TIGHT)
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_token_pooling_applies_the_map_head_to_each_token_alone(grid):
-    model, x = tiny_siglip(), random_tokens(2, grid)
-    with torch.no_grad():
-        expected = torch.stack([torch.stack([map_head(model.vision_model.head, token[None])[0] for token in frame])
-                                for frame in x])
-        found = model.token_embeddings(x, grid, "token")
-        one = model.token_embeddings(x.reshape(-1, 1, 16), (1, 1), "map").view_as(x)               # frames of one token
-    torch.testing.assert_close(found, nnf.normalize(expected, dim=-1), **TIGHT)
-    torch.testing.assert_close(found, one, **TIGHT)
+    if pooling == "token":
+        torch.testing.assert_close(found, one, **TIGHT)
 
 
 def test_a_window_with_logits_far_below_the_frames_best_does_not_underflow():
@@ -197,13 +187,12 @@ def test_a_window_with_logits_far_below_the_frames_best_does_not_underflow():
     x = random_tokens(2, grid) * 200
     head = model.vision_model.head
     with torch.no_grad():
-        expected = torch.stack([torch.stack([map_head(head, window)[0] for window in windows(frame, grid)])
-                                for frame in x])
+        expected = pooled_by_hand(model, x, grid)
         score = head.attention.query_logits(head.probe[0, 0], x).transpose(1, 2)                  # (F, H, N)
         best = nnf.max_pool2d(score.view(2, 2, *grid), 3, 1, 1).flatten(2)                  # of each window
         assert (score.max(-1, keepdim=True).values - best > 150).any()                      # exp(-150) is 0 in fp32
         found = model.float().token_embeddings(x.float(), grid)
-    torch.testing.assert_close(found.double(), nnf.normalize(expected, dim=-1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
 
 
 def test_a_window_of_the_whole_frame_gives_the_pooled_frame():
@@ -305,11 +294,10 @@ CAPTIONS = ["a red dog", " A  RED,\tdog!! ", "it's a dog.", "", "...", "É a \u2
             "zebra 7"]
 
 
-def folder_of(tmp_path, tokenizer, options, vocab=None):
+def folder_of(tmp_path, tokenizer, options):
     """A small SigLIP's folder with this tokenizer.json, and with a tokenizer_config.json unless options is None."""
     model = tiny_siglip().float()
-    vocab, length = vocab or tokenizer.get_vocab_size(), 16
-    text = TextConfig(16, 20, 2, 4, vocab, max_position_embeddings=length)
+    text = TextConfig(16, 20, 2, 4, tokenizer.get_vocab_size(), max_position_embeddings=16)
     SigLIP(SigLIPConfig(model.cfg.vision_config, text)).save_pretrained(tmp_path)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     if options is not None:

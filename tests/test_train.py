@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -14,6 +13,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import numpy as np
 import pytest
 import torch
+from helpers.processes import assert_same_run, num_logged, wait_until
 from helpers.runs import (
     FIRST_RUN_FLAGS,
     LOSSES,
@@ -39,7 +39,7 @@ import train
 from data import ClipDataset, DataConfig, load_tokenizer
 from encoders import Bert
 from model import ClusterSTM
-from runtime import MAY_CHANGE_ON_RESUME, RunContext, list_checkpoints
+from runtime import MAY_CHANGE_ON_RESUME, RunContext, list_checkpoints, read_json
 from tasks import read_annotations
 from teacher import SigLIP
 
@@ -50,15 +50,14 @@ RUN_FILES = {"config.json", "command.txt", "lock", "log.jsonl", "before_unmasked
 # ---------------------------------------------------------------------------------------------------------------------
 # One process or several
 
-def test_torchrun_with_two_ranks_trains_the_model_of_one_process(run_config, sprites, first_run, tmp_path):
+def test_torchrun_with_two_ranks_trains_the_model_of_one_process(run_config, start_process):
     train.main(run_config("--name one"))                                    # two micro-batches a step
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = with_weights(first_run, "--name two")
-    result = subprocess.run([*torchrun, f"{ROOT}/train.py", *argv(sprites, flags)], cwd=tmp_path, capture_output=True,
-                            text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr[-3000:]
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    process = start_process("--name two", (*torchrun, f"{ROOT}/train.py"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
     assert_close_runs("out/one", "out/two")
-    assert result.stdout.count("out/two: trained") == 1                     # only rank 0 prints
+    assert out.count("out/two: trained") == 1                               # only rank 0 prints
 
 
 def test_one_two_and_four_processes_train_the_same_model(run_config):
@@ -101,12 +100,12 @@ def test_two_processes_train_without_masked_tokens(run_config):
     assert all("mrm" not in row for row in log("out/two").values())
 
 
-def read_micro_batches(cfg, rank, world, step=0, steps=5, batch=8, micro_batch=2):
+def read_micro_batches(cfg, rank, world, step=0):
     """Read the micro-batches of a rank -> (step, clip ids, view ids, seed) of each."""
     run = RunContext(cfg, "", torch.device("cpu"), rank, world)
     clips = ClipDataset(read_annotations(cfg.data.train_file, cfg.data.video_root), cfg.data, cfg.seed)
     tokenizer = load_tokenizer(os.path.join(os.path.dirname(cfg.data.train_file), "tokenizer.json"))
-    groups = loop.iterate_micro_batches(run, clips, tokenizer, "pretrain", batch, micro_batch, step, steps)
+    groups = loop.iterate_micro_batches(run, clips, tokenizer, "pretrain", 8, 2, step, 5)
     return [(step + i, b.clip_ids.tolist(), b.view_ids.tolist(), b.seed)
             for i, group in enumerate(groups) for b in group]
 
@@ -134,25 +133,9 @@ def test_sample_n_is_the_same_on_any_number_of_ranks_and_after_any_step(run_conf
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed and resumed
 
-@pytest.fixture(scope="module")
-def unbroken_run(sprites, first_run, tmp_path_factory):
-    """unbroken_run(flags) trains a run that is not killed, once -> its folder."""
-    folders = {}
-
-    def run(flags):
-        if flags not in folders:
-            folder = tmp_path_factory.mktemp("unbroken")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(folder)
-                train.main(config(sprites, with_weights(first_run, f"{flags} --name unbroken")))
-            folders[flags] = str(folder / "out" / "unbroken")
-        return folders[flags]
-    return run
-
-
 # Teacher targets are cached, or computed at each step.
-CACHED, COMPUTED, RANDOM = "--data.num-views 1", "--data.num-views 0", "--data.num-views 1 --mask.name random_frame"
-PROPORTIONAL = "--data.num-views 1 --model.proportional"
+CACHED, COMPUTED = "--name run --data.num-views 1", "--name run --data.num-views 0"
+RANDOM, PROPORTIONAL = f"{CACHED} --mask.name random_frame", f"{CACHED} --model.proportional"
 
 
 @pytest.mark.parametrize("stage, step, flags", [
@@ -167,8 +150,8 @@ PROPORTIONAL = "--data.num-views 1 --model.proportional"
     ("unmasked", 4, COMPUTED),
     ("unmasked", None, CACHED),                 # after the last step, before the model is written
 ])
-def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(run_config, unbroken_run, stage, step, flags):
-    expected = unbroken_run(flags)
+def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(run_config, undisturbed_run, stage, step, flags):
+    expected = undisturbed_run(flags)
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, stage, step)
         with pytest.raises(Killed):
@@ -185,30 +168,19 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(run_config,
     assert sorted(os.listdir(f"{expected}/checkpoints")) == ["unmasked-0000004.pt", "unmasked-0000006.pt"]
 
 
-def test_a_run_ended_by_sigkill_resumes_bit_for_bit(run_config, unbroken_run, sprites, first_run, tmp_path):
-    expected = unbroken_run(CACHED)
-    flags = with_weights(first_run, f"{CACHED} --name killed")
-    with open("err.txt", "w") as err:
-        process = subprocess.Popen([sys.executable, f"{ROOT}/train.py", *argv(sprites, flags)], cwd=tmp_path,
-                                   stdout=err, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    end = time.time() + 60
-    while process.poll() is None and time.time() < end:
-        if list_checkpoints("out/killed") and open("out/killed/log.jsonl").read().count("\n") > 5:
-            break
-        time.sleep(0.005)
+def test_a_run_ended_by_sigkill_resumes_bit_for_bit(run_config, undisturbed_run, start_process):
+    process = start_process(CACHED)
+    wait_until(lambda: list_checkpoints("out/run") and num_logged() > 5 or process.poll() is not None)
     process.kill()
-    process.wait()
-    assert not os.path.exists("out/killed/model.safetensors"), open("err.txt").read()
-    with open("out/killed/log.jsonl") as f:
-        assert 4 < len(f.readlines()) < 26
-    with open("out/killed/log.jsonl", "a") as f:
+    _, err = process.communicate(timeout=90)
+    assert not os.path.exists("out/run/model.safetensors") and 4 < num_logged() < 26, err
+    with open("out/run/log.jsonl", "a") as f:
         f.write('{"stage": "pretr')                     # a power failure can leave half a line
-    train.main(run_config(f"{CACHED} --name killed --resume"))
-    assert_same(weights("out/killed"), weights(expected))
-    assert log("out/killed") == log(expected)
+    train.main(run_config(f"{CACHED} --resume"))
+    assert_same_run(undisturbed_run(CACHED))
 
 
-def test_a_half_written_checkpoint_leaves_the_one_before(run_config, unbroken_run, monkeypatch):
+def test_a_half_written_checkpoint_leaves_the_one_before(run_config, undisturbed_run, monkeypatch):
     torch_save, learning_rate, saves, steps = torch.save, loop.learning_rate, [], []
 
     def save(state, f):
@@ -230,7 +202,7 @@ def test_a_half_written_checkpoint_leaves_the_one_before(run_config, unbroken_ru
     monkeypatch.setattr(loop, "learning_rate", record_step)
     train.main(run_config(f"{COMPUTED} --name killed --resume"))
     assert steps[::2] == [*range(8, 20), *range(6)]     # a step sets the rate of two groups of parameters
-    assert_same(weights("out/killed"), weights(unbroken_run(COMPUTED)))
+    assert_same(weights("out/killed"), weights(undisturbed_run(COMPUTED)))
 
 
 @pytest.mark.parametrize("stage", ["teacher", "text"])
@@ -290,13 +262,13 @@ def test_resume_names_a_setting_that_must_not_change(run_config, stage):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
 
-def test_twenty_steps_lower_every_loss(unbroken_run):
-    rows = [row for (stage, _), row in sorted(log(unbroken_run(CACHED)).items()) if stage == "pretrain"]
+def test_twenty_steps_lower_every_loss(undisturbed_run):
+    rows = [row for (stage, _), row in sorted(log(undisturbed_run(CACHED)).items()) if stage == "pretrain"]
     for name in ("mrm", "mlm", "vtc"):
         values = [row[name] for row in rows]
         assert np.mean(values[-5:]) < np.mean(values[:5]), name
     assert all(0 < row["grad_norm"] < np.inf and set(row) == {*LOSSES[1:5], "grad_norm", "lr"} for row in rows)
-    unmasked = [row for (stage, _), row in log(unbroken_run(CACHED)).items() if stage == "unmasked"]
+    unmasked = [row for (stage, _), row in log(undisturbed_run(CACHED)).items() if stage == "unmasked"]
     assert len(unmasked) == 6 and all(set(row) == {"vtc", "vtm", "mlm", "grad_norm", "lr"} for row in unmasked)
     assert max(row["lr"] for row in unmasked) == pytest.approx(0.2 * max(row["lr"] for row in rows))
 
@@ -310,9 +282,7 @@ def test_a_run_writes_all_files_that_later_runs_need(sprites, first_run):
     expected = replace(expected, text=text, model=replace(expected.model, target_dim=16),
                        teacher="out/first/teacher")                         # eval.py needs it for masks
     for folder in (out, f"{out}/before_unmasked"):
-        with open(f"{folder}/config.json") as f:
-            written = json.load(f)
-        assert written == json.loads(json.dumps(asdict(expected)))
+        assert read_json(f"{folder}/config.json") == json.loads(json.dumps(asdict(expected)))
         assert_same(dict(ClusterSTM.from_pretrained(folder).state_dict()), weights(folder))
     after, before = weights(out), weights(f"{out}/before_unmasked")
     unchanged = {name for name in after if torch.equal(after[name], before[name])}

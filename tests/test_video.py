@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 import video
 from data import DataConfig
-from video import FrameCache, build_frame_cache, read_frames, train_transform
+from video import FrameCache, build_frame_cache, decode_frames, read_frames, sample_frame_indices, train_transform
 
 
 @dataclass
@@ -214,7 +214,7 @@ def test_random_damage_gives_frames_or_a_one_line_error(tmp_path, name, options)
         damaged[places] = rng.choice([0, 127, 255, *rng.integers(256, size=3)], len(places))
         damaged[:len(damaged) - rng.choice([0, 0, 0, rng.integers(len(intact))])].tofile(tmp_path / name)
         try:
-            assert read_frames(str(tmp_path / name), 4, size=16).shape[:2] == (4, 3)
+            assert read_frames(str(tmp_path / name), 4).shape[:2] == (4, 3)
         except ValueError as error:
             refused += 1
             assert str(error).startswith(f"{tmp_path / name}: ") and "\n" not in str(error)
@@ -261,9 +261,9 @@ def test_patchify_flattens_patches_like_a_convolution_weight():
 
 def test_frames_are_reduced_to_their_short_side(tmp_path):
     path = write(tmp_path / "a.mp4", shape=(48, 64))
-    assert read_frames(path, 2, size=24).shape == (2, 3, 24, 32)
-    assert read_frames(path, 2, size=50).shape == read_frames(path, 2, size=100).shape == (2, 3, 48, 64)
-    assert numbers(read_frames(path, 4, size=12)) == [5, 18, 30, 43]
+    read = lambda size: decode_frames(path, lambda times: sample_frame_indices(4, len(times)), size)
+    assert read(24).shape == (4, 3, 24, 32) and read(50).shape == read(100).shape == (4, 3, 48, 64)
+    assert numbers(read(12)) == [5, 18, 30, 43]
 
 
 @pytest.mark.parametrize("H, W", [(60, 80), (4, 300), (300, 4), (1, 1), (33, 33)])

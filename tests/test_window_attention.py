@@ -57,17 +57,11 @@ def check(out, scores, values, grid):
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernel
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, MODEL], ids=str)
 @low
 def test_kernel_is_the_definition_on_the_rounded_input(shape, dtype):
     scores, values = make(*shape, dtype, device=DEVICE)
     check(window_attention_triton(scores, values, shape[0]), scores, values, shape[0])
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_kernel_is_the_definition_at_the_models_size(dtype):
-    scores, values = make(*MODEL, dtype, device=DEVICE)
-    check(window_attention_triton(scores, values, MODEL[0]), scores, values, MODEL[0])
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

@@ -2,17 +2,16 @@
 
 import json
 import re
-import sys
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import replace
 
-import pytest
 import torch
 
 import runtime
 from data import DataConfig
 from encoders import TextEncoderConfig, ViTConfig
+from helpers.runs import run_main
 from masking import MaskConfig
 from model import ModelConfig
 from tools import ablations
@@ -80,12 +79,5 @@ class SerialPool:
 
 def run(capsys, line):
     """`python -m tools.ablations LINE` -> exit code, stdout, stderr."""
-    code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tools.ablations", *line.split()])
-        try:
-            runtime.run_cli("tools.ablations", ablations.cli)
-        except SystemExit as stop:
-            code = stop.code or 0
-    out, err = capsys.readouterr()
-    return (1, out, err + code) if isinstance(code, str) else (code, out, err)
+    main = lambda: runtime.run_cli("tools.ablations", ablations.cli)
+    return run_main(main, ["tools.ablations", *line.split()], capsys)

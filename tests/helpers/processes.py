@@ -1,6 +1,5 @@
 """Train in processes of their own and disturb them: signals, kills, blocked steps."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ import pytest
 
 import loop
 import train
-from helpers.runs import Killed, assert_same, free_port, kill, log, weights
+from helpers.runs import Killed, assert_same, fork_ranks, kill, log, weights
 from runtime import run_cli
 
 STEPS = 8
@@ -23,11 +22,11 @@ LOADER = "--data.num-workers 1 --data.no-frame-cache "
 PAUSE = 300                                         # seconds; a test that waits for its end has failed
 
 
-def assert_same_run(expected, folder="out/run"):
-    """Assert that two runs have the same weights bit for bit and the same log, and that no temporary file is left."""
+def assert_same_run(expected):
+    """Assert that out/run has the same weights as another run, bit for bit, the same log, and no temporary file."""
     for part in ("", "before_unmasked"):
-        assert_same(weights(os.path.join(folder, part)), weights(os.path.join(expected, part)))
-    assert log(folder) == log(expected)
+        assert_same(weights(f"out/run/{part}"), weights(f"{expected}/{part}"))
+    assert log("out/run") == log(expected)
     assert not [name for _, _, names in os.walk("out") for name in names if name.endswith(".tmp")]
 
 
@@ -39,8 +38,6 @@ def launch_ranks(world, cfg):
         for fd, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
         code = 0
         try:
             run_cli("train.py", lambda: train.main(cfg))
@@ -51,10 +48,7 @@ def launch_ranks(world, cfg):
         sys.stderr.flush()
         os._exit(code)
 
-    port = free_port()
-    processes = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in range(world)]
-    for p in processes:
-        p.start()
+    processes = fork_ranks(world, main)
     try:
         yield processes
     finally:
@@ -113,9 +107,9 @@ def block_forever(*_, **__):
     time.sleep(PAUSE)
 
 
-def count_lines(path):
-    """Count the lines of a file that may not exist yet."""
-    return open(path).read().count("\n") if os.path.exists(path) else 0
+def num_logged():
+    """Count the rows of out/run/log.jsonl, which may not exist yet."""
+    return open("out/run/log.jsonl").read().count("\n") if os.path.exists("out/run/log.jsonl") else 0
 
 
 def interrupt(cfg, step=5):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import loop
 import runtime
 import train
+from helpers.benchmarks import load_json, write_json
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 TINY = """--batch 8 --micro-batch 4 --steps 20 --unmasked-steps 6 --unmasked-batch 8 --lr 2e-3 --log-every 1
@@ -40,15 +41,11 @@ def config(sprites, flags=""):
     return tyro.cli(train.Config, args=argv(sprites, flags), default=train.PRESETS["sprites"])
 
 
-def finetune_argv(sprites, first_run, task, flags=""):
-    """Return the command line of a tiny run that fine-tunes the model of the first run."""
-    return ["--stage", "finetune", "--task", task, "--init-from", f"{first_run}/out/first", "--data-root", sprites,
-            *"--batch 8 --epochs 2 --data.num-frames 4 --data.cache-frames 8 --log-every 1".split(), *flags.split()]
-
-
 def make_finetune_config(sprites, first_run, task, flags=""):
     """Return the config of a tiny run that fine-tunes the model of the first run."""
-    default, rest, _ = train.split_defaults(finetune_argv(sprites, first_run, task, flags))
+    default, rest, _ = train.split_defaults([
+        "--stage", "finetune", "--task", task, "--init-from", f"{first_run}/out/first", "--data-root", sprites,
+        *"--batch 8 --epochs 2 --data.num-frames 4 --data.cache-frames 8 --log-every 1".split(), *flags.split()])
     return tyro.cli(train.Config, args=rest, default=default)
 
 
@@ -59,11 +56,9 @@ def with_weights(first_run, flags=""):
 
 def write_rows(sprites, count, **changes):
     """Write rows.json, an annotation file of `count` valid rows, with changes to the last one."""
-    with open(f"{sprites}/sprites_train.json") as f:
-        rows = json.load(f)[:count]
+    rows = load_json(f"{sprites}/sprites_train.json")[:count]
     rows[-1].update(changes)
-    with open("rows.json", "w") as f:
-        json.dump(rows, f)
+    write_json("rows.json", rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,22 +121,29 @@ def assert_close_weights(a, b, atol):
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
-def command(script, args, capsys):
-    """Run `python SCRIPT ARGS`, or `python -m MODULE ARGS`, in this process -> exit code, stdout, stderr."""
+def run_main(function, argv, capsys):
+    """Call function() as the main program with this command line -> exit code, stdout, stderr."""
     code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *args])
+    with mock.patch.object(sys, "argv", argv):
         try:
-            if script.endswith(".py"):
-                runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-            else:
-                with mock.patch.dict(sys.modules):
-                    sys.modules.pop(script, None)
-                    runpy.run_module(script, run_name="__main__", alter_sys=True)
+            function()
         except SystemExit as stop:
             code = stop.code or 0
     out, err = capsys.readouterr()
     return (1, out, err + code) if isinstance(code, str) else (code, out, err)
+
+
+def command(script, args, capsys):
+    """Run `python SCRIPT ARGS`, or `python -m MODULE ARGS`, in this process -> exit code, stdout, stderr."""
+    def main():
+        if script.endswith(".py"):
+            runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+        else:
+            with mock.patch.dict(sys.modules):
+                sys.modules.pop(script, None)
+                runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+    return run_main(main, [script, *args], capsys)
 
 
 def assert_one_line(script, code, err, message):
@@ -168,18 +170,24 @@ def free_port():
         return s.getsockname()[1]
 
 
-def in_processes(world, function):
-    """Call function() in `world` processes, which are forked from this one with the environment of torchrun."""
+def fork_ranks(world, function):
+    """Call function(rank) in `world` processes, which are forked from this one with the environment of torchrun."""
     def main(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-        function()
+        function(rank)
         os._exit(0)
 
     port = free_port()
     processes = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in range(world)]
     for p in processes:
         p.start()
+    return processes
+
+
+def in_processes(world, function):
+    """Call function() on `world` ranks and wait for their end."""
+    processes = fork_ranks(world, lambda rank: function())
     for p in processes:
         p.join(60)
         p.kill()
