@@ -11,10 +11,12 @@ import pytest
 import torch
 from helpers.benchmarks import load_json
 from helpers.runs import (
+    Killed,
     assert_close_weights,
     assert_one_line,
     assert_same,
     command,
+    kill,
     log,
     make_finetune_config,
     on_ranks,
@@ -28,7 +30,7 @@ import targets
 import train
 from encoders import ViT
 from model import ClusterSTM, VideoToText, load_model
-from runtime import atomic_write_text
+from runtime import atomic_write_text, list_checkpoints
 from tasks import TASKS, get_task, read_rows, split_files
 
 TASK_NAMES = ("sprites", "sprites-mc", "sprites-qa", "sprites-caption")
@@ -61,6 +63,21 @@ def test_selection_on_the_test_split_is_stated_in_config_and_output(finetune_con
     train.main(finetune_config("sprites-mc", "--name tuned --select-split test"))
     assert "CHOSEN ON THE TEST SPLIT" in load_json("out/tuned/config.json")["chosen"]
     assert re.search("checkpoint: out/tuned; epoch . of 2, CHOSEN ON THE TEST SPLIT: accuracy", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_epochs_are_scored_on_the_chosen_split(finetune_config, sprites, split, monkeypatch):
+    videos = []
+
+    def evaluate(model, task, annotations, *_):
+        videos.append([row.video for row in annotations])
+        return {"scores": {"0.7 match + 0.3 similarity": {"accuracy": 1.0}}}
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "main", lambda cfg: None)
+    train.main(finetune_config("sprites-mc", f"--name tuned --epochs 1 --select-split {split}"))
+    task = TASKS["sprites-mc"]
+    assert videos == [[row.video for row in read_rows(task, *split_files(task, split, sprites), train=False)]]
 
 
 @pytest.mark.parametrize("scores, best", [((1.0, 3.0, 2.0), 2), ((2.0, 2.0, 1.0), 1), ((1.0, 2.0, 3.0), 3)])
@@ -164,6 +181,24 @@ def test_a_run_killed_during_scoring_resumes_bit_for_bit(finetune_config, task, 
     assert_same(weights("out/killed"), weights("out/undisturbed"))
     assert load_json("out/killed/epochs.json") == load_json("out/undisturbed/epochs.json")
     assert load_json("out/killed/config.json")["chosen"] == load_json("out/undisturbed/config.json")["chosen"]
+
+
+@pytest.mark.parametrize("step, lost, scored", [(4, 0, 2), (7, 0, 1), (7, 1, 2)],
+                         ids=["after epoch 1", "after epoch 2", "after epoch 2, whose checkpoint is lost"])
+def test_a_resumed_run_scores_each_epoch_once(finetune_config, step, lost, scored, monkeypatch):
+    monkeypatch.setattr(evaluation, "main", lambda cfg: None)
+    train.main(finetune_config("sprites-mc", "--name undisturbed --epochs 3"))
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, "finetune", step)                                       # an epoch has three steps
+        with pytest.raises(Killed):
+            train.main(finetune_config("sprites-mc", "--name killed --epochs 3"))
+    for path in list_checkpoints("out/killed")[:lost]:
+        os.remove(path)
+    with mock.patch.object(evaluation, "evaluate", wraps=evaluation.evaluate) as evaluate:
+        train.main(finetune_config("sprites-mc", "--name killed --epochs 3 --resume"))
+    assert evaluate.call_count == scored
+    assert load_json("out/killed/epochs.json") == load_json("out/undisturbed/epochs.json")
+    assert_same(weights("out/killed"), weights("out/undisturbed"))
 
 
 def test_a_run_killed_between_epochs_resumes_bit_for_bit(finetune_config):

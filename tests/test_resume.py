@@ -155,6 +155,15 @@ def test_sigterm_during_scoring_stops_at_once_and_resume_scores_again(finetune_c
     assert load_json("out/run/epochs.json") == load_json("out/undisturbed/epochs.json")
 
 
+def test_sigterm_in_a_step_after_a_scored_epoch_waits_for_the_step(finetune_config):
+    with pytest.MonkeyPatch.context() as patch:
+        call_in_step(patch, 5, send_to_self(signal.SIGTERM))                # of two epochs of four steps
+        with launch_ranks(1, finetune_config("sprites", "--name run --batch 6")) as processes:
+            (code, out, err), = wait_for_exit(processes)
+    assert code == 0 and "out/run: stopped after step 6 of finetune; --resume" in out, err
+    assert list_checkpoints("out/run")[0] == "out/run/checkpoints/finetune-0000006.pt"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # SIGKILL, and another number of ranks
 
@@ -256,6 +265,8 @@ compute_rate = loop.learning_rate
 def learning_rate(step, *args):
     if (step, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (5, "1", "0"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+        open("steps", "a").write(f"{{step}} ")
     return compute_rate(step, *args)
 loop.learning_rate = learning_rate
 run_cli("train.py", train.cli)
@@ -269,6 +280,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_resumes_by_itself(undisturb
     _, err = agent.communicate(timeout=120)
     assert agent.returncode == 0, err[-3000:]
     assert "pretrain step 5: rank 0 has lost another rank" in err
+    assert open("steps").read().startswith("4 ")                            # a run from step 0 would end the same
     assert_same_run(undisturbed_run(SHORT, 2))
 
 

@@ -197,6 +197,13 @@ def test_forward_predicts_the_words_and_queries_of_the_batch_stats():
     torch.testing.assert_close(b["mrm"], expected, **FP32)
 
 
+def test_each_purpose_draws_other_random_numbers():
+    batch, _ = random_batch()
+    streams = Stream.__members__.values()
+    draws = {tuple(torch.rand(4, generator=seeded_generator(batch, stream)).tolist()) for stream in streams}
+    assert len(draws) == len(Stream.__members__) == 5
+
+
 def test_queries_are_the_masked_tokens_with_the_lowest_draws():
     net, (batch, batch_targets) = ClusterSTM(*CONFIGS), random_batch()
     draws = torch.rand(4, T * N, generator=seeded_generator(batch, Stream.QUERIES)).tolist()

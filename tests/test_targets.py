@@ -287,6 +287,14 @@ def test_records_are_written_at_the_next_step(run_config):
     assert sum(any(record) for record in records(size)) == B
 
 
+def test_all_ranks_have_written_their_records_before_a_checkpoint(run_config):
+    a, sizes = Harness(run_config("--name a")), []
+    a.step()
+    with mock.patch.object(a.run, "barrier", lambda: sizes.append(os.path.getsize(FILE))):
+        a.provider.flush_all_ranks()
+    assert len(sizes) == 1 and sizes[0] > 0
+
+
 def test_ranks_wait_once_for_each_other_before_they_read(run_config):
     a = Harness(run_config("--name a"))
     with mock.patch.object(a.run, "barrier") as barrier:

@@ -29,6 +29,7 @@ from helpers.runs import (
     kill,
     log,
     on_ranks,
+    read_rows,
     weights,
     with_weights,
     write_rows,
@@ -38,8 +39,8 @@ import loop
 import train
 from data import ClipDataset, DataConfig, load_tokenizer
 from encoders import Bert
-from model import ClusterSTM
-from runtime import MAY_CHANGE_ON_RESUME, RunContext, list_checkpoints, read_json
+from model import ClusterSTM, ModelConfig
+from runtime import MAY_CHANGE_ON_RESUME, RunContext, config_from_dict, list_checkpoints, read_json
 from tasks import read_annotations
 from teacher import SigLIP
 
@@ -259,6 +260,21 @@ def test_resume_names_a_setting_that_must_not_change(run_config, stage):
     assert os.path.exists("out/killed/model.safetensors")
 
 
+@pytest.mark.parametrize("stage", ["teacher", "text"])
+def test_resume_names_a_setting_of_a_toy_stage_that_changed(sprites, tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--name toy --toy.steps 2 --toy.text-steps 2 --save-every 1 --stage {stage}"
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, stage, 1)
+        with pytest.raises(Killed):
+            train.main(config(sprites, flags))
+    for step in (1, 2):                                                     # killed, then finished
+        path = f"out/toy/{stage}/checkpoints/{stage}-{step:07d}.pt"
+        with pytest.raises(ValueError, match=f"^{path}: weight_decay must be 0.02 .* got 0.1$"):
+            train.main(config(sprites, f"{flags} --resume --weight-decay 0.1"))
+        train.main(config(sprites, f"{flags} --resume"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
 
@@ -344,6 +360,12 @@ def test_each_stage_has_its_own_batch_size(sprites, tmp_path, monkeypatch):
     assert sizes == {"teacher": (6, 6, 3), "text": (5, 5, 4), "pretrain": (8, 4, 1), "unmasked": (16, 4, 2)}
 
 
+def test_unmasked_batch_0_is_the_batch_of_pretraining(run_config):
+    for batch in (0, 8):
+        train.main(run_config(f"--name {batch} --steps 1 --unmasked-steps 1 --unmasked-batch {batch}"))
+    assert_same(weights("out/0"), weights("out/8"))
+
+
 def test_without_a_tokenizer_one_is_trained_on_the_captions(run_config, sprites, tmp_path):
     train.main(run_config("--name a --steps 1 --unmasked-steps 0"))
     vocab = load_tokenizer(f"{sprites}/tokenizer.json").get_vocab()
@@ -355,6 +377,42 @@ def test_without_a_tokenizer_one_is_trained_on_the_captions(run_config, sprites,
         os.rename(f"{sprites}/hidden.json", f"{sprites}/tokenizer.json")
     caption_vocab = load_tokenizer("out/captions/tokenizer.json").get_vocab()
     assert caption_vocab.items() < vocab.items()                            # the data's has words of questions too
+
+
+def test_each_loss_has_a_weight_of_its_own():
+    cfg = ModelConfig(mrm_weight=2, vtc_weight=3, vtm_weight=4, mlm_weight=5)
+    assert train.loss_weights(cfg) == {"mrm": 2, "align": 2, "pixels": 2, "vtc": 3, "vtm": 4, "mlm": 5}
+
+
+def test_clips_per_second_are_of_the_steps_of_a_row_without_pauses(run_config, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds[0])
+
+    def load():
+        while True:
+            seconds[0] += 1
+            yield []
+
+    run, loader = RunContext(run_config(), ".", torch.device("cpu"), 0, 1), load()
+    train_log = loop.TrainLog(run, loop.Stage("pretrain", None, None, None, 8, 9, 1.0, None), 4)
+    for step, step_time in ((6, 3), (7, 1)):
+        train_log.wait_for(loader)
+        seconds[0] += step_time
+        with train_log.paused():
+            seconds[0] += 100
+        train_log.write(step, {"vtc": torch.ones(())}, torch.ones(()), 1.0, {})
+    # 16 clips in 4 s, then 8 in 2 s; a second of each was spent on waiting.
+    assert [(row["clips/s"], row["data_wait"]) for row in read_rows("log.jsonl")] == [(4, 0.25), (4, 0.5)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_weights_are_written_last_and_all_ranks_wait_for_them(run_config, tmp_path, monkeypatch, rank):
+    events, tokenizer = [], load_tokenizer(f"{os.path.dirname(run_config().data.train_file)}/tokenizer.json")
+    monkeypatch.setattr(train, "atomic_write_text", lambda path, _: events.append(os.path.basename(path)))
+    monkeypatch.setattr(train, "save_weights", lambda *_: events.append("weights"))
+    monkeypatch.setattr(RunContext, "barrier", lambda _: events.append("barrier"))
+    train.save_model(RunContext(run_config(), "", torch.device("cpu"), rank, 2), None, tokenizer, str(tmp_path))
+    assert events == ["config.json", "tokenizer.json", "weights"] * (rank == 0) + ["barrier"]
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth():
@@ -486,6 +544,13 @@ def test_train_py_in_a_new_process_fails_with_one_line(sprites, tmp_path):
     result = subprocess.run([sys.executable, f"{ROOT}/train.py", "--data.train-file", "nowhere.json"], cwd=tmp_path,
                             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode and re.fullmatch("train.py: nowhere.json.*\n", result.stderr)
+
+
+def test_an_unknown_field_in_a_part_of_a_config_is_refused():
+    values = {"batch": 4, "data": {"num_frame": 4}}
+    with pytest.raises(ValueError, match="a.json: DataConfig has no field 'num_frame'"):
+        config_from_dict(train.Config, values, "a.json")
+    assert config_from_dict(train.Config, values, "a.json", strict=False) == train.Config(batch=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
