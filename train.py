@@ -24,6 +24,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -265,7 +266,8 @@ def fix_config(run: RunContext, cfg: Config) -> RunContext:
         try:
             if cfg.resume and begun and os.path.isfile(path):
                 check_same_config(read_json(path), asdict(cfg), path)
-            else:
+            else:                               # targets cached for another config must not be read
+                shutil.rmtree(os.path.join(run.folder, "target_cache"), ignore_errors=True)
                 atomic_write_text(path, json.dumps(asdict(cfg), indent=1))
         except ValueError as caught:
             error = str(caught)
@@ -302,7 +304,8 @@ def pretrain(run: RunContext) -> nn.Module:
     """Train the toy models that are needed, then the student: masked pretraining and the unmasked stage."""
     cfg = run.cfg
     required = ((cfg.teacher, "a SigLIP"), (cfg.text_encoder, "a BERT"), (cfg.init_from, "a student"))
-    _, text_folder, init_from = (resolve_checkpoint(folder, what) if folder else "" for folder, what in required)
+    teacher_folder, text_folder, init_from = (
+        resolve_checkpoint(folder, what) if folder else "" for folder, what in required)
     if cfg.data.train_file == DataConfig.train_file:
         run.rank0_first(lambda: os.path.exists(cfg.data.train_file)
                         or write_sprites(os.path.dirname(cfg.data.train_file)))
@@ -313,12 +316,12 @@ def pretrain(run: RunContext) -> nn.Module:
     dataset = lambda batch: MixedDataset(videos, images, batch) if images else videos
     captions = (caption for part in (videos, images) if part for row in part.annotations for caption in row.captions)
     tokenizer = resolve_tokenizer(run, captions, text_folder)
-    run = fix_config(run, resolve_config(run, tokenizer))
+    run = fix_config(run, resolve_config(run, tokenizer, teacher_folder))
 
     if run.cfg.stage != "text":
         if not cfg.teacher:
             train_toy_teacher(run, dataset, tokenizer)
-        teacher = SigLIP.from_pretrained(run.cfg.teacher, torch.bfloat16 if run.device.type == "cuda"
+        teacher = SigLIP.from_pretrained(teacher_folder or run.cfg.teacher, torch.bfloat16 if run.device.type == "cuda"
                                          else torch.float32).to(run.device)
         if cfg.stage == "teacher":
             return teacher
@@ -331,15 +334,17 @@ def pretrain(run: RunContext) -> nn.Module:
     return bert if cfg.stage == "text" else train_student(run, teacher, bert, dataset, tokenizer, init_from)
 
 
-def resolve_config(run: RunContext, tokenizer) -> Config:
-    """Fill in the vocabulary, special ids, teacher folder and target width -> the config."""
+def resolve_config(run: RunContext, tokenizer, teacher_folder: str) -> Config:
+    """
+    Fill in the vocabulary, special ids, teacher and target width -> the config. teacher_folder: the local folder of
+    cfg.teacher, empty for a toy teacher.
+    """
     cfg = run.cfg
     width = cfg.toy.width
-    if cfg.teacher:
-        folder = resolve_checkpoint(cfg.teacher, "a SigLIP")
-        path = os.path.join(folder, "config.json")
+    if teacher_folder:
+        path = os.path.join(teacher_folder, "config.json")
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{folder} is not a folder of a SigLIP: it has no config.json")
+            raise FileNotFoundError(f"{teacher_folder} is not a folder of a SigLIP: it has no config.json")
         width = read_tower_config(VisionConfig, read_json(path), "vision_config", path).hidden_size
     return replace(
         cfg, teacher=cfg.teacher or os.path.join(run.folder, "teacher"),

@@ -193,11 +193,14 @@ def test_resume_with_another_config_is_refused_on_every_rank(run_config):
             assert_train_error(code, err, "out/run/config.json: lr .*0.002.*0.01$")
 
 
-def test_a_run_without_a_checkpoint_may_resume_with_another_config(run_config, undisturbed_run):
-    interrupt(run_config(f"{SHORT} --lr 1e-2"), step=1)
+@pytest.mark.parametrize("flags, changed", [("", "--lr 1e-2"), ("--data.num-views 1", "--mask.ratio 0.5")])
+def test_a_run_without_a_checkpoint_may_resume_with_another_config(run_config, undisturbed_run, flags, changed):
+    """Cached targets of the other config are not read."""
+    interrupt(run_config(f"{SHORT} {flags} {changed}"), step=1)
     assert os.path.isfile("out/run/config.json") and not list_checkpoints("out/run")
-    train.main(run_config(f"{SHORT} --resume"))
-    assert_same_run(undisturbed_run())
+    assert os.path.isdir("out/run/target_cache") == bool(flags)
+    train.main(run_config(f"{SHORT} {flags} --resume"))
+    assert_same_run(undisturbed_run(f"{SHORT} {flags}"))
 
 
 def test_a_second_run_in_a_folder_is_refused_and_the_first_continues(run_config, undisturbed_run, start_process):

@@ -423,7 +423,7 @@ class StudentRun:
             replace(row, captions=rows[i].captions, frame_caption=rows[i].frame_caption)
             for row, i in zip(rows, self.caption_index, strict=True)]
         self.tokenizer = load_tokenizer(cfg.text_encoder)
-        self.cfg = cfg = train.resolve_config(run, self.tokenizer)
+        self.cfg = cfg = train.resolve_config(run, self.tokenizer, run.cfg.teacher)
         self.run = replace(run, cfg=cfg)
         torch.manual_seed(cfg.seed)
         bert = Bert.from_pretrained(cfg.text_encoder, **asdict(bert_config(cfg.text, cfg.vit.width)))
