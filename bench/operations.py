@@ -221,7 +221,7 @@ def operations(F: int, N: int, C: int, T: int, K: int) -> dict[str, Operation]:
         "whole path": (clips, lambda x: cluster_stm(x, K, check=False),
                        lambda x: eager_keep(x, K, rank, rank_time), chunk),
         "temporal_density": (with_bandwidth(clips, B), temporal_density_triton, eager_temporal_density),
-        "bandwidth across": (clips, lambda x: bandwidth_triton(x, QUANTILE_TIME),
+        "bandwidth across": (clips, lambda x, **launch: bandwidth_triton(x, QUANTILE_TIME, **launch),
                              lambda x: eager_bandwidth(x, rank_time), chunk),
         "density_peaks": (
             frames, lambda x, **launch: density_peaks_triton(x, K, None, "exp", "nearest", QUANTILE, **launch),

@@ -101,20 +101,23 @@ def target_arch(x: Tensor) -> str:
     return device.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{device.major}{device.minor}"
 
 
-def launch_config(x: Tensor, n: int, block: int = 128) -> dict:
+def launch_config(x: Tensor, n: int, large_on: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90")) -> dict:
     """
     Choose tile sizes, warps and stages of a kernel that multiplies n tokens of x (..., C) with n others.
 
-    They are not timed: by the reports in docs/bench.md these are the largest tiles that spill few or no registers.
+    By the reports in docs/bench.md these are the largest tiles that spill few or no registers: 128 x 128 in half
+    precision on the devices of `large_on`, otherwise 64 x 64. One program fills the registers of a multiprocessor, so
+    nothing else hides the time that a load takes: on Hopper and Blackwell, which have the shared memory for it, four
+    loads of a product are in flight. With two, an H100 took 1,100 cycles for a step of 64 channels of a tile, of which
+    its matrix units need 512 (docs/log.md).
     """
     is_fp32, arch = x.element_size() == 4, target_arch(x)       # fp32 is multiplied in fp32, without matrix units
-    if is_fp32 or arch not in ("sm_80", "sm_86", "sm_89", "sm_90"):
-        block = min(block, 64)
+    block = 128 if arch in large_on and not is_fp32 else 64
+    stages = 2 if is_fp32 or arch.startswith("gfx") else 5 if arch in ("sm_90", "sm_100") else 3
     return dict(
         BLOCK=min(block, max(16, triton.next_power_of_2(n))),
-        BLOCK_C=min(32 if is_fp32 else 64, max(16, triton.next_power_of_2(x.shape[-1]))),
-        num_warps=8, num_stages=2 if is_fp32 or arch.startswith("gfx") else 3,
-    )
+        BLOCK_C=min(32 if is_fp32 else 64, max(16, triton.next_power_of_2(x.shape[-1]))), num_warps=8,
+        num_stages=stages)
 
 
 def num_programs(x: Tensor) -> int:

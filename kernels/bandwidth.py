@@ -8,10 +8,10 @@ The quantile q of n sorted distances is the element of rank ceil(qn), at least t
 (Rodriguez & Laio, Science 2014, choose d_c so that 1-2 % of the pairs are nearer). It is at least 1e-6, so that
 constant frames are valid; if there is no pair (N = 1 or T = 1), it is 1e-6.
 
-The reference is exact. The kernel does not sort: it counts the distances below seven thresholds at a time, narrows down
-to the interval that holds the rank until this is 1/256 as wide as its value, and interpolates by rank within it. Across
-frames it takes the pairs of a fixed sample of tokens, evenly spaced over the clip (`num_sampled_tokens`): at least 256,
-and all tokens of a clip that has no more. docs/log.md reports how often the selected tokens equal those of the exact
+The reference is exact. The kernel does not sort: it counts the distances in eight cells of an interval, goes on with
+the cell that holds the rank until this is 1/256 as wide as its value, and interpolates by rank within it. Across frames
+it takes the pairs of a fixed sample of tokens, evenly spaced over the clip (`num_sampled_tokens`): at least 256, and
+all tokens of a clip that has no more. docs/log.md reports how often the selected tokens equal those of the exact
 quantile.
 
 Cost. Reference: the distances, N^2 (T-1)/2T per token, then a selection, linear in their number. Kernel: within frames
@@ -74,85 +74,107 @@ def num_sampled_tokens(quantile: float, tokens: int) -> int:
 
 
 @triton.jit
-def select_kth(d_ptr, n, stride, rank, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr):
+def count_by_cell(d_ptr, size, lo, width, CHUNK: tl.constexpr, PASS_STAGES: tl.constexpr):
     """
-    Return approximately the rank-th smallest of the distances d (n, n), rows `stride` apart; at least 1e-6.
+    Count the distances d (size,) in the eight cells of an interval from lo -> (8,) int32. CHUNK divides size.
 
-    Each pass counts the distances below seven thresholds. An element's counts are bytes of two integers, so
-    BLOCK_ROWS * 255 >= n. Values past column n of a row, up to N_PAD, are read and ignored.
+    Cell 0 also has those below lo, cell 7 those above the interval, infinities included. The inner edges of the cells
+    are at (4k + 3.5)/31 of the width, k = 0..6: a distance is scaled to 0..31 and added to 2^23, which rounds it to a
+    whole number in the low bits of the float. These bits, without the last two, are four times the cell, and so the
+    place of a field of 4 bits to which the distance adds 1: five instructions, without a comparison. Before a field can
+    overflow, the fields of all elements are added up, four in 64 bits: 15 * 4096 < 2^16.
     """
-    j = tl.arange(0, N_PAD)
-    lo = tl.cast(0.0, tl.float32)
-    hi = tl.cast(2.0, tl.float32)
-    count_lo = tl.cast(0, tl.int32)         # number of distances <= lo, taken as 0 at lo = 0
-    count_hi = n * n                        # number of distances <= hi
-    while hi - lo > tl.maximum(hi / 256, 1e-7):
-        step = (hi - lo) / 8
-        counts_0to3 = tl.zeros((BLOCK_ROWS, N_PAD), tl.int32)
-        counts_4to6 = tl.zeros((BLOCK_ROWS, N_PAD), tl.int32)
-        for i0 in range(0, n, BLOCK_ROWS):
-            i = i0 + tl.arange(0, BLOCK_ROWS)
-            d = tl.load(d_ptr + i[:, None] * stride + j[None, :], mask=(i < n)[:, None], other=float("inf"))
-            d = tl.where(j[None, :] < n, d, float("inf"))       # not part of the mask: loads are then 16 bytes wide
-            for k in tl.static_range(4):
-                counts_0to3 += tl.where(d <= lo + (k + 1) * step, 1 << 8 * k, 0)
-            for k in tl.static_range(3):
-                counts_4to6 += tl.where(d <= lo + (k + 5) * step, 1 << 8 * k, 0)
-        start = lo
-        count_above = count_hi
-        for k in tl.static_range(7):
-            if k < 4:
-                byte = (counts_0to3 >> 8 * k) & 255
-            else:
-                byte = (counts_4to6 >> 8 * (k - 4)) & 255
-            count = tl.sum(tl.sum(byte, 1), 0)
-            too_few = count < rank
-            lo = tl.where(too_few, start + (k + 1) * step, lo)
-            count_lo = tl.where(too_few, count, count_lo)
-            count_above = tl.where(too_few, count_above, tl.minimum(count_above, count))
-        hi = lo + step
-        count_hi = count_above
-    d = lo + (hi - lo) * (rank - count_lo).to(tl.float32) / tl.maximum(count_hi - count_lo, 1).to(tl.float32)
-    return tl.maximum(d, 1e-6)
+    cell = tl.arange(0, 8)
+    shift = (cell % 2 * 2 + cell // 4) * 16                     # the place of a cell in its sum of four
+    scale = 1 / width
+    counts = tl.zeros((8,), tl.int32)
+    for first in range(0, size, 15 * CHUNK):
+        fields = tl.zeros((CHUNK,), tl.int32)
+        for i in tl.range(first, tl.minimum(first + 15 * CHUNK, size), CHUNK, num_stages=PASS_STAGES):
+            d = tl.load(d_ptr + i + tl.arange(0, CHUNK))
+            place = tl.minimum(tl.maximum(d * scale - lo * scale, 0.0), 1.0) * 31 + 8388608.0
+            fields += 1 << (place.to(tl.int32, bitcast=True) & 28)
+        wide = fields.to(tl.int64)
+        sum_0145 = tl.sum((wide & 0x000F000F) | (wide << 28 & 0x000F000F00000000), 0)
+        sum_2367 = tl.sum((wide >> 8 & 0x000F000F) | (wide << 20 & 0x000F000F00000000), 0)
+        counts += (tl.where(cell % 4 < 2, sum_0145, sum_2367) >> shift & 0xFFFF).to(tl.int32)
+    return counts
 
 
 @triton.jit
+def select_kth(d_ptr, size, rank, CHUNK: tl.constexpr, PASS_STAGES: tl.constexpr):
+    """
+    Return approximately the rank-th smallest of the distances d (size,); at least 1e-6. CHUNK divides size.
+
+    Distances that do not count are infinite.
+    """
+    cell = tl.arange(0, 8)
+    lo = tl.cast(0.0, tl.float32)
+    hi = tl.cast(2.0, tl.float32)
+    count_lo = tl.cast(0, tl.int32)         # number of distances <= lo, taken as 0 at lo = 0
+    count_hi = size                         # number of distances <= hi
+    while hi - lo > tl.maximum(hi / 256, 1e-7):
+        width = hi - lo
+        counts = count_by_cell(d_ptr, size, lo, width, CHUNK, PASS_STAGES)
+        below_edge = tl.where(cell < 7, tl.cumsum(counts, 0), count_hi)         # at the upper edge of each cell
+        too_few = below_edge < rank
+        k = tl.sum(too_few.to(tl.int32), 0)                                     # the cell that holds the rank
+        hi = tl.where(k < 7, lo + width * ((4 * k + 3.5) / 31), hi)
+        lo = tl.where(k > 0, lo + width * ((4 * k - 0.5) / 31), lo)
+        count_lo = tl.max(tl.where(too_few, below_edge, count_lo), 0)
+        count_hi = tl.min(tl.where(too_few, count_hi, below_edge), 0)
+    share = (rank - count_lo).to(tl.float32) / tl.maximum(count_hi - count_lo, 1).to(tl.float32)
+    return tl.maximum(lo + (hi - lo) * share, 1e-6)
+
+
+@triton.jit
+def pad_scratch(d_ptr, stride, size, CHUNK: tl.constexpr):
+    """Write infinity behind the (stride, stride) distances of a program's scratch, up to its size."""
+    i = stride * stride + tl.arange(0, CHUNK)
+    tl.store(d_ptr + i, float("inf"), mask=i < size)
+
+
+@triton.jit(do_not_specialize=["items", "rank"])
 def bandwidth_kernel(
     x_ptr, d_c_ptr,                     # (items, total, C) read; (items,) written
-    inv_norm_ptr, d_ptr,                # scratch per program: (n,), (n, stride)
-    items, n, total, N, C, stride, rank, CROSS_FRAME: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
+    inv_norm_ptr, d_ptr,                # scratch per program: (n,), (size,)
+    items, n, total, N, C, stride, size, rank, CROSS_FRAME: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, PASS_STAGES: tl.constexpr,
 ):
     """One program: items p, p + P, ... of P programs. An item is a frame or, if CROSS_FRAME, n tokens of a clip."""
     p = tl.cast(tl.program_id(0), tl.int64)
     inv_norm_ptr += p * n
-    d_ptr += p * n * stride
+    d_ptr += p * size
+    pad_scratch(d_ptr, stride, size, CHUNK)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         x = x_ptr + tl.cast(item, tl.int64) * total * C
         pairwise_distances(x, inv_norm_ptr, d_ptr, n, total, N, C, stride, CROSS_FRAME, True, BLOCK, BLOCK_C)
-        tl.store(d_c_ptr + item, select_kth(d_ptr, n, stride, rank, BLOCK_ROWS, N_PAD))
+        tl.store(d_c_ptr + item, select_kth(d_ptr, size, rank, CHUNK, PASS_STAGES))
         tl.debug_barrier()                      # all threads have read the scratch before the next item overwrites it
 
 
-def alloc_scratch(P: int, n: int, x: Tensor, block: int = 128, **launch) -> tuple[Tensor, int, dict]:
+def alloc_scratch(P: int, n: int, x: Tensor, **launch) -> tuple[Tensor, dict]:
     """
-    Allocate P matrices of n x n distances; return them, their row stride and the launch sizes of the kernel.
+    Allocate scratch for the padded n x n distances of P programs; return it, and sizes for the kernel.
 
-    The stride is whole tiles (PADDED_ROWS of `pairwise_distances`), and a row is read N_PAD wide. BLOCK_ROWS rows are
-    read at a time: 32 elements per thread, in at most 255 steps. `launch` overrides the choices of `launch_config`.
+    The row stride is n rounded up to 16. A program's `size` is the (stride, stride) matrix rounded up to whole chunks
+    of 16 elements per thread, of which PASS_STAGES - 1 are loaded ahead. Passes over rows of N_PAD read past the end of
+    the last row, so there is room behind the last program's. `launch` overrides the choices of `launch_config`.
     """
-    config = launch_config(x, n, block) | launch
-    N_PAD, stride = max(16, triton.next_power_of_2(n)), triton.cdiv(n, config["BLOCK"]) * config["BLOCK"]
-    config |= dict(N_PAD=N_PAD, BLOCK_ROWS=min(N_PAD, 8192 // N_PAD))
-    return torch.empty(P * n * stride + N_PAD, device=x.device), stride, config
+    stride, N_PAD = triton.cdiv(n, 16) * 16, max(16, triton.next_power_of_2(n))
+    chunk = min(4096, triton.next_power_of_2(stride * stride))
+    size = triton.cdiv(stride * stride, chunk) * chunk
+    config = launch_config(x, n, large_on=("sm_90",)) | launch
+    config = dict(stride=stride, size=size, CHUNK=chunk, PASS_STAGES=3) | config
+    return torch.empty(P * size + N_PAD, device=x.device), config
 
 
-def bandwidth_triton(x: Tensor, quantile: float) -> Tensor:
+def bandwidth_triton(x: Tensor, quantile: float, **launch) -> Tensor:
     """Launch the kernel: x (F, N, C) or (B, T, N, C) in fp32, fp16 or bf16 -> (F,) or (B,) fp32."""
     N, C = x.shape[-2:]
     if x.ndim == 3:
         items, total, n = len(x), N, N
-        rank = n + 2 * quantile_rank(quantile, n * (n - 1) // 2)    # the matrix has the diagonal, and each pair twice
+        rank = 2 * quantile_rank(quantile, n * (n - 1) // 2)        # the matrix has each pair twice
     else:
         items, total = len(x), x.shape[1] * N
         n = num_sampled_tokens(quantile, total)
@@ -162,11 +184,11 @@ def bandwidth_triton(x: Tensor, quantile: float) -> Tensor:
     if N == total == 1 or x.ndim == 4 and x.shape[1] == 1:
         return torch.full((items,), MIN_BANDWIDTH, device=x.device)
     x, P = x.contiguous(), min(items, num_programs(x))
-    d, stride, config = alloc_scratch(P, n, x, block=64)            # 128 spills registers
+    d, config = alloc_scratch(P, n, x, **launch)
     inv_norm, d_c = torch.empty(P, n, device=x.device), torch.empty(items, device=x.device)
     with torch.cuda.device_of(x):
         bandwidth_kernel[(P,)](
-            x, d_c, inv_norm, d, items, n, total, N, C, stride, rank, CROSS_FRAME=x.ndim == 4, **config,
+            x, d_c, inv_norm, d, items, n, total, N, C, rank=rank, CROSS_FRAME=x.ndim == 4, **config,
         )
     return d_c
 

@@ -79,14 +79,16 @@ def sampled_token(i, n, total, ALL_TOKENS: tl.constexpr):
 def pairwise_distances(
     x_ptr, inv_norm_ptr, d_ptr,         # (total, C) read; (n,) and (n, n), rows `stride` apart, written
     n, total, N, C, stride,
-    CROSS_FRAME: tl.constexpr, PADDED_ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    CROSS_FRAME: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """
     Write the distances between n tokens, and their inverse lengths.
 
     CROSS_FRAME: the n tokens are evenly spaced over the `total` tokens of a clip with N tokens per frame, and the
     distance of two tokens of one frame is infinity. Otherwise they are all tokens of a frame: n = total = N.
-    PADDED_ROWS: a row has space for whole tiles; values past column n are arbitrary, and stores are 16 bytes wide.
+    PADDED: the matrix is (stride, stride), with stride a multiple of 16. Infinity fills it from n on, and stands for a
+    token's distance to itself, so that later passes over the matrix need no masks. Otherwise stride = n, and the
+    distance to itself is 0.
 
     Lengths come from the diagonal of the products, so features are read only for the products. Both entries of a pair
     are written from the product above the diagonal: d_ij = d_ji bit for bit, however a matrix unit or a BLAS sums.
@@ -97,33 +99,38 @@ def pairwise_distances(
         token = sampled_token(i, n, total, not CROSS_FRAME)
         dot = dot_tile(x_ptr, token, token, C, True, BLOCK, BLOCK_C)
         diagonal = i[:, None] == i[None, :]
-        square = tl.where(diagonal, dot, 0.0)
-        inv_norm = inverse_norm(tl.sum(square, 1))
-        d = tl.where(diagonal, 0.0, cosine_distance_tile(dot, inv_norm, inverse_norm(tl.sum(square, 0))))
+        inv_norm = inverse_norm(tl.sum(tl.where(diagonal, dot, 0.0), 1))
+        d = cosine_distance_tile(dot, inv_norm, inv_norm)
+        d = tl.where(i[:, None] <= i[None, :], d, tl.trans(d))      # mirrored; to mirror `dot` spills more registers
+        if PADDED:
+            d = tl.where(diagonal | (tl.maximum(i[:, None], i[None, :]) >= n), float("inf"), d)
+        else:
+            d = tl.where(diagonal, 0.0, d)
         if CROSS_FRAME:
             d = tl.where((token // N)[:, None] == (token // N)[None, :], float("inf"), d)
-        d = tl.where(i[:, None] <= i[None, :], d, tl.trans(d))      # mirrored; to mirror `dot` spills more registers
         tl.store(inv_norm_ptr + i, inv_norm, mask=i < n)
-        tl.store(d_ptr + i[:, None] * stride + i[None, :], d, mask=(i < n)[:, None] & (PADDED_ROWS | (i < n)[None, :]))
+        tl.store(d_ptr + i[:, None] * stride + i[None, :], d, mask=(i < stride)[:, None] & (i < stride)[None, :])
     tl.debug_barrier()                                          # the inverse lengths are written
     for i0 in range(0, n, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         token_i = sampled_token(i, n, total, not CROSS_FRAME)
         inv_norm_i = tl.load(inv_norm_ptr + i, mask=i < n, other=0.0)
-        for j0 in range(i0 + BLOCK, n, BLOCK):
+        for j0 in range(i0 + BLOCK, n, BLOCK):                  # so i < n throughout
             j = j0 + tl.arange(0, BLOCK)
             token_j = sampled_token(j, n, total, not CROSS_FRAME)
             inv_norm_j = tl.load(inv_norm_ptr + j, mask=j < n, other=0.0)
             dot = dot_tile(x_ptr, token_i, token_j, C, False, BLOCK, BLOCK_C)
             d = cosine_distance_tile(dot, inv_norm_i, inv_norm_j)
+            if PADDED:
+                d = tl.where((j >= n)[None, :], float("inf"), d)
             if CROSS_FRAME:
                 d = tl.where((token_i // N)[:, None] == (token_j // N)[None, :], float("inf"), d)
-            tl.store(d_ptr + i[:, None] * stride + j[None, :], d, mask=PADDED_ROWS | (j < n)[None, :])
-            tl.store(d_ptr + j[:, None] * stride + i[None, :], tl.trans(d), mask=(j < n)[:, None])
+            tl.store(d_ptr + i[:, None] * stride + j[None, :], d, mask=(j < stride)[None, :])
+            tl.store(d_ptr + j[:, None] * stride + i[None, :], tl.trans(d), mask=(j < stride)[:, None])
     tl.debug_barrier()                                          # the distances are written
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F"])
 def cosine_distance_kernel(
     x_ptr, inv_norm_ptr, d_ptr,         # (F, N, C) read; (programs, N) scratch; (F, N, N) written
     F, N, C,
@@ -143,7 +150,7 @@ def cosine_distance_triton(x: Tensor) -> Tensor:
     x, P = x.contiguous(), min(F, num_programs(x))
     d, inv_norm = torch.empty(F, N, N, device=x.device), torch.empty(P, N, device=x.device)
     with torch.cuda.device_of(x):
-        cosine_distance_kernel[(P,)](x, inv_norm, d, F, N, C, **launch_config(x, N, block=64))  # 128 spills registers
+        cosine_distance_kernel[(P,)](x, inv_norm, d, F, N, C, **launch_config(x, N, large_on=()))
     return d
 
 

@@ -18,10 +18,13 @@ token i, which is at least delta_i. In exact arithmetic it is therefore always a
 equal to it, and a NaN has no gamma, so a chain of parents may end at a peak that is no centre: the peak then takes the
 centre nearest to it.
 
-Cost. One N x N x C product per frame, 2FN^2C flop, and a few passes over N^2 distances. In the kernel one program does
-a frame from features to labels. Its distances, about 4N^2 bytes, lie in scratch memory that the program reuses for its
-next frame: with padding 200 kB at N = 196, 26 MB for the 132 programs of an H200, which its L2 cache holds; memory does
-not grow with F. Each phase of the kernel is a function of a whole frame, and ends with a barrier of the program.
+Cost. One N x N x C product per frame, 2FN^2C flop, and seven passes over N^2 distances: four for the bandwidth, two for
+density and separation, and K rows for the labels. In the kernel one program does a frame from features to labels. Its
+distances, 4 bytes each, lie in scratch memory that the program reuses for its next frame: 176 KB at N = 196, 23 MB for
+the 132 programs of an H100; memory does not grow with F. Each phase of the kernel is a function of a whole frame, and
+ends with a barrier of the program. Passes go down the columns of the symmetric matrix: a thread keeps its own sums, and
+threads exchange them once, at the end of a pass. At F, N, C = 1024, 196, 768 an H100 takes 0.59 ms, of which the
+products and the writing of distances are 0.30, the bandwidth 0.11 and the rest 0.18 (docs/bench.md).
 """
 
 import torch
@@ -30,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import check_bandwidth, check_tokens, frames_per_chunk, num_programs
-from .bandwidth import MIN_BANDWIDTH, alloc_scratch, bandwidth_ref, quantile_rank, select_kth
+from .bandwidth import MIN_BANDWIDTH, alloc_scratch, bandwidth_ref, pad_scratch, quantile_rank, select_kth
 from .cosine_distance import cosine_distance_ref, pairwise_distances
 
 
@@ -93,144 +96,168 @@ def density_peaks_ref(x: Tensor, K: int, d_c: Tensor, density: str, assign: str)
 @triton.jit
 def compute_log_density(
     d_ptr, log_rho_ptr, d_c, N, stride, GAUSS: tl.constexpr, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
+    PASS_STAGES: tl.constexpr,
 ):
-    """Distances (N, stride) and d_c -> log rho (N,): the log-sum-exp of each row without its diagonal."""
-    j = tl.arange(0, N_PAD)                                                     # all tokens of the frame
-    for i0 in range(0, N, BLOCK_ROWS):
-        i = i0 + tl.arange(0, BLOCK_ROWS)
-        other = (j[None, :] < N) & (i[:, None] != j[None, :])
-        d = tl.load(d_ptr + i[:, None] * stride + j[None, :], mask=(i < N)[:, None], other=0.0)
-        a = tl.where(other, d / d_c, float("inf"))
+    """
+    Distances (stride, stride) and d_c -> log rho (N,), written and returned as (N_PAD,): the log-sum-exp of a column.
+
+    As d_ij = d_ji, a column has what a row has, and is summed without any exchange between threads until its end. Each
+    element keeps a sum of 2^(least - a) and the least exponent a so far, so that equal distances give equal sums, and a
+    token far from all others keeps its place in the order. Columns from N on have arbitrary values.
+    """
+    i, j = tl.arange(0, BLOCK_ROWS), tl.arange(0, N_PAD)
+    log2_e: tl.constexpr = 1.4426950408889634
+    scale = tl.maximum((1.0 if GAUSS else log2_e) / d_c, 1e-30)                 # an infinite distance stays infinite
+    least = tl.full((BLOCK_ROWS, N_PAD), 3e38, tl.float32)
+    total = tl.zeros((BLOCK_ROWS, N_PAD), tl.float32)
+    for i0 in tl.range(0, stride, BLOCK_ROWS, num_stages=PASS_STAGES):
+        a = tl.load(d_ptr + (i0 + i[:, None]) * stride + j[None, :]) * scale    # exp(-d/d_c) = 2^-a
         if GAUSS:
-            a = a * a
-        least = tl.min(a, 1)
-        least = tl.where(least < float("inf"), least, 0.0)                      # a frame of one token: log 0
-        tl.store(log_rho_ptr + i, tl.log(tl.sum(tl.exp(least[:, None] - a), 1)) - least, mask=i < N)
+            a = a * a * log2_e
+        ratio = tl.exp2(-tl.abs(least - a))
+        total = tl.where(a < least, total * ratio + 1, total + ratio)
+        least = tl.minimum(least, a)
+    least_of_all = tl.min(least, 0)
+    total = tl.sum(total * tl.exp2(least_of_all[None, :] - least), 0)
+    log_rho = tl.where(j < N, (tl.log2(total) - least_of_all) / log2_e, -float("inf"))      # in base e
+    tl.store(log_rho_ptr + j, log_rho, mask=j < N)
     tl.debug_barrier()
+    return log_rho
 
 
 @triton.jit
-def find_parents(
-    d_ptr, log_rho_ptr, log_gamma_ptr, parent_ptr, N, stride, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
+def find_denser_tokens(
+    d_ptr, log_rho_ptr, log_rho, N, stride, WITH_PARENTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
+    PASS_STAGES: tl.constexpr,
 ):
-    """Distances (N, stride), log rho (N,) -> nearest denser token (N,), the peak being its own, and log gamma (N,)."""
-    j = tl.arange(0, N_PAD)
-    rho_j = tl.load(log_rho_ptr + j, mask=j < N, other=-float("inf"))
-    for i0 in range(0, N, BLOCK_ROWS):
-        i = i0 + tl.arange(0, BLOCK_ROWS)
+    """
+    Distances (stride, stride), log rho (N,) and (N_PAD,) -> delta (N_PAD,), the distance to the nearest denser token,
+    infinite for the densest; WITH_PARENTS also that token (N_PAD,), N_PAD for the densest.
+    """
+    r, j = tl.arange(0, BLOCK_ROWS), tl.arange(0, N_PAD)
+    delta = tl.full((BLOCK_ROWS, N_PAD), float("inf"), tl.float32)
+    parent = tl.full((BLOCK_ROWS, N_PAD), N_PAD, tl.int32)
+    for i0 in tl.range(0, stride, BLOCK_ROWS, num_stages=PASS_STAGES):
+        i = i0 + r
         rho_i = tl.load(log_rho_ptr + i, mask=i < N, other=-float("inf"))
-        d = tl.load(d_ptr + i[:, None] * stride + j[None, :], mask=(i < N)[:, None], other=0.0)
-        d = tl.where(j[None, :] < N, d, 0.0)
-        tied_earlier = (rho_j[None, :] == rho_i[:, None]) & (j[None, :] < i[:, None])
-        denser = ((rho_j[None, :] > rho_i[:, None]) | tied_earlier) & (j[None, :] < N)
-        d_denser = tl.where(denser, d, float("inf"))
-        delta = tl.min(d_denser, 1)
-        parent = tl.min(tl.where(denser & (d_denser == delta[:, None]), j[None, :], N_PAD), 1)
-        peak = parent == N_PAD                                                  # no token is denser
-        delta = tl.where(peak, tl.max(d, 1), delta)
-        tl.store(log_gamma_ptr + i, rho_i + tl.log(delta), mask=i < N)
-        tl.store(parent_ptr + i, tl.where(peak, i, parent), mask=i < N)
-    tl.debug_barrier()
+        d = tl.load(d_ptr + i[:, None] * stride + j[None, :])
+        tied_earlier = (rho_i[:, None] == log_rho[None, :]) & (i[:, None] < j[None, :])
+        d = tl.where((rho_i[:, None] > log_rho[None, :]) | tied_earlier, d, float("inf"))
+        if WITH_PARENTS:
+            parent = tl.where(d < delta, i[:, None], parent)
+        delta = tl.minimum(delta, d)
+    nearest = tl.min(delta, 0)
+    if WITH_PARENTS:
+        parent = tl.where(delta == nearest[None, :], parent, N_PAD)
+    return nearest, tl.min(parent, 0)
 
 
 @triton.jit
-def choose_centres(
-    log_gamma_ptr, cluster_index_ptr, centres_ptr, N, K, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
-):
-    """log gamma (N,) -> the K centres, ascending, and the cluster index of each token (N,): -1 if it is no centre."""
+def choose_centres(d_ptr, centres_ptr, log_rho, delta, N, K, stride, N_PAD: tl.constexpr):
+    """
+    Distances (stride, stride), log rho and delta (N_PAD,) -> the K centres, ascending, written; the cluster index of
+    each token, returned as (N_PAD,): -1 if it is no centre.
+
+    Tokens are sorted by 64-bit numbers: log gamma, as an integer of the same order, then the lower index.
+    """
     j = tl.arange(0, N_PAD)
-    gamma_j = tl.load(log_gamma_ptr + j, mask=j < N, other=-float("inf"))
-    for i0 in range(0, N, BLOCK_ROWS):                      # a centre has fewer than K tokens of larger gamma before it
-        i = i0 + tl.arange(0, BLOCK_ROWS)
-        gamma_i = tl.load(log_gamma_ptr + i, mask=i < N, other=-float("inf"))
-        tied_earlier = (gamma_j[None, :] == gamma_i[:, None]) & (j[None, :] < i[:, None])
-        before = ((gamma_j[None, :] > gamma_i[:, None]) | tied_earlier) & (j < N)[None, :]
-        tl.store(cluster_index_ptr + i, (tl.sum(before.to(tl.int32), 1) < K).to(tl.int32), mask=i < N)
-    tl.debug_barrier()
-    is_centre = tl.load(cluster_index_ptr + j, mask=j < N, other=0) > 0
+    densest = tl.minimum(tl.min(tl.where(delta == float("inf"), j, N_PAD), 0), N - 1)
+    d = tl.load(d_ptr + densest * stride + j, mask=j < N, other=0.0)
+    farthest = tl.max(tl.where(j == densest, 0.0, d), 0)
+    delta = tl.where(delta == float("inf"), farthest, delta)
+    bits = (log_rho + tl.log(delta) + 0.0).to(tl.int32, bitcast=True)           # + 0.0: -0 and 0 are one number
+    bits = bits ^ (bits >> 31 & 0x7FFFFFFF)                                     # negative floats in ascending order
+    key = bits.to(tl.int64) << 32 | (N_PAD - j).to(tl.int64)
+    key = tl.where(j < N, key, -(1 << 63))
+    kth_key = tl.sum(tl.where(j == K - 1, tl.sort(key, descending=True), 0), 0)
+    is_centre = key >= kth_key
     cluster_index = tl.cumsum(is_centre.to(tl.int32), 0) - 1
-    tl.debug_barrier()                                                          # all threads have read
-    tl.store(cluster_index_ptr + j, tl.where(is_centre, cluster_index, -1), mask=j < N)
     tl.store(centres_ptr + cluster_index, j.to(tl.int64), mask=is_centre)
     tl.debug_barrier()
+    return tl.where(is_centre, cluster_index, -1)
 
 
 @triton.jit
 def label_by_nearest_centre(
-    d_ptr, cluster_index_ptr, labels_ptr, N, stride, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
+    d_ptr, centres_ptr, cluster_index, K, stride, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
 ):
-    """Distances (N, stride), cluster index (N,) -> label (N,) of the nearest centre; a centre keeps its own index."""
+    """
+    Distances (stride, stride), centres (K,), cluster index (N_PAD,) -> label (N_PAD,) of the nearest centre; a centre
+    keeps its own index. Only the rows of the centres are read, as d_ij = d_ji.
+    """
     j = tl.arange(0, N_PAD)
-    index_j = tl.load(cluster_index_ptr + j, mask=j < N, other=-1)
-    for i0 in range(0, N, BLOCK_ROWS):
-        i = i0 + tl.arange(0, BLOCK_ROWS)
-        index_i = tl.load(cluster_index_ptr + i, mask=i < N, other=-1)
-        d = tl.load(d_ptr + i[:, None] * stride + j[None, :], mask=(i < N)[:, None], other=0.0)
-        d = tl.where(index_j[None, :] >= 0, d, float("inf"))
-        nearest = tl.min(tl.where(d == tl.min(d, 1)[:, None], index_j[None, :], N_PAD), 1)
-        label = tl.where(index_i >= 0, index_i, nearest)
-        tl.store(labels_ptr + i, label.to(labels_ptr.dtype.element_ty), mask=i < N)
-    tl.debug_barrier()
+    least = tl.full((N_PAD,), float("inf"), tl.float32)
+    label = tl.zeros((N_PAD,), tl.int32)
+    for k0 in range(0, K, BLOCK_ROWS):
+        k = k0 + tl.arange(0, BLOCK_ROWS)
+        centre = tl.load(centres_ptr + k, mask=k < K, other=0).to(tl.int32)
+        d = tl.load(d_ptr + centre[:, None] * stride + j[None, :], mask=(k < K)[:, None] & (j < stride)[None, :],
+                    other=float("inf"))
+        nearest = tl.min(d, 0)
+        first = tl.min(tl.where(d == nearest[None, :], k[:, None], N_PAD), 0)
+        label = tl.where(nearest < least, first, label)
+        least = tl.minimum(nearest, least)
+    return tl.where(cluster_index >= 0, cluster_index, label)
 
 
 @triton.jit
-def label_by_parent(
-    parent_ptr, cluster_index_ptr, nearest_label_ptr, labels_ptr, N, JUMPS: tl.constexpr, N_PAD: tl.constexpr,
+def follow_parents(
+    parent_ptr, label_ptr, parent, cluster_index, label, N, JUMPS: tl.constexpr, N_PAD: tl.constexpr,
 ):
     """
-    Parents (N,), overwritten, and labels of the nearest centre (N,) -> labels (N,) of the end of each chain of parents.
-
-    A chain ends at the first centre, or else at the peak. Pointer jumping: after s jumps a pointer is 2^s parents up.
+    Parents, cluster index and label of the nearest centre, each (N_PAD,) -> label (N_PAD,) of the first centre on each
+    token's chain of parents. After s jumps a pointer is 2^s parents up. A chain that ends at a peak which is no centre
+    takes the label of the peak's nearest centre. Scratch: (N,) and (N,).
     """
     j = tl.arange(0, N_PAD)
-    tl.store(parent_ptr + j, j, mask=tl.load(cluster_index_ptr + j, mask=j < N, other=-1) >= 0)
+    chain_end = tl.where((cluster_index >= 0) | (parent == N_PAD), j, parent)   # a chain ends at a centre or the peak
+    tl.store(label_ptr + j, label, mask=j < N)
+    tl.store(parent_ptr + j, chain_end, mask=j < N)
     tl.debug_barrier()
-    chain_end = tl.load(parent_ptr + j, mask=j < N, other=0)
     for _ in range(JUMPS):
-        further = tl.load(parent_ptr + chain_end, mask=j < N, other=0)
+        chain_end = tl.load(parent_ptr + chain_end, mask=j < N, other=0)
         tl.debug_barrier()                                                      # all threads have read
-        tl.store(parent_ptr + j, further, mask=j < N)
+        tl.store(parent_ptr + j, chain_end, mask=j < N)
         tl.debug_barrier()
-        chain_end = further
-    tl.store(labels_ptr + j, tl.load(nearest_label_ptr + chain_end, mask=j < N, other=0).to(tl.int64), mask=j < N)
-    tl.debug_barrier()
+    return tl.load(label_ptr + chain_end, mask=j < N, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F", "K", "rank"])
 def density_peaks_kernel(
-    x_ptr, d_c_ptr,                     # (F, N, C); (F,) read, or written if FIND_BANDWIDTH
+    x_ptr, d_c_ptr,                                         # (F, N, C) read; (F,) read or, to find it, written
     inv_norm_ptr, log_rho_ptr, labels_ptr, centres_ptr,     # (F, N), (F, N), (F, N), (F, K) written
-    d_ptr, log_gamma_ptr, parent_ptr, cluster_index_ptr, nearest_label_ptr,     # scratch per program: (N, stride), (N,)
-    F, N, C, K, stride, rank,
+    d_ptr, parent_ptr, label_ptr,                           # scratch per program: (size,), (N,), (N,)
+    F, N, C, K, stride, size, rank,
     FIND_BANDWIDTH: tl.constexpr, GAUSS: tl.constexpr, ASSIGN_PARENT: tl.constexpr, JUMPS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr, CHUNK: tl.constexpr,
+    PASS_STAGES: tl.constexpr,
 ):
     """One program: frames p, p + P, ... of P programs, each from its features to its clusters."""
     p = tl.cast(tl.program_id(0), tl.int64)
-    d_ptr += p * N * stride
-    log_gamma_ptr += p * N
+    d_ptr += p * size
     parent_ptr += p * N
-    cluster_index_ptr += p * N
-    nearest_label_ptr += p * N
+    label_ptr += p * N
+    j = tl.arange(0, N_PAD)                                                     # all tokens of a frame
+    pad_scratch(d_ptr, stride, size, CHUNK)
     for frame in range(tl.program_id(0), F, tl.num_programs(0)):
         f = tl.cast(frame, tl.int64)                                            # f * N * C can exceed 2^31
-        log_rho = log_rho_ptr + f * N
-        labels = labels_ptr + f * N
         pairwise_distances(x_ptr + f * N * C, inv_norm_ptr + f * N, d_ptr, N, N, N, C, stride,
                            False, True, BLOCK, BLOCK_C)
         if FIND_BANDWIDTH:
-            d_c = select_kth(d_ptr, N, stride, rank, BLOCK_ROWS, N_PAD)
+            d_c = select_kth(d_ptr, size, rank, CHUNK, PASS_STAGES)
             tl.store(d_c_ptr + f, d_c)
         else:
             d_c = tl.maximum(tl.load(d_c_ptr + f), 1e-30)                       # replaces a NaN too
-        compute_log_density(d_ptr, log_rho, d_c, N, stride, GAUSS, BLOCK_ROWS, N_PAD)
-        find_parents(d_ptr, log_rho, log_gamma_ptr, parent_ptr, N, stride, BLOCK_ROWS, N_PAD)
-        choose_centres(log_gamma_ptr, cluster_index_ptr, centres_ptr + f * K, N, K, BLOCK_ROWS, N_PAD)
+        log_rho = compute_log_density(d_ptr, log_rho_ptr + f * N, d_c, N, stride, GAUSS, BLOCK_ROWS, N_PAD, PASS_STAGES)
+        delta, parent = find_denser_tokens(d_ptr, log_rho_ptr + f * N, log_rho, N, stride, ASSIGN_PARENT,
+                                           BLOCK_ROWS, N_PAD, PASS_STAGES)
+        centres = centres_ptr + f * K
+        cluster_index = choose_centres(d_ptr, centres, log_rho, delta, N, K, stride, N_PAD)
+        label = label_by_nearest_centre(d_ptr, centres, cluster_index, K, stride, BLOCK_ROWS, N_PAD)
         if ASSIGN_PARENT:
-            label_by_nearest_centre(d_ptr, cluster_index_ptr, nearest_label_ptr, N, stride, BLOCK_ROWS, N_PAD)
-            label_by_parent(parent_ptr, cluster_index_ptr, nearest_label_ptr, labels, N, JUMPS, N_PAD)
-        else:
-            label_by_nearest_centre(d_ptr, cluster_index_ptr, labels, N, stride, BLOCK_ROWS, N_PAD)
+            label = follow_parents(parent_ptr, label_ptr, parent, cluster_index, label, N, JUMPS, N_PAD)
+        tl.store(labels_ptr + f * N + j, label.to(tl.int64), mask=j < N)
+        tl.debug_barrier()                          # all threads have read the scratch before the next frame is written
 
 
 def density_peaks_triton(
@@ -242,22 +269,21 @@ def density_peaks_triton(
     """
     F, N, C = x.shape
     x, P = x.contiguous(), min(F, num_programs(x))
-    d, stride, config = alloc_scratch(P, N, x, **launch)
+    d, config = alloc_scratch(P, N, x, **launch)
+    N_PAD = max(16, triton.next_power_of_2(N))
     find_bandwidth = d_c is None
     if find_bandwidth:
         d_c = torch.empty(F, device=x.device) if N > 1 else torch.full((F,), MIN_BANDWIDTH, device=x.device)
     log_rho, inv_norm = torch.empty(2, F, N, device=x.device)
     labels = torch.empty(F, N, dtype=torch.int64, device=x.device)
     centres = torch.empty(F, K, dtype=torch.int64, device=x.device)
-    log_gamma = torch.empty(P, N, device=x.device)
-    parent, cluster_index, nearest_label = torch.empty(3, P, N, dtype=torch.int32, device=x.device)
-    rank = N + 2 * quantile_rank(quantile, N * (N - 1) // 2)        # the matrix has the diagonal, and each pair twice
+    parent, label = torch.empty(2, P, N, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
         density_peaks_kernel[(P,)](
-            x, d_c, inv_norm, log_rho, labels, centres, d, log_gamma, parent, cluster_index, nearest_label,
-            F, N, C, K, stride, rank,
+            x, d_c, inv_norm, log_rho, labels, centres, d, parent, label, F, N, C, K,
+            rank=2 * quantile_rank(quantile, N * (N - 1) // 2),                 # the matrix has each pair twice
             FIND_BANDWIDTH=find_bandwidth and N > 1, GAUSS=density == "gauss", ASSIGN_PARENT=assign == "parent",
-            JUMPS=N.bit_length(), **config,
+            JUMPS=N.bit_length(), N_PAD=N_PAD, BLOCK_ROWS=min(16, 4096 // N_PAD), **config,
         )
     return labels, centres, log_rho, inv_norm
 
