@@ -91,8 +91,8 @@ def compile_job(job: dict) -> list[dict]:
         start = time.perf_counter()
         try:
             compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
-            row |= dict(shared=compiled.metadata.shared, threads=row["warps"] * target.warp_size,
-                        **inspect(compiled, target))
+            row |= dict(hash=compiled.metadata.hash, shared=compiled.metadata.shared,
+                        threads=row["warps"] * target.warp_size, **inspect(compiled, target))
         except Exception as e:      # noqa: BLE001
             row["error"] = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
         row["seconds"] = round(time.perf_counter() - start, 1)

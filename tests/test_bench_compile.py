@@ -95,6 +95,24 @@ def test_multiplies_in_matrix_units_and_loads_16_bytes(rows, chip):
         assert row["wide_loads"] > 0, describe(row)
 
 
+def test_a_batch_of_another_size_compiles_nothing_new():
+    # The last batch of an epoch has any number of clips, and Triton makes variants for 1 and for multiples of 16.
+    names = ["density_peaks", "temporal_density", "bandwidth across", "bandwidth within", "cosine_distance",
+             "cluster_argmax", "window_attention"]
+    jobs = [dict(target=bench_compile.TARGETS["sm_90"], operation=name, shape=(2 * B, 196, 768), T=2, dtype="bfloat16",
+                 launch={}) for B in (1, 3, 8, 64) for name in names]
+    code = f"import json; from bench.compile import compile_all; print(json.dumps(compile_all({jobs}, 2)))"
+    run = subprocess.run([sys.executable, "-c", f"if __name__ == '__main__': {code}"], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    hashes = {}
+    for row in json.loads(run.stdout):
+        assert row["error"] is None, describe(row)
+        hashes.setdefault((row["operation"], row["kernel"]), set()).add(row["hash"])
+    assert len(hashes) >= 9
+    assert {key: len(found) for key, found in hashes.items() if len(found) > 1} == {}
+
+
 def test_the_report_has_every_kernel_and_every_branch(report):
     assert len(kernel_names()) >= 8 and {row["kernel"] for row in report} == set(kernel_names())
     cases = {(row["operation"], row["dtype"], *row["shape"], row["T"]) for row in report if row["chip"] == "sm_90"}
