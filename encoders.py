@@ -281,8 +281,8 @@ class BertSelfAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, context_index: Tensor | None = None,
                 past: list | None = None) -> Tensor:
         """
-        x (M, L, D), context (B, S, D'), mask (M, 1, 1 or L, S), context_index (M,) -> (M, L, D), before the output
-        layer. Text m attends to context[context_index[m]].
+        x (M, L, D), context (B, S, D'), mask (M, 1, 1 or L, S), context_index (R,) -> (M, L, D), before the output
+        layer. The texts attend to the contexts as in Bert.forward_fusion.
 
         past: a KV cache, empty at first. Self-attention appends to it; cross-attention fills it once and reuses it.
         """
@@ -294,12 +294,19 @@ class BertSelfAttention(nn.Module):
                 k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True))
         if past is not None:
             past[:] = k, v
-        if context_index is not None:       # keys and values are computed once per context, before they are repeated
-            k, v = k[context_index], v[context_index]
-        # In beam search x is (B * W, 1, D): the W beams of a context become W queries, which share its keys.
-        q = self.query(x).view(len(k), -1, x.shape[-1])
+        q, parts = self.query(x), []
+        in_order = len(x) if context_index is None else len(x) - len(context_index)
+        if in_order:                # the texts of a context (also the W beams of one) are queries that share its keys
+            y = self.attend(q[:in_order].view(len(k), -1, q.shape[-1]), k, v, mask)
+            parts.append(y.reshape(in_order, *q.shape[1:]))
+        if in_order < len(x):       # keys and values are computed once a context, then repeated
+            parts.append(self.attend(q[in_order:], k[context_index], v[context_index], mask))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries (B, L, D), keys and values (B, H, S, D / H), mask (B, 1, 1 or L, S) -> (B, L, D)."""
         y = sdpa(self.split_heads(q), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(x.shape)
+        return y.transpose(1, 2).reshape(q.shape)
 
 
 class BertOutput(nn.Module):
@@ -427,10 +434,15 @@ class Bert(nn.Module):
         """
         Run the fusion layers: states (M, L, D), ids (M, L), context (B, S, C) -> (M, L, D).
 
-        Text m attends to context[context_index[m]], or to context[m] if there is no index. Without a context the layers
-        are those of a plain BERT. The context is video tokens or the states of another text; context_mask (M, 1, 1, S)
-        is True at the positions to attend to.
+        The last R texts attend to context[context_index], context_index (R,). The texts before them, or all without an
+        index, attend to the contexts in order, the same number to each: with 2B of them, texts 0 and 1 to context[0].
+        Without a context the layers are those of a plain BERT. The context is video tokens or the states of another
+        text; context_mask (M, 1, 1, S) is True at the positions to attend to.
         """
+        if context_mask is not None and len(states) != len(context if context_index is None else context_index):
+            raise ValueError("with a context_mask all texts must have an index, or each context one text, got "
+                             f"{len(states)} texts, {len(context)} contexts and "
+                             f"{0 if context_index is None else len(context_index)} indices")
         mask = self.attention_mask(ids)
         for layer in self.bert.encoder.layer[self.num_text_layers:]:
             states = layer(states, mask, context, context_index, context_mask)

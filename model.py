@@ -130,6 +130,58 @@ class LinearDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
+BF16X3_MIN = 2 ** 31     # multiply-adds. A smaller product takes less time in fp32 than bf16x3's seven more launches.
+
+
+def matmul_bf16x3(a: Tensor, b: Tensor) -> Tensor:
+    """
+    a (n, k) @ b (k, m), fp32, as three products of bf16 matrices whose sums are fp32: a = a1 + a2, b = b1 + b2, and
+    a1 b1 + a2 b1 + a1 b2 is computed as one product of 3k terms an element. No gradient.
+
+    |error| <= 3 / 2^16 (|a| @ |b|), beside the rounding of fp32 sums: a part keeps 8 bits, and a2 b2 is left out. TF32
+    would take a third of the products, but is a hundred times less accurate, and a switch of the whole process.
+    """
+    a1, b1 = a.bfloat16(), b.bfloat16()
+    a2, b2 = (a - a1).bfloat16(), (b - b1).bfloat16()
+    a, b = torch.cat([a1, a2, a1], 1), torch.cat([b1, b1, b2])
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, k) @ b (k, m) in fp32; a large product on a GPU is bf16x3. No gradient."""
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= BF16X3_MIN
+    return matmul_bf16x3(a, b) if a.is_cuda and a.dtype == torch.float32 and large else a @ b
+
+
+class Matmul(torch.autograd.Function):
+    """`matmul` with its gradients, which are computed as the product is."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return matmul(a, b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return matmul(grad, b.T), matmul(a.T, grad)
+
+
+class QuadraticForm(torch.autograd.Function):
+    """e^T G e of e (B, Q, E) and a symmetric G (E, E) -> (B, Q). The gradient, 2 G e, needs no further product."""
+
+    @staticmethod
+    def forward(ctx, e: Tensor, G: Tensor) -> Tensor:
+        y = matmul(e.flatten(0, 1), G).view_as(e)
+        ctx.save_for_backward(y)
+        return (y * e).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        y, = ctx.saved_tensors
+        return 2 * grad[..., None] * y, None
+
+
 def vtc_loss(video: Tensor, text: Tensor, media_ids: Tensor, temp: Tensor) -> Tensor:
     """
     Symmetric InfoNCE: video (B, E'), text (B, E'), media_ids (B,) -> scalar.
@@ -138,7 +190,7 @@ def vtc_loss(video: Tensor, text: Tensor, media_ids: Tensor, temp: Tensor) -> Te
     of one medium are positives of each other's captions: targets are the row-normalised equality of media_ids.
     """
     with torch.autocast(video.device.type, enabled=False):
-        logits = video.float() @ text.float().T / temp                              # (B, B)
+        logits = Matmul.apply(video.float(), text.float().T) / temp                 # (B, B)
         positive = (media_ids[:, None] == media_ids[None]).float()
         target = positive / positive.sum(1, keepdim=True)
         return (nnf.cross_entropy(logits, target) + nnf.cross_entropy(logits.T, target)) / 2
@@ -330,7 +382,7 @@ class ClusterSTM(nn.Module):
     def relevance_form(self, targets: TeacherTargets, text_gram: Tensor | None):
         """The quadratic form of MRM, e -> e^T G e with G of the chosen texts, as a function: e (B, Q, E) -> (B, Q)."""
         if self.cfg.mrm_texts == "batch":
-            return lambda e: ((e @ text_gram) * e).sum(-1)
+            return lambda e: QuadraticForm.apply(e, text_gram)
         if self.cfg.mrm_texts == "own":
             return lambda e: (e @ targets.text_embeds.float()[..., None]).squeeze(-1).square()
         return lambda e: e.square().sum(-1)
@@ -381,19 +433,20 @@ class ClusterSTM(nn.Module):
                                                      seeded_generator(batch, Stream.NEG_CLIP))
             negative_text, has_text = hard_negatives(similarity, batch.media_ids,
                                                      seeded_generator(batch, Stream.NEG_TEXT))
-        index = torch.arange(B, device=tokens.device)
-        texts, masked_texts = states[:B], states[B:]
-        fused = self.bert.forward_fusion(
-            torch.cat([texts, texts, texts[negative_text], masked_texts]),
-            torch.cat([ids, ids, ids[negative_text], ids[:len(masked_texts)]]),
-            tokens, torch.cat([index, negative_clip, index, index[:len(masked_texts)]]))            # (4B, L, D)
-        logits = self.itm_head(fused[:3 * B, 0]).float()
-        label = torch.cat([torch.ones_like(index), torch.zeros_like(index), torch.zeros_like(index)])
+        # In order: of each clip its own text, a negative one and its masked one. Only negative clips need an index.
+        texts = states[:B]
+        in_order = torch.stack([texts, texts[negative_text]] + [states[B:]] * self.use_mlm, 1)      # (B, 3, L, D)
+        in_order_ids = torch.stack([ids, ids[negative_text]] + [ids] * self.use_mlm, 1)
+        fused = self.bert.forward_fusion(torch.cat([in_order.flatten(0, 1), texts]),
+                                         torch.cat([in_order_ids.flatten(0, 1), ids]), tokens, negative_clip)
+        in_order, of_negative_clip = fused[:-B].unflatten(0, in_order.shape[:2]), fused[-B:]
+        logits = self.itm_head(torch.cat([in_order[:, 0, 0], of_negative_clip[:, 0], in_order[:, 1, 0]])).float()
+        label = torch.cat([torch.ones_like(negative_clip), torch.zeros_like(negative_clip).repeat(2)])
         valid = torch.cat([torch.ones_like(has_clip), has_clip, has_text])
         errors = nnf.cross_entropy(logits, label, reduction="none")
         losses = {"vtm": errors.where(valid, 0).sum() / valid.sum()}
         if self.use_mlm:
-            losses["mlm"] = self.bert.mlm_loss(fused[3 * B:], stats.mlm_inputs[1]) / stats.mlm_denominator
+            losses["mlm"] = self.bert.mlm_loss(in_order[:, 2], stats.mlm_inputs[1]) / stats.mlm_denominator
         return losses
 
     def forward(self, batch: "Batch", targets: TeacherTargets | None,

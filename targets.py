@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels import to_device
-from masking import keep_count, token_sizes
+from masking import MaskConfig, keep_count, token_sizes
 from runtime import (
     AsyncHostCopy,
     RunContext,
@@ -37,7 +37,7 @@ from runtime import (
     resume_hint,
     seeded_generator,
 )
-from teacher import SigLIP
+from teacher import SigLIP, load_teacher
 
 if TYPE_CHECKING:
     from data import Batch, ClipDataset, MixedDataset
@@ -100,9 +100,14 @@ def compute_visible_ids(teacher: SigLIP, video: Tensor, mask: Callable, ratio: f
 @torch.no_grad()
 def select_visible(teacher: SigLIP, tokens: Tensor, mask: Callable, ratio: float, seed: int,
                    grid: tuple[int, int] | None = None, **aux) -> Tensor:
-    """Teacher tokens (B, T, N, C) on a grid (h, w) -> flat ids (B, S) of the tokens that the mask leaves visible."""
-    attention = teacher.pool_attention(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-    return mask(tokens, keep_count(tokens.shape[2], ratio), attention=attention, grid=grid or teacher.patch_grid,
+    """
+    Teacher tokens (B, T, N, C) on a grid (h, w) -> flat ids (B, S) of the tokens that the mask leaves visible.
+
+    The teacher's attention is computed unless the mask is a MaskConfig that does not use it.
+    """
+    if not isinstance(mask, MaskConfig) or "attention" in mask.inputs:
+        aux["attention"] = teacher.pool_attention(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+    return mask(tokens, keep_count(tokens.shape[2], ratio), grid=grid or teacher.patch_grid,
                 generator=torch.Generator().manual_seed(seed), **aux)
 
 
@@ -314,8 +319,7 @@ class VisibleIdCache:
         if not cfg.teacher:
             raise ValueError("--teacher must be a SigLIP for --finetune-masked, got '': config.json of --init-from "
                              "names none")
-        dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-        self.teacher = SigLIP.from_pretrained(cfg.teacher, dtype).to(run.device)
+        self.teacher = load_teacher(cfg.teacher, run.device, cfg.teacher_fp8)
         self.teacher = wrap(self.teacher) if wrap else self.teacher
         self.mask, self.grid_fn, self.with_sizes = cfg.mask, grid_fn, cfg.model.proportional
         self.enabled = cfg.data.num_views > 0 and not cfg.mask.stochastic

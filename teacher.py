@@ -117,12 +117,34 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: VisionConfig | TextConfig):
         super().__init__()
-        self.act = ACTIVATIONS[cfg.hidden_act]
+        self.act, self.is_tanh_gelu = ACTIVATIONS[cfg.hidden_act], cfg.hidden_act == "gelu_pytorch_tanh"
         self.fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
         self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_tanh_gelu and fuses_gelu(x, self.fc1.weight):
+            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(self.act(self.fc1(x)))
+
+
+def fuses_gelu(x: Tensor, weight: Tensor) -> bool:
+    """
+    Return whether `linear_gelu` may replace a linear layer and its tanh GELU.
+
+    It has no gradient, is not in autocast's lists, and has the tanh form on a GPU alone: on a CPU it is the erf form.
+    """
+    return x.is_cuda and x.dtype == weight.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled()
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """
+    GELU (tanh form) of x W^T + b on a GPU: x (..., C), weight (D, C), bias (D,) -> (..., D), without gradient.
+
+    cuBLASLt applies it to the fp32 sums of the product, before they are rounded, so that D values a token are not read
+    and written again. torch.compile leaves the call as it is (its GELU would be a kernel of its own).
+    """
+    y = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.T, use_gelu=True)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 class EncoderLayer(nn.Module):
@@ -312,10 +334,14 @@ class SigLIP(nn.Module):
 
         If a grid (h, w) is given, frames are first resized so that they have exactly h x w patches.
         """
-        processor, dtype = self.cfg.image_processor, self.logit_bias.dtype
         if grid is not None:
-            p = self.cfg.vision_config.patch_size
-            frames = resize_like_pillow(frames, (grid[0] * p, grid[1] * p), RESAMPLE_MODES[processor.resample])
+            p, mode = self.cfg.vision_config.patch_size, RESAMPLE_MODES[self.cfg.image_processor.resample]
+            frames = resize_like_pillow(frames, (grid[0] * p, grid[1] * p), mode)
+        return self.rescale(frames)
+
+    def rescale(self, frames: Tensor) -> Tensor:
+        """uint8 frames (..., 3, H, W) -> (x / 255 - mean) / std of each channel, in the model's dtype."""
+        processor, dtype = self.cfg.image_processor, self.logit_bias.dtype
         x = frames.to(torch.promote_types(dtype, torch.float32), copy=True).div_(1 / processor.rescale_factor)
         for i, (mean, std) in enumerate(zip(processor.image_mean, processor.image_std, strict=True)):
             x[..., i, :, :].sub_(mean).div_(std)
@@ -417,6 +443,68 @@ class SigLIP(nn.Module):
             weights.pop(f"{tower}.embeddings.position_ids", None)
         load_state_dict_strict(model, weights, os.path.join(folder, "model*.safetensors"), assign=True)
         return model.to(dtype).eval().requires_grad_(False)
+
+
+def load_teacher(folder: str, device: torch.device, fp8: bool = False) -> SigLIP:
+    """Load a frozen SigLIP: in bf16 on a GPU, in fp32 on a CPU; with fp8 the layers of its image tower are in fp8."""
+    teacher = SigLIP.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+    if fp8:
+        require_fp8(device)
+        use_fp8(teacher)
+    return teacher
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fp8
+
+class Float8Linear(nn.Module):
+    """
+    A frozen linear layer whose product is of float8_e4m3fn matrices with fp32 sums: x (..., C) -> (..., D).
+
+    Each token and each row of the weight has a scale of its own, so that a token's result does not depend on the other
+    tokens of the batch (as docs/method.md promises of masks).
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        if linear.in_features % 16 or linear.out_features % 16:
+            raise ValueError("a layer in fp8 must have multiples of 16 channels, got "
+                             f"{linear.in_features} and {linear.out_features}")
+        weight, scale = quantize_fp8(linear.weight.detach())
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("bias", linear.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = quantize_fp8(x.reshape(-1, x.shape[-1]))
+        y = torch._scaled_mm(rows, self.weight.T, scale, self.scale.T, bias=self.bias, out_dtype=x.dtype)
+        return y.view(*x.shape[:-1], len(self.weight))
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, C) -> y (n, C) float8_e4m3fn and scale (n, 1) fp32, x ~ y scale: a row's largest magnitude becomes 448."""
+    x = x.float()
+    scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def use_fp8(teacher: SigLIP):
+    """Put the linear layers of the image tower's transformer in fp8; not the patch embedding and not the MAP head."""
+    for module in teacher.vision_model.encoder.modules():
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Float8Linear(layer))
+
+
+def require_fp8(device: torch.device):
+    """Raise a ValueError if the device has no fp8 products."""
+    found = device.type
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 9):
+            return
+        found = "a GPU of compute capability {}.{}".format(*capability)
+    raise ValueError(f"teacher_fp8 needs a GPU of compute capability 8.9 or more, got {found}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

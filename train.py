@@ -76,7 +76,7 @@ from tasks import (
     resolve_data_root,
     split_files,
 )
-from teacher import EncoderLayer, SigLIP, VisionConfig, read_tower_config
+from teacher import EncoderLayer, SigLIP, VisionConfig, load_teacher, read_tower_config, require_fp8
 from tools.sprites import write_sprites
 from tools.toy_teacher import SigLIPTrainer, ToyConfig, build_toy_teacher, sample_single_frames
 
@@ -116,6 +116,8 @@ class Config:
     max_grad_norm: float = 3.0    # gradients are clipped to this norm; 0: no clipping
     # how the teacher pools the 3x3 neighbourhood of a token: map: by its MAP head; mean: by a mean; token: not at all
     target_pooling: Literal["map", "mean", "token"] = "map"
+    # the layers of the teacher's image tower in fp8: faster, but with other masks and targets; on a GPU that has fp8
+    teacher_fp8: bool = False
     compile: bool = False         # compile the layers of teacher and student with torch.compile
     activation_checkpointing: bool = False      # recompute each layer's activations in the backward pass: saves memory
     max_skipped_steps: int = 0    # steps of a stage that may be skipped because loss or gradient is not finite
@@ -230,6 +232,8 @@ def setup(cfg: Config) -> RunContext:
     name = cfg.name or os.path.splitext(os.path.basename(cfg.data.train_file))[0].removesuffix("_train")
     cfg = replace(cfg, name=name)
     device = select_device(cfg.device)
+    if cfg.teacher_fp8:
+        require_fp8(device)
     sizes = micro_batch_sizes(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     out = os.path.join("out", name)
     folders = {stage: os.path.join(out, stage) if stage in ("teacher", "text") else out for stage in sizes}
@@ -321,8 +325,7 @@ def pretrain(run: RunContext) -> nn.Module:
     if run.cfg.stage != "text":
         if not cfg.teacher:
             train_toy_teacher(run, dataset, tokenizer)
-        teacher = SigLIP.from_pretrained(teacher_folder or run.cfg.teacher, torch.bfloat16 if run.device.type == "cuda"
-                                         else torch.float32).to(run.device)
+        teacher = load_teacher(teacher_folder or run.cfg.teacher, run.device, cfg.teacher_fp8)
         if cfg.stage == "teacher":
             return teacher
     if not cfg.text_encoder:
@@ -431,6 +434,8 @@ def wrap_layers(model: nn.Module, cfg: Config, shapes_vary: bool = False) -> nn.
     Shapes are fixed in pretraining. They vary in fine-tuning: the last batch of a split is smaller, and the number of
     clips whose visible ids are not cached yet changes.
     """
+    compiled = partial(torch.compile, fullgraph=True, dynamic=None if shapes_vary else False,
+                       options={"fallback_random": True})
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.optimize_ddp = False           # it would split each layer at the edges of DDP's buckets
@@ -438,10 +443,11 @@ def wrap_layers(model: nn.Module, cfg: Config, shapes_vary: bool = False) -> nn.
         if not isinstance(layer, (Block, BertLayer, EncoderLayer)) or "text_decoder" in name:   # decodes token by token
             continue
         if cfg.compile:         # one program for all layers of a kind; random draws equal those of the plain layers
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=None if shapes_vary else False,
-                                          options={"fallback_random": True})
+            layer.forward = compiled(layer.forward)
         if cfg.activation_checkpointing and layer.training:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if cfg.compile and isinstance(model, SigLIP):       # its nine passes over the pixels become one
+        model.rescale = compiled(model.rescale)
     return model
 
 

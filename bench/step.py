@@ -12,6 +12,9 @@ cached targets runs no teacher, so it is not compared with a step that does.
 Times are medians of --rounds. A round is --steps steps with one wait for the device at their end, so work that overlaps
 counts once. Each part is timed alone, with its backward pass; within the step it may take less.
 
+"GPU busy" is the time in which a kernel or a copy runs on the GPU, of one step that is profiled. If it is far below the
+step's time, the GPU waits for the host to launch kernels.
+
 Flops. A product of (a, b) and (b, c) matrices is 2abc; a transformer layer on S tokens of C channels is 24SC^2 + 4S^2C.
 Trained modules count three times: forward, gradient of the inputs, gradient of the weights. The teacher counts once.
 What activation checkpointing computes again does not count. Word logits count where they are formed: at up to
@@ -19,6 +22,9 @@ encoders.max_masked_tokens places. Utilisation is flops / time / the rate of a l
 """
 
 import gc
+import gzip
+import json
+import math
 import resource
 import tempfile
 from collections.abc import Callable
@@ -27,15 +33,16 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor, nn
 
 import data
 import train
 from bench.timing import measure_roofline, peak_memory, synchronize, time_interleaved
 from bench.umt_step import umt_step
 from encoders import max_masked_tokens
-from loop import forward_backward, parameter_groups
+from loop import forward_backward, parameter_groups, update_weights
 from masking import keep_count
-from model import ClusterSTM, target_variance
+from model import ClusterSTM, Matmul, QuadraticForm, target_variance
 from runtime import bf16_autocast, select_device
 from targets import TargetStore, TeacherTargets, compute_targets, select_visible
 from teacher import SigLIP, SigLIPConfig, TextConfig
@@ -53,7 +60,7 @@ class Config:
     """Time a pretraining step with random weights and clips, and its parts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is a GPU
     preset: Literal["auto", "sprites", "base"] = "auto"     # preset of train.py; auto: base on a GPU, else sprites
-    batch: tuple[int, ...] = ()     # clips of a step, a table each; empty: 64 and 128, on a CPU 64
+    batch: tuple[int, ...] = ()     # clips of a step, a table each; empty: 64 and 256, on a CPU 64
     frames: int = 0             # frames of a clip; 0: the preset's
     size: int = 0               # pixels per side of a frame; 0: the preset's
     ratio: float = 0.0          # share of the tokens that the mask hides; 0: the preset's
@@ -64,12 +71,16 @@ class Config:
     rounds: int = 5             # rounds of that many steps; the median is printed
     umt: str = ""               # folder with a checkout of OpenGVLab/unmasked_teacher, to time its step beside ours
     profile: int = 0            # number of operators to print, those that take most time in a step; 0: none
+    trace: str = ""             # file for a Chrome trace of one step, NAME.json or NAME.json.gz; of the first variant
+    changes: bool = False       # also time what was made faster beside the forms that were replaced
     commit: str = ""            # commit to print above the tables; empty: ask git
 
     def __post_init__(self):
         for name, least in (("frames", 0), ("size", 0), ("steps", 0), ("rounds", 1), ("profile", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.trace and not self.trace.endswith((".json", ".json.gz")):
+            raise ValueError(f"--trace must end in .json or .json.gz, got {self.trace!r}")
         if any(B < 1 for B in self.batch):
             raise ValueError(f"--batch must be at least 1, got {min(self.batch)}")
 
@@ -80,7 +91,7 @@ def fill_defaults(cfg: Config) -> Config:
     on_cpu = device == "cpu"
     return replace(
         cfg, device=device, preset=cfg.preset if cfg.preset != "auto" else "sprites" if on_cpu else "base",
-        batch=cfg.batch or ((64,) if on_cpu else (64, 128)), steps=cfg.steps or (2 if on_cpu else 20),
+        batch=cfg.batch or ((64,) if on_cpu else (64, 256)), steps=cfg.steps or (2 if on_cpu else 20),
         variants=cfg.variants or DEFAULT_VARIANTS[device])
 
 
@@ -112,8 +123,9 @@ def flops(cfg: train.Config, teacher: SigLIPConfig, B: int) -> dict[str, int]:
     else:
         block = layer_flops(S + Q, W)
     decoder = 3 * B * (2 * S * vit.width * W + model.decoder_depth * block + 2 * Q * W * E)
-    form = {"batch": 2 * Q * E * E, "own": 2 * Q * E, "none": 0}[model.mrm_texts]
-    mrm = B * (2 * E * E + 3 * form)                            # G; then of v, and of q - p with its gradient
+    # The form of v and of q - p, and of the latter the gradient, unless it reuses the product.
+    form = {"batch": 2 * 2 * Q * E * E, "own": 3 * 2 * Q * E, "none": 0}[model.mrm_texts]
+    mrm = B * (2 * E * E + form)                                # G, then the forms
     logits = max_masked_tokens(B * L)
     fusion = layer_flops(L, D) + 4 * L * D * D + 4 * L * S * D  # of a text in a fusion layer, cross-attention included
     bert = 2 * B * (text.depth - text.fusion_layers) * layer_flops(L, D) + text.fusion_layers * (
@@ -165,10 +177,8 @@ class TrainStep:
 
     def update(self):
         """Clip the gradients and let AdamW update the weights."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-        self.optimizer.found_inf = (~norm.isfinite()).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        update_weights(self.optimizer, norm, self.cfg.max_grad_norm, (~norm.isfinite()).float())
 
     def cache_targets(self):
         """From now on read the targets from a file, which is in memory, as train.py does in later passes."""
@@ -187,14 +197,16 @@ class StepParts:
     def __init__(self, step: TrainStep):
         self.step, self.model, self.teacher, self.batch = step, step.model, step.teacher, step.batch
         self.frames = self.batch.video.flatten(0, 1)
-        with torch.no_grad(), bf16_autocast(step.device):
+        with torch.no_grad():                   # without autocast, as in compute_targets: it makes the tokens fp32
             self.targets = step.targets(self.batch)
             self.tokens = self.teacher.forward_features(self.teacher.normalize(self.frames, step.cfg.grid))
+        with torch.no_grad(), bf16_autocast(step.device):
             self.stats, = self.model.batch_stats([self.batch], [self.targets])
             features = self.model.encode_video(self.batch.video, self.targets.visible_ids)
             self.visible, self.video = (x.detach().requires_grad_() for x in features)
             self.token_targets = self.targets.gather(self.stats.query_ids)
-        self.run_vit(), self.run_decoder(), self.run_losses()
+        with bf16_autocast(step.device):
+            self.run_vit(), self.run_decoder(), self.run_losses()
         self.grads = {p: p.grad for p in self.model.parameters()}
 
     def functions(self) -> dict[str, Callable]:
@@ -208,14 +220,10 @@ class StepParts:
                    "text, fusion, VTC, VTM, MLM": self.run_losses}
         return {
             "clips to the device": lambda: step.host_batch.to(step.device),
-            **{name: partial(self.without_grad, function) for name, function in frozen.items()},
+            **{name: torch.no_grad()(function) for name, function in frozen.items()},
             **{name: partial(self.with_grad, function) for name, function in trained.items()},
             "clipping and AdamW": self.run_update,
         }
-
-    def without_grad(self, function: Callable):
-        with torch.no_grad(), bf16_autocast(self.step.device):
-            function()
 
     def with_grad(self, function: Callable):
         with bf16_autocast(self.step.device):
@@ -347,6 +355,92 @@ def profile_step(step: TrainStep, rows: int) -> str:
     return table + f"\nThe host waited, in three steps and once as the profiler ended, for: {waits}" * on_gpu
 
 
+def trace_step(step: Callable, path: str, on_gpu: bool) -> float | None:
+    """Write a Chrome trace of one step to `path` -> milliseconds in which the GPU was busy, None without a GPU."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    step()
+    synchronize()
+    with torch.profiler.profile(activities=kinds) as profile:
+        step()
+        synchronize()
+    profile.export_chrome_trace(path)
+    return busy_ms(path) if on_gpu else None
+
+
+def busy_ms(path: str) -> float:
+    """Milliseconds of a Chrome trace in which at least one kernel, copy or memset runs on the GPU."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt") as f:
+        events = json.load(f)["traceEvents"]
+    spans = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events
+                   if e.get("ph") == "X" and e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+    busy, end = 0.0, -math.inf
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / 1e3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changes
+
+class StepChanges:
+    """What was made faster in the step, each beside the form that it replaced. (On a CPU the first three are equal.)"""
+
+    def __init__(self, step: TrainStep, clips: int):
+        """clips: of the global batch, for VTC."""
+        self.step, self.parts = step, StepParts(step)
+        self.cross_attention = step.model.bert.bert.encoder.layer[-1].crossattention
+        B, L = step.batch.text_ids.shape
+        self.texts = torch.randn(4 * B, L, step.cfg.text.width, device=step.device, requires_grad=True)
+        features = torch.randn(2, clips, step.cfg.model.embed_dim, device=step.device)
+        self.features = nn.functional.normalize(features, dim=-1).requires_grad_()
+
+    def functions(self) -> dict[str, tuple[Callable, Callable]]:
+        """Name of a change -> the form before and the form now, as functions."""
+        mlp, pool_attention = self.step.teacher.vision_model.encoder.layers[0].mlp, self.step.teacher.pool_attention
+        index = torch.arange(len(self.texts) // 4, device=self.step.device)
+        both = lambda function, before, now: (partial(function, before), partial(function, now))
+        return {
+            "the MLP of a teacher layer: GELU alone, or in the product":
+                both(self.run_teacher, lambda x: mlp.fc2(mlp.act(mlp.fc1(x))), mlp),
+            "MRM's forms: e G e by autograd, or QuadraticForm":
+                both(self.run_forms, lambda e, gram: ((e @ gram) * e).sum(-1), QuadraticForm.apply),
+            f"VTC's product of {self.features.shape[1]} clips: in fp32, or Matmul":
+                both(self.run_vtc_product, torch.matmul, Matmul.apply),
+            "cross-attention of a layer: an index of all texts, or of a quarter":
+                both(self.run_cross_attention, torch.cat([index.repeat_interleave(3), index.flip(0)]), index.flip(0)),
+            "clipping and AdamW: in a pass over the gradients, or in AdamW's": (self.clip_first, self.parts.run_update),
+            "the teacher's attention for the mask: computed, or not": both(self.run_teacher, pool_attention, len),
+        }
+
+    @torch.no_grad()
+    def run_teacher(self, function: Callable):
+        return function(self.parts.tokens)
+
+    def run_forms(self, form: Callable):
+        """MRM's form of the targets' variance, and that of the predictions' errors with its gradient."""
+        e, gram = self.parts.token_targets.detach().requires_grad_(), self.parts.stats.text_gram
+        with torch.no_grad():
+            variance = form(e, gram)
+        return variance, *torch.autograd.grad(form(e, gram).sum(), e)
+
+    def run_vtc_product(self, product: Callable):
+        logits = product(self.features[0], self.features[1].T)
+        return torch.autograd.grad(logits, self.features, logits.detach())
+
+    def run_cross_attention(self, index: Tensor):
+        with bf16_autocast(self.step.device):
+            y = self.cross_attention(self.texts, self.parts.visible, None, index)
+        return y, *torch.autograd.grad(y, (self.texts, self.parts.visible), torch.ones_like(y))
+
+    def clip_first(self):
+        step = self.step
+        for p in step.model.parameters():
+            p.grad = self.parts.grads[p]
+        norm = nn.utils.clip_grad_norm_(step.model.parameters(), step.cfg.max_grad_norm)
+        update_weights(step.optimizer, norm, 0, (~norm.isfinite()).float())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -358,6 +452,8 @@ class Times:
     parts_ms: dict[str, float]          # empty if its parts were not timed
     umt_ms: float | None                # UMT's step, in turn with this one
     peak_gib: float
+    busy_ms: float | None               # None on a CPU
+    changes_ms: dict[str, list[float]]  # name -> before and now; empty if not timed
 
 
 def measure_variant(cfg: Config, B: int, variant: str, umt: Callable | None) -> tuple[Times, str]:
@@ -368,20 +464,29 @@ def measure_variant(cfg: Config, B: int, variant: str, umt: Callable | None) -> 
     part_flops = flops(step.cfg, step.teacher.cfg, B)
     if step.store:
         part_flops = {name: n for name, n in part_flops.items() if name not in TEACHER_PARTS}
-    peak, parts_ms, profile = peak_gib(step, cfg.device, baseline), {}, ""
-    if variant in (cfg.variants[0], cfg.variants[-1]) or step.store:
+    peak, busy, parts_ms, changes_ms, profile = peak_gib(step, cfg.device, baseline), None, {}, {}, ""
+    first = variant == cfg.variants[0]
+    trace = cfg.trace if first and B == cfg.batch[0] else ""
+    if trace or cfg.device == "cuda":
+        with tempfile.TemporaryDirectory() as folder:
+            busy = trace_step(step, trace or f"{folder}/trace.json", cfg.device == "cuda")
+    if first or variant == cfg.variants[-1] or step.store:
         parts = StepParts(step).functions()
         parts_ms = time_interleaved([*parts.values()], cfg.rounds, cfg.steps, warmup=3)
         parts_ms = dict(zip(parts, parts_ms, strict=True))
-    if cfg.profile and variant == cfg.variants[0]:
+    if cfg.changes and first:
+        changes = StepChanges(step, train.PRESETS[cfg.preset].batch).functions()
+        ms_of_forms = time_interleaved([form for pair in changes.values() for form in pair], cfg.rounds, cfg.steps, 3)
+        changes_ms = dict(zip(changes, zip(ms_of_forms[::2], ms_of_forms[1::2], strict=True), strict=True))
+    if cfg.profile and first:
         profile = profile_step(step, cfg.profile)
-    return Times(part_flops, ms[0], parts_ms, ms[1] if umt else None, peak), profile
+    return Times(part_flops, ms[0], parts_ms, ms[1] if umt else None, peak, busy, changes_ms), profile
 
 
 def batch_tables(cfg: Config, B: int, rate: float):
     """Print the tables of steps of B clips; rate: flops per second of a large product."""
-    print_header(f"{cfg.preset}, batch {B}", "step", "ms", "clips/s", "Tflop a step", "utilisation", "GiB at most",
-                 "times UMT")
+    print_header(f"{cfg.preset}, batch {B}", "step", "ms", "GPU busy ms", "clips/s", "Tflop a step", "utilisation",
+                 "GiB at most", "times UMT")
     umt, variants, profiles = None, {}, []
     if cfg.umt:
         run_cfg, baseline = make_config(cfg, B, "eager"), allocated_bytes()
@@ -394,7 +499,7 @@ def batch_tables(cfg: Config, B: int, rate: float):
         times, profile = measure_variant(cfg, B, variant, umt)
         total = sum(times.flops.values())
         comparable = umt and cfg.preset != "sprites" and "cached" not in variant
-        print_row(variant, times.step_ms, 1e3 * B / times.step_ms, total / 1e12,
+        print_row(variant, times.step_ms, times.busy_ms, 1e3 * B / times.step_ms, total / 1e12,
                   f"{1e5 * total / times.step_ms / rate:.1f} %", times.peak_gib,
                   times.umt_ms / times.step_ms if comparable else None)
         variants[variant] = times
@@ -402,11 +507,15 @@ def batch_tables(cfg: Config, B: int, rate: float):
     if umt:
         name = "UMT's stage 2" + ", with widths of its own" * (cfg.preset == "sprites")
         ms = times.umt_ms                                   # in turn with the last variant
-        print_row(name, ms, 1e3 * B / ms, None, None, umt_peak, None)
+        print_row(name, ms, None, 1e3 * B / ms, None, None, umt_peak, None)
         print("\nUMT: " + "; ".join(f"{name} {fact}" for name, fact in facts.items()), flush=True)
     for variant, times in variants.items():
         if times.parts_ms:
             parts_table(f"{variant}, batch {B}: its parts, each alone", times, rate)
+        if times.changes_ms:
+            print_header(f"batch {B}: what replaced what, each alone", "part", "before ms", "now ms", "before - now")
+            for change, (before, now) in times.changes_ms.items():
+                print_row(change, before, now, before - now)
     for profile in profiles:
         print(f"\n```\n{profile}\n```", flush=True)
 

@@ -1,5 +1,7 @@
 """bench/step.py without a GPU: flops beside torch's counter, parts, cached targets, tables, flags."""
 
+import gzip
+import json
 import re
 from dataclasses import replace
 from unittest import mock
@@ -100,15 +102,67 @@ def test_tables(capsys):
     out = capsys.readouterr().out
     (_, *rows), *parts = markdown_tables(out)
     assert tuple(row[0] for row in rows) == variants
-    for _, ms, rate, _, utilisation, gib, _ in rows:
-        assert float(rate) == pytest.approx(4e3 / float(ms), rel=0.02) and float(gib) > 0
+    for _, ms, busy, rate, _, utilisation, gib, _ in rows:
+        assert busy == "" and float(rate) == pytest.approx(4e3 / float(ms), rel=0.02) and float(gib) > 0
         assert 0 < float(utilisation.removesuffix(" %")) < 100
-    assert float(rows[2][3]) < float(rows[0][3]) == float(rows[1][3])       # Tflop
+    assert float(rows[2][4]) < float(rows[0][4]) == float(rows[1][4])       # Tflop
     names = [[row[0] for row in table[1:]] for table in parts]
     assert len(names) == 2 and {"student ViT", "decoder and MRM", "clipping and AdamW"} <= set(names[0]) & set(names[1])
     assert ["teacher" in table for table in names] == [True, False]
     assert ["reading the targets" in table for table in names] == [False, True]
     assert "Self CPU" in out
+
+
+def test_the_teachers_parts_run_without_autocast_as_in_a_step(monkeypatch):
+    monkeypatch.setattr(bench_step, "bf16_autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    step = make_step(TINY, 4, "eager")
+    step.teacher.bfloat16()
+    parts = bench_step.StepParts(step)
+    assert parts.tokens.dtype == torch.bfloat16 and parts.visible.dtype == torch.float32
+    seen = []
+    for name in ("forward_features", "encode_text", "token_embeddings"):
+        function = getattr(step.teacher, name)
+        monkeypatch.setattr(step.teacher, name, lambda *args, f=function, **kw: (
+            seen.append(torch.is_autocast_enabled("cpu") or torch.is_grad_enabled()), f(*args, **kw))[1])
+    functions = parts.functions()
+    functions["teacher"](), functions["bandwidth and mask"](), functions["token targets"]()
+    assert seen == [False] * 3
+
+
+def test_both_forms_of_a_change_compute_the_same():
+    step = make_step(TINY, 4, "eager")
+    changes, state = bench_step.StepChanges(step, 8), {k: v.clone() for k, v in step.model.state_dict().items()}
+    for name, forms in changes.functions().items():
+        results = []
+        for form in forms:
+            step.model.load_state_dict(state)
+            step.optimizer.state.clear()
+            result, weights = form(), [x.clone() for x in step.model.state_dict().values()]
+            results.append(weights if "AdamW" in name else result)
+        if "attention for the mask" not in name:
+            torch.testing.assert_close(*results, msg=lambda m, name=name: f"{name}: {m}")
+        trains = any(not torch.equal(x, y) for x, y in zip(weights, state.values(), strict=True))
+        assert trains == ("AdamW" in name)
+
+
+def test_changes_and_a_trace_are_of_the_first_variant(tmp_path, capsys):
+    path = str(tmp_path / "trace.json.gz")
+    bench_step.step_tables(replace(TINY, batch=(2,), variants=("eager", "eager+cached"), trace=path, changes=True))
+    (_, *rows), = (table for table in markdown_tables(capsys.readouterr().out) if "before ms" in table[0])
+    assert len(rows) == 6 and all(float(before) >= 0 and float(now) >= 0 for _, before, now, _ in rows)
+    with gzip.open(path, "rt") as f:
+        names = {event.get("name") for event in json.load(f)["traceEvents"]}
+    assert {"aten::addmm", "aten::_fused_adamw_"} <= names
+
+
+def test_busy_time_counts_what_overlaps_once(tmp_path):
+    event = lambda cat, start, length: {"ph": "X", "cat": cat, "ts": start, "dur": length}
+    events = [event("kernel", 5000, 1000), event("kernel", 0, 3000), event("kernel", 1000, 500),
+              event("gpu_memcpy", 2500, 1500), event("gpu_memset", 5900, 200), event("cpu_op", 0, 9000),
+              event("gpu_user_annotation", 0, 9000), {"ph": "M", "name": "process_name"}]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    assert bench_step.busy_ms(str(path)) == pytest.approx(4 + 1.1)
 
 
 def test_the_step_of_umt_is_timed_beside_ours(monkeypatch, capsys):
@@ -118,7 +172,7 @@ def test_the_step_of_umt_is_timed_beside_ours(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert umt_step.mock_calls == [mock.call("umt", "cpu", 4, 4, 32, 4, 36, small=True)]
     row = markdown_tables(out)[0][-1]
-    assert "commit abc" in out and "UMT" in row[0] and float(row[2]) == pytest.approx(4e3 / float(row[1]), rel=0.02)
+    assert "commit abc" in out and "UMT" in row[0] and float(row[3]) == pytest.approx(4e3 / float(row[1]), rel=0.02)
 
 
 def test_defaults_depend_on_the_device(monkeypatch):
@@ -128,13 +182,13 @@ def test_defaults_depend_on_the_device(monkeypatch):
     assert bench_step.fill_defaults(TINY) == TINY
     monkeypatch.setattr(bench_step, "select_device", lambda name: torch.device("cuda", 0))
     on_gpu = bench_step.fill_defaults(Config())
-    assert (on_gpu.device, on_gpu.preset, on_gpu.batch, on_gpu.steps) == ("cuda", "base", (64, 128), 20)
+    assert (on_gpu.device, on_gpu.preset, on_gpu.batch, on_gpu.steps) == ("cuda", "base", (64, 256), 20)
     assert "compiled+cached" in on_gpu.variants
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--variants fast", "fast.*--variants"), ("--batch 0", "--batch.* 0"), ("--rounds 0", "--rounds.* 0"),
-    ("--steps -1", "--steps.* -1"), ("--preset large", "large.*--preset"),
+    ("--steps -1", "--steps.* -1"), ("--trace a.txt", "--trace.*json.*a.txt"), ("--preset large", "large.*--preset"),
 ])
 def test_wrong_flags_end_with_one_message(flags, message, capsys):
     code, _, err = command("bench", ["step", *flags.split()], capsys)

@@ -237,6 +237,39 @@ def test_several_texts_may_attend_to_one_clip():
     assert not torch.isclose(states, encode(model, ids, video[index.flip(0)])).all()
 
 
+@pytest.mark.parametrize("per_clip, index", [(1, [2, 0]), (2, [1]), (3, []), (0, [2, 2, 1, 0])], ids=str)
+def test_texts_in_order_share_a_clip_and_the_last_have_an_index(per_clip, index):
+    model, ids = bert(encoder_width=16), random_ids(3 * per_clip + len(index))
+    video, index = torch.randn(3, 8, 16, dtype=torch.float64), torch.tensor(index, dtype=torch.long)
+    expected = encode(model, ids, video[torch.cat([torch.arange(3).repeat_interleave(per_clip), index])])
+    torch.testing.assert_close(encode(model, ids, video, index), expected, **TIGHT)
+    if not len(index):
+        torch.testing.assert_close(encode(model, ids, video), expected, **TIGHT)
+
+
+def test_gradients_of_texts_in_order_equal_those_of_repeated_clips():
+    model, ids = bert(encoder_width=16), random_ids(8)
+    video, index = torch.randn(3, 8, 16, dtype=torch.float64, requires_grad=True), torch.tensor([1, 1])
+    rows, weight = torch.cat([torch.arange(3).repeat_interleave(2), index]), torch.randn(8, 7, 12)
+    a, b = ((encode(model, ids, *context) * weight).sum() for context in ((video, index), (video[rows],)))
+    inputs = [video, *model.bert.encoder.layer[-1].crossattention.parameters()]
+    for x, y in zip(*(torch.autograd.grad(loss, inputs) for loss in (a, b)), strict=True):
+        torch.testing.assert_close(x, y, **TIGHT)
+
+
+def test_a_context_mask_needs_one_context_a_text():
+    model, ids, video = bert(encoder_width=16), random_ids(4), torch.randn(2, 8, 16, dtype=torch.float64)
+    mask = torch.arange(8)[None, None, None] < torch.tensor([3, 8, 5, 6])[:, None, None, None]
+    index = torch.arange(4) % 2
+    states = model.forward_fusion(model.forward_text(ids), ids, video, index, mask)
+    for i, visible in enumerate((3, 8, 5, 6)):
+        alone = encode(model, ids[i:i + 1], video[i % 2:i % 2 + 1, :visible])
+        torch.testing.assert_close(states[i:i + 1], alone, **TIGHT)
+    for context_index in (None, index[:2]):             # the mask would be of two texts and mean four
+        with pytest.raises(ValueError, match="context_mask.* 4 texts, 2 contexts"):
+            model.forward_fusion(model.forward_text(ids), ids, video, context_index, mask[:2])
+
+
 def test_padding_changes_nothing():
     model, ids = bert(encoder_width=16), random_ids(6)
     video, short = torch.randn(6, 8, 16, dtype=torch.float64), ids[:1, :3]          # the first text has three tokens

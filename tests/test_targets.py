@@ -86,6 +86,19 @@ def test_a_mask_gets_every_input_it_may_use():
     assert torch.equal(aux["attention"], expected)
 
 
+@pytest.mark.parametrize("name", sorted(MASKS))
+def test_attention_is_computed_for_the_masks_that_use_it(monkeypatch, name):
+    model, tokens = tiny_siglip(), torch.randn(2, 2, 9, 16, dtype=torch.float64)
+    aux = {"text": torch.randn(2, 16), "aligned": torch.randn(2, 2, 9, 16), "logits": torch.randn(2, 2, 9)}
+    cfg, expected = MaskConfig(name=name), None
+    with mock.patch.object(model, "pool_attention", wraps=model.pool_attention) as pool_attention:
+        ids = select_visible(model, tokens, cfg, 0.6, 3, **aux)
+        assert pool_attention.call_count == ("attention" in MASK_INPUTS[name])
+        expected = select_visible(model, tokens, lambda *args, **kwargs: cfg(*args, **kwargs), 0.6, 3, **aux)
+        assert pool_attention.call_count == 1 + ("attention" in MASK_INPUTS[name])
+    assert torch.equal(ids, expected)
+
+
 @pytest.mark.parametrize("mask", [cluster_stm, MASKS["evs"]])
 def test_token_sizes_are_computed_in_fp32_on_request(mask):
     model, batch = tiny_siglip(size=64), random_clips(size=64)
@@ -518,7 +531,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_unbroken_one(run_config, undisturbe
 
 def visible_id_cache(folder, mask="cluster_stm", num_views=2, proportional=False, wrap=None):
     """A VisibleIdCache whose teacher is in the folder, for patches of 4 pixels."""
-    cfg = SimpleNamespace(teacher=str(folder), mask=MaskConfig(mask, ratio=0.6),
+    cfg = SimpleNamespace(teacher=str(folder), teacher_fp8=False, mask=MaskConfig(mask, ratio=0.6),
                           model=SimpleNamespace(proportional=proportional), data=SimpleNamespace(num_views=num_views))
     run = RunContext(cfg, "", torch.device("cpu"), 0, 1)
     return VisibleIdCache(run, lambda video: (video.shape[1], video.shape[-2] // 4, video.shape[-1] // 4), wrap)

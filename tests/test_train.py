@@ -424,6 +424,36 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth():
     assert all(0 < loop.learning_rate(s, 3, 1.0, 1.0) <= 1 for s in range(3))
 
 
+@pytest.mark.parametrize("max_norm", [0.5, 3.0, 1e9, 0.0])
+def test_clipping_in_the_optimizers_kernel_equals_clipping_before_it(max_norm):
+    """Weights after each of five steps, beside clip_grad_norm_ in fp64 and in fp32; the third is skipped."""
+    shapes, runs = [(40, 30), (7,), ()], []
+    for kind in ("ours", "fp32", "fp64"):
+        g, weights = torch.Generator().manual_seed(0), []
+        params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(torch.float64 if kind == "fp64" else
+                                                                        torch.float32)) for shape in shapes]
+        optimizer = torch.optim.AdamW(params, 1e-2, fused=True, weight_decay=0.1)
+        for step in range(5):
+            for p in params:
+                p.grad = (torch.randn(p.shape, generator=g) * 10.0 ** (step - 2)).to(p.dtype)
+            if step == 2:
+                params[1].grad[3] = torch.inf
+            if kind == "ours":
+                norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+                loop.update_weights(optimizer, norm, max_norm, (~norm.isfinite()).float())
+                assert all(p.grad is None for p in params)
+            elif torch.nn.utils.clip_grad_norm_(params, max_norm or torch.inf).isfinite():
+                optimizer.step()
+            weights.append([p.detach().double().clone() for p in params])
+        assert all(optimizer.state[p]["step"] == 4 for p in params)
+        runs.append(weights)
+    for ours, fp32, fp64 in zip(*runs, strict=True):
+        for x, y, exact in zip(ours, fp32, fp64, strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-7, atol=2e-8)          # a step moves a weight by up to 1e-2
+            torch.testing.assert_close(x, exact, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[0][2], strict=True))
+
+
 def test_weight_decay_is_for_matrices_other_than_embeddings(first_run):
     out = f"{first_run}/out/first"
     for model in (ClusterSTM.from_pretrained(out), SigLIP.from_pretrained(f"{out}/teacher")):
@@ -487,6 +517,7 @@ def test_the_student_may_have_larger_patches_than_the_teacher(run_config, sprite
     ("--mask.ratio -0.1", r"ratio.* -0\.1"),
     ("--mask.name clusters", "clusters.*|cluster_stm"),
     ("--device tpu", "tpu"),
+    ("--teacher-fp8", "teacher_fp8 needs a GPU.*got cpu"),
     ("--text.fusion-layers 2", "fusion_layers.* 2"),
     ("--vit.heads 3", "vit.heads.*3.*16"),
     ("--data.num-frames 9", "data.cache_frames.*(8|9)"),
