@@ -1,7 +1,14 @@
 PYTHON ?= python3
 BIN = .venv/bin
+BUDGET = 840
+UMT =
 
-.PHONY: demo test clean
+# A GPU machine may have no network: its own Python is taken as it is if its torch has CUDA.
+ifneq ($(filter gpu,$(MAKECMDGOALS)),)
+CUDA_PYTHON := $(shell $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2> /dev/null && echo $(PYTHON))
+endif
+
+.PHONY: demo test gpu clean
 
 demo: .venv/installed
 	@echo "== demo: draw clips, train a teacher, mask, pretrain, score (11 to 14 minutes on two CPU cores)"
@@ -11,6 +18,10 @@ test: .venv/installed-dev
 	@echo "== test: pytest, then ruff (about six minutes on two CPU cores)"
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	@$(BIN)/ruff check .
+
+gpu: $(if $(CUDA_PYTHON),,.venv/installed)
+	@echo "== gpu: measure everything within BUDGET=$(BUDGET) seconds, beside the code of UMT in UMT=folder if it is there"
+	@$(or $(CUDA_PYTHON),$(BIN)/python) -m bench all --budget $(BUDGET) $(if $(UMT),--umt "$(UMT)")
 
 clean:
 	@echo "== clean: the virtual environment, the data sets and the runs go"

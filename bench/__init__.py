@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench kernels|step|reading|memory|compile` prints Markdown tables. Nothing imports this."""
+"""Benchmarks: `python -m bench NAME` prints Markdown tables; --help lists the names. Nothing imports this."""

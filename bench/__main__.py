@@ -1,9 +1,12 @@
 """
 Measure times and memory, and print Markdown tables as in docs/bench.md.
 
+    python -m bench all --budget 840                    # all that a GPU can, in 840 seconds: out/bench/report.md
+    python -m bench smoke                               # whether the kernels are right on this machine
     python -m bench kernels                             # the operations of the masking path; on a GPU in Triton
     python -m bench kernels --quick --sweep             # one shape, 8 frames a clip; launch sizes against time
     python -m bench kernels --device cpu                # the PyTorch references, and the table of `compile`
+    python -m bench kernels --teacher out/demo/seed0/teacher    # visible ids beside fp64, on a teacher's features
     python -m bench step                                # a pretraining step and its parts
     python -m bench step --umt unmasked_teacher         # beside UMT's step, from a checkout of its code
     python -m bench reading --folder out/videos --rate 900      # clips/s of a core, beside torchcodec and decord
@@ -20,7 +23,8 @@ import tyro
 
 from runtime import run_cli
 
-COMMANDS = ("kernels", "step", "reading", "memory", "compile")      # modules of bench/ with a Config and main(cfg)
+# Modules of bench/ with a Config and main(cfg).
+COMMANDS = ("all", "smoke", "kernels", "step", "reading", "memory", "compile")
 
 
 def parse(args: list[str]):

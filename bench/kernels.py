@@ -7,19 +7,22 @@ as a CUDA graph and within torch.compile; visible ids beside the references in f
 flash-kmeans with 10 iterations); the mask beside the teacher's forward; launch sizes.
 
 On a CPU: the PyTorch references beside DPC-KNN, and what the compilers make of the kernels (bench/compile.py).
+
+With --teacher, one table alone: visible ids beside the references in fp64, on a teacher's features of embedded clips.
+Without a GPU it runs in Triton's interpreter, which needs TRITON_INTERPRET=1.
 """
 
 import itertools
+import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import triton
+from torch import Tensor
 
 from bench import compile as compile_report
 from bench.operations import (
-    QUANTILE,
-    QUANTILE_TIME,
     VARIES_WITH_T,
     Operation,
     chunked,
@@ -32,18 +35,23 @@ from bench.operations import (
 from bench.timing import is_deterministic, measure_roofline, peak_memory, ratio, roofline_ms, time_interleaved, time_ms
 from kernels.bandwidth import bandwidth_ref
 from kernels.density_peaks import density_peaks
-from masking import cluster_stm, keep_count, select_tokens_ref
+from masking import MaskConfig, cluster_stm, keep_count, select_tokens_ref, select_tokens_triton
 from runtime import num_cpus, select_device
 from teacher import SigLIP, SigLIPConfig
+from tools.sprites import render
 from tools.tables import banner, print_header, print_row, try_or_message
+from train import PRESETS
 
 SHAPES = ((1024, 196, 768), (512, 256, 1152), (256, 729, 1152))     # B/16 at 224, L/16 at 256, So400m/14 at 384
 CPU_SHAPE = (64, 196, 768)
-LAUNCHES = [                    # of --sweep; with 8 warps, registers limit large tiles
+LAUNCHES = [                    # of --sweep; two programs fit on a multiprocessor with 4 warps, or 8 of 128 registers
     dict(BLOCK=block, BLOCK_C=block_c, num_warps=warps, num_stages=stages) | (dict(maxnreg=limit) if limit else {})
-    for block, block_c, warps, stages, limit in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4),
-                                                                  (None, 128, 168))
-    if limit is None or (block, warps) == (128, 8)
+    for block, block_c, warps, stages, limit in [
+        *itertools.product((128,), (64,), (4, 8), (2, 3, 4, 5, 6), (None,)),
+        *itertools.product((128,), (32, 64), (8,), (3, 5, 6), (128, 168)),
+        *itertools.product((64,), (64, 128), (4, 8), (3, 5), (None,)),
+        (128, 128, 8, 3, None), (128, 32, 4, 6, None), (128, 64, 16, 4, None),
+    ]
 ]
 NO_GPU = "no GPU here: GPU rows not measured"
 
@@ -59,6 +67,9 @@ class Config:
     ratio: float = 0.85         # share of the tokens that the mask hides
     quick: bool = False         # GPU: only the first shape at T = 8, and torch.compile of three operations
     sweep: bool = False         # GPU: also time the two large kernels with many launch sizes
+    # folder of a SigLIP, such as the demo's out/demo/seed0/teacher: print only how the ids agree on its features
+    teacher: str = ""
+    clips: int = 0              # --teacher: number of embedded test clips; 0: 256, on a CPU 4
     rounds: int = 20            # CPU: number of runs, of which the median is printed
     # parts to leave out: the eager or compiled baselines, the tables of agreement, other clusterings (peers) or the
     # teacher, or, on a CPU, the compile report
@@ -210,30 +221,39 @@ def graph_rows(cfg: Config, shape: tuple, device: str, dtype: torch.dtype) -> bo
 def agreement_rows(cfg: Config, shape: tuple, device: str, dtype: torch.dtype):
     """Print how the kernels' visible ids agree with those of the references in fp64 on the same rounded features."""
     F, N, C = shape
-    K = keep_count(N, cfg.ratio)
     print_header("Visible ids beside the references in fp64, random features", "clips", "T, N, C", "d_c",
                  "tokens alike, visible or not", "visible ids alike")
     for T in cfg.frames:
         x = features(min(8, max(1, F // T)), T, N, C, device, dtype, 4)
-
-        def compare(share_bandwidth, x=x):
-            ids, ids_ref = [], []
-            for clips in x.split(max(1, (1 << 26) // x[0].numel())):
-                wide, d_c, d_c_ref = clips.double(), [None, None], [None, None]
-                if share_bandwidth:
-                    d_c = bandwidth_ref(wide.flatten(0, 1), QUANTILE), bandwidth_ref(wide, QUANTILE_TIME)
-                    d_c = [bandwidth.float() for bandwidth in d_c]
-                    d_c_ref = [bandwidth.double() for bandwidth in d_c]
-                ids.append(cluster_stm(clips, K, d_c=d_c[0], d_c_time=d_c[1], check=False))
-                ids_ref.append(select_tokens_ref(wide, K, *d_c_ref, QUANTILE, QUANTILE_TIME, "exp", "nearest",
-                                                 "density", None))
-            return agreement(torch.cat(ids), torch.cat(ids_ref), x.shape[1] * x.shape[2])
-
-        for share_bandwidth, d_c in ((False, "kernel: its own; reference: the exact quantile"),
-                                     (True, "both: the exact quantile")):
-            result = try_or_message(compare, share_bandwidth)
-            cells = (result, None) if isinstance(result, str) else [f"{100 * share:.3f} %" for share in result]
+        for d_c, cells in compare_with_fp64(x, MaskConfig(ratio=cfg.ratio)):
             print_row(len(x), f"{T}, {N}, {C}", d_c, *cells)
+
+
+def compare_with_fp64(x: Tensor, mask: MaskConfig) -> list[tuple[str, list]]:
+    """
+    Compare cluster_stm on x (B, T, N, C) in the kernels with the references in fp64 -> for each way of choosing d_c its
+    name, and the two shares of `agreement` as cells.
+    """
+    K, options = keep_count(x.shape[2], mask.ratio), (mask.quantile, mask.quantile_time, "exp", "nearest", "density")
+
+    def compare(share_bandwidth):
+        ids, ids_ref = [], []
+        for clips in x.split(max(1, (1 << 26) // x[0].numel())):
+            wide, d_c, d_c_ref = clips.double(), [None, None], [None, None]
+            if share_bandwidth:
+                d_c = bandwidth_ref(wide.flatten(0, 1), mask.quantile), bandwidth_ref(wide, mask.quantile_time)
+                d_c = [bandwidth.float() for bandwidth in d_c]
+                d_c_ref = [bandwidth.double() for bandwidth in d_c]
+            ids.append(select_tokens_triton(clips, K, *d_c, *options, None))
+            ids_ref.append(select_tokens_ref(wide, K, *d_c_ref, *options, None))
+        return agreement(torch.cat(ids), torch.cat(ids_ref), x.shape[1] * x.shape[2])
+
+    rows = []
+    for share_bandwidth, d_c in ((False, "kernel: its own; reference: the exact quantile"),
+                                 (True, "both: the exact quantile")):
+        result = try_or_message(compare, share_bandwidth)
+        rows.append((d_c, [result, None] if isinstance(result, str) else [f"{100 * s:.3f} %" for s in result]))
+    return rows
 
 
 def agreement(ids: torch.Tensor, ids_ref: torch.Tensor, tokens: int) -> tuple[float, float]:
@@ -244,6 +264,37 @@ def agreement(ids: torch.Tensor, ids_ref: torch.Tensor, tokens: int) -> tuple[fl
     as_mask = lambda ids: torch.zeros(len(ids), tokens, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
     a, b = as_mask(ids), as_mask(ids_ref.to(ids.device))
     return (a == b).float().mean().item(), ((a & b).sum() / b.sum()).item()
+
+
+@torch.no_grad()
+def teacher_features(folder: str, clips: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Features (B, T, N, C) that the SigLIP in a folder gives of held-out embedded clips, computed in `dtype`."""
+    teacher = SigLIP.from_pretrained(folder, dtype).to(device)
+    frames = torch.stack([torch.from_numpy(render(0, "test", i).frames) for i in range(clips)])     # (B, T, H, W, 3)
+    video = frames.permute(0, 1, 4, 2, 3).to(device)
+    return torch.stack([teacher.encode_image(teacher.normalize(clip, teacher.patch_grid))[0] for clip in video])
+
+
+def teacher_agreement_rows(cfg: Config):
+    """Print how visible ids agree on a trained teacher's features: with the options of cluster_stm and of `sprites`."""
+    on_gpu = cfg.device == "cuda"
+    require_kernels(cfg.device)
+    dtype = torch.bfloat16 if on_gpu else torch.float16         # the interpreter misreads bf16
+    x = teacher_features(cfg.teacher, cfg.clips or (256 if on_gpu else 4), cfg.device, dtype)
+    print_header(f"Visible ids beside the references in fp64, features of a trained teacher in {str(dtype)[6:]}",
+                 "clips", "T, N, C", "hidden, quantile of d_c", "d_c", "tokens alike, visible or not",
+                 "visible ids alike")
+    for mask in (MaskConfig(ratio=cfg.ratio), PRESETS["sprites"].mask):
+        for d_c, cells in compare_with_fp64(x, mask):
+            shape = ", ".join(map(str, x.shape[1:]))
+            print_row(len(x), shape, f"{100 * mask.ratio:g} %, {mask.quantile:g}", d_c, *cells)
+
+
+def require_kernels(device: str):
+    """ValueError if the kernels can run neither on a GPU nor in Triton's interpreter."""
+    if device != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError("without a GPU the kernels run in Triton's interpreter: TRITON_INTERPRET must be 1, got "
+                         f"{os.environ.get('TRITON_INTERPRET', '')!r}")
 
 
 def peer_rows(cfg: Config, shape: tuple, device: str, dtype: torch.dtype):
@@ -287,17 +338,28 @@ def teacher_rows(cfg: Config, device: str, dtype: torch.dtype, frames: int = 256
         print_row(name, ms, ratio(ms, forward))
 
 
+def compile_first(jobs: list[dict]) -> list[dict]:
+    """
+    Compile jobs of bench/compile.py, which need no target, for this GPU in parallel into Triton's cache -> their rows.
+
+    If this fails, it says so: the kernels are then compiled when they are called.
+    """
+    target = triton.runtime.driver.active.get_current_target()
+    target = (target.backend, target.arch, target.warp_size)
+    jobs = [dict(job, target=target) for job in jobs]
+    reports = try_or_message(compile_report.compile_all, jobs, min(16, num_cpus()))
+    if isinstance(reports, str):
+        print(f"not compiled in parallel: {reports}", flush=True)
+        return []
+    return reports
+
+
 def sweep_rows(cfg: Config, shape: tuple, device: str, dtype: torch.dtype):
     """Print the times of the two large kernels by launch size. All are compiled first, in parallel."""
     (F, N, C), T = shape, 8
     names, K = ("density_peaks", "temporal_density"), keep_count(N, cfg.ratio)
-    target = triton.runtime.driver.active.get_current_target()
-    jobs = [dict(operation=name, shape=shape, T=T, dtype=str(dtype)[6:], launch=launch,
-                 target=(target.backend, target.arch, target.warp_size)) for name in names for launch in LAUNCHES]
-    reports = try_or_message(compile_report.compile_all, jobs, min(12, num_cpus()))
-    if isinstance(reports, str):
-        print(f"not compiled in parallel: {reports}", flush=True)
-        reports = []
+    reports = compile_first([dict(operation=name, shape=shape, T=T, dtype=str(dtype)[6:], launch=launch)
+                             for name in names for launch in LAUNCHES])
     ops = operations(F, N, C, T, K)
     for name in names:
         inputs, rows = [ops[name].inputs(device, dtype, seed) for seed in (0, 1)], []
@@ -335,6 +397,9 @@ def main(cfg: Config):
     """Print the tables of the device. ValueError if a kernel failed or did not repeat itself."""
     cfg = fill_defaults(cfg)
     banner(cfg.device, cfg.commit, "bench")
+    if cfg.teacher:
+        teacher_agreement_rows(cfg)
+        return
     if cfg.device == "cuda":
         if not gpu_tables(cfg):
             raise ValueError("a kernel failed, or did not give the same result again: see the tables")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,26 @@ torch.set_num_threads(1)
 
 sys.path.insert(0, os.path.dirname(__file__))   # for `from helpers.runs import ...`, in plugins too
 pytest_plugins = ["helpers.benchmarks"]
+
+
+def pytest_configure(config):
+    """Refuse versions with which Triton's interpreter runs no kernel: hundreds of tests would fail."""
+    # Not above: Triton reads TRITON_INTERPRET at its import.
+    import triton
+
+    numpy_version = tuple(map(int, np.__version__.split(".")[:2]))
+    if not torch.cuda.is_available() and triton.__version__.startswith("3.6.") and numpy_version >= (2, 4):
+        raise pytest.UsageError("without a GPU, Triton 3.6 needs NumPy < 2.4 (its interpreter converts arrays as NumPy "
+                                f"2.4 no longer does), got Triton {triton.__version__} and NumPy {np.__version__}")
+
+
+@pytest.hookimpl(tryfirst=True)                 # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Mark as exhaustive_gpu the tests without the marker gpu, in files that have tests with it."""
+    paths = {item.path for item in items if item.get_closest_marker("gpu")}
+    for item in items:
+        if item.path in paths and not item.get_closest_marker("gpu"):
+            item.add_marker("exhaustive_gpu")
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def test_unchecked_the_reference_passes_a_nan_on():
 # One token, one program, several frames per program (the interpreter has two); whole tiles, ragged ones, two and more.
 KERNEL_SHAPES = [
     (1, 1, 1), (5, 1, 8), (2, 2, 3), (3, 3, 100), (1, 16, 1536), (5, 17, 8), (3, 49, 40), (2, 64, 64), (1, 65, 1),
-    (1, 129, 96), (1, 196, 768), (1, 300, 40),
+    (1, 129, 96), pytest.param((1, 196, 768), marks=pytest.mark.gpu), (1, 300, 40),
 ]
 
 
@@ -195,6 +195,7 @@ def test_kernel_gives_permuted_tokens_permuted_distances():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.gpu
 def test_kernel_lets_a_nan_or_an_infinity_affect_its_own_token_only(bad):
     x = torch.randn(3, 100, 24, generator=seeded(4)).to(DEVICE)
     spoilt = x.clone()
@@ -225,6 +226,7 @@ def test_kernel_is_symmetric_even_if_the_matrix_product_is_not(N, monkeypatch):
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.gpu
 def test_a_tensor_on_a_gpu_goes_to_the_kernel(dtype):
     x = unkind(3, 70, 40).to("cuda", dtype)
     assert cosine_distance(x).equal(cosine_distance_triton(x))

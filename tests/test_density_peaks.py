@@ -390,7 +390,8 @@ def check_phases(frame, labels, centres, log_rho, assign, error=1e-6):
 
 # Whole tiles, ragged ones, two and three; several frames per program (the interpreter has two); the model's C once.
 @pytest.mark.parametrize("shape", [
-    (1, 1, 8), (5, 2, 3), (3, 3, 8), (1, 16, 100), (3, 17, 8), (2, 49, 40), (1, 64, 64), (1, 129, 96), (1, 196, 768),
+    (1, 1, 8), (5, 2, 3), (3, 3, 8), (1, 16, 100), (3, 17, 8), (2, 49, 40), (1, 64, 64), (1, 129, 96),
+    pytest.param((1, 196, 768), marks=pytest.mark.gpu),
 ], ids=str)
 @low
 def test_each_phase_of_the_kernel_follows_from_those_before(shape, dtype):
@@ -444,7 +445,8 @@ def test_kernel_is_the_definition_unless_rounding_decides(dtype, density, assign
     (64, 3, torch.float32, "exp", "parent"), (64, 3, LOW[-1], "exp", "nearest"),
     (16, 16, torch.float32, "exp", "nearest"), (16, 16, LOW[-1], "gauss", "parent"),
     (33, 1, torch.float32, "gauss", "parent"), (33, 1, LOW[-1], "exp", "nearest"),
-    (130, 9, torch.float32, "exp", "parent"), (130, 9, LOW[-1], "gauss", "parent"),
+    pytest.param(130, 9, torch.float32, "exp", "parent", marks=pytest.mark.gpu),
+    pytest.param(130, 9, LOW[-1], "gauss", "parent", marks=pytest.mark.gpu),
 ], ids=str)
 def test_kernel_ties_of_density_distance_and_gamma_go_to_the_lower_index(N, axes, dtype, density, assign):
     x, d_c = tied(2, N, axes).to(dtype), np.float32(0.02)
@@ -589,6 +591,7 @@ def test_in_the_kernel_permuted_tokens_give_permuted_clusters(density, assign):
 @pytest.mark.parametrize("density, assign, K, d_c", [
     ("exp", "nearest", 10, 0.3), ("exp", "parent", 4, None), ("gauss", "nearest", 1, 0.3),
 ])
+@pytest.mark.gpu
 def test_kernel_lets_a_nan_affect_its_own_frame_which_keeps_K_clusters(bad, density, assign, K, d_c):
     x = torch.randn(5, 10, 8, generator=seeded(5))
     spoilt = x.clone()
@@ -599,6 +602,7 @@ def test_kernel_lets_a_nan_affect_its_own_frame_which_keeps_K_clusters(bad, dens
     assert not out[2].isnan().any() and not out[3].isnan().any()
 
 
+@pytest.mark.gpu
 def test_kernel_chain_of_parents_ending_at_a_non_centre_takes_the_nearest():
     # A NaN is at distance 0 from every token: token 6 is the densest, everyone's parent, and no token has a gamma.
     x = torch.randn(1, 9, 8, generator=seeded(6))
@@ -621,6 +625,7 @@ def test_kernel_lets_an_invalid_bandwidth_affect_its_own_frame_only(bad, density
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @ways
+@pytest.mark.gpu
 def test_a_tensor_on_a_gpu_goes_to_the_kernel(dtype, density, assign):
     x = unkind(3, 70, 40).to("cuda", dtype)
     labels, centres, rho = density_peaks(x, 9, 0.3, density, assign)

@@ -314,6 +314,7 @@ def test_kernels_confine_an_unchecked_nan_to_its_clip():
     assert ids[[0, 4]].equal(expected[[0, 4]])
 
 
+@pytest.mark.gpu
 def test_torch_compile_sees_one_operation():
     x = torch.randn(2, 3, 16, 8, generator=seeded(8)).to(DEVICE)
     backend = "aot_eager" if DEVICE == "cpu" else "inductor"                    # without a C++ compiler on a CPU
@@ -325,6 +326,7 @@ def test_torch_compile_sees_one_operation():
 
 
 @needs_cuda
+@pytest.mark.gpu
 def test_a_cuda_graph_captures_cluster_stm_without_host_synchronisation():
     x = torch.randn(4, 8, 196, 768, device="cuda", dtype=torch.bfloat16)
     expected = cluster_stm(x, 29)                           # compiles the kernels
@@ -346,6 +348,7 @@ def test_a_cuda_graph_captures_cluster_stm_without_host_synchronisation():
 
 
 @needs_cuda
+@pytest.mark.gpu
 def test_gpu_memory_does_not_grow_with_the_square_of_the_tokens():
     cluster_stm(torch.randn(4, 8, 196, 768, device="cuda").bfloat16(), 29)
     peak = []
@@ -360,6 +363,7 @@ def test_gpu_memory_does_not_grow_with_the_square_of_the_tokens():
 
 
 @needs_cuda
+@pytest.mark.gpu
 def test_values_that_a_gpu_cannot_use_are_refused():
     x = torch.randn(1, 2, 20, 16, device="cuda")
     x[0, 0, 3, 5] = math.nan

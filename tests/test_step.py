@@ -34,6 +34,7 @@ from helpers.models import (
     to_fp32,
 )
 from helpers.runs import Killed, kill, log
+from helpers.siglip import random_clips, tiny_siglip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import encoders
@@ -117,6 +118,17 @@ def test_compiled_layers_give_the_same_losses_and_share_programs(count_graphs, p
     assert breaks == 0 and 4 <= graphs <= (8 if parts == 1 else 13)
 
 
+def test_a_compiled_teacher_computes_the_same_targets(count_graphs):
+    model, batch = tiny_siglip(), random_clips()
+    plain = targets.compute_targets(model, batch, masking.cluster_stm, 0.6)
+    wrap_layers(model, wrap_options(compile=True))
+    compiled = targets.compute_targets(model, batch, masking.cluster_stm, 0.6)
+    assert torch.equal(compiled.visible_ids, plain.visible_ids)
+    torch.testing.assert_close(compiled.token_targets, plain.token_targets)
+    torch.testing.assert_close(compiled.text_embeds, plain.text_embeds)
+    assert count_graphs() == (3, 0)                     # the pixels, a layer of each tower
+
+
 def test_a_run_may_change_compile_and_activation_checkpointing_on_resume(run_config, count_graphs):
     train.main(run_config("--name plain"))
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +136,7 @@ def test_a_run_may_change_compile_and_activation_checkpointing_on_resume(run_con
         with pytest.raises(Killed):
             train.main(run_config("--name a --compile --activation-checkpointing"))
     graphs, breaks = count_graphs()
-    assert breaks == 0 and 0 < graphs <= 15         # with the layers of the teacher
+    assert breaks == 0 and 0 < graphs <= 16         # with the pixels and the layers of the teacher
     train.main(run_config("--name a --resume"))
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, "pretrain", 9)
@@ -367,6 +379,7 @@ def test_no_step_of_fine_tuning_waits_for_the_device(run_config, first_run, kind
 
 @GPU
 @RUNS
+@pytest.mark.gpu
 def test_no_step_of_pretraining_waits_for_a_gpu(run_config, flags, step):
     pretrain(run_config, flags, step, torch.device("cuda"))
 

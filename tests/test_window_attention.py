@@ -57,7 +57,7 @@ def check(out, scores, values, grid):
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernel
 
-@pytest.mark.parametrize("shape", [*SHAPES, MODEL], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param(MODEL, marks=pytest.mark.gpu)], ids=str)
 @low
 def test_kernel_is_the_definition_on_the_rounded_input(shape, dtype):
     scores, values = make(*shape, dtype, device=DEVICE)
@@ -201,6 +201,7 @@ def test_there_is_a_gradient_if_one_is_required():
 
 
 @needs_cuda
+@pytest.mark.gpu
 @low
 def test_on_a_gpu_the_kernel_runs_unless_a_gradient_is_required(dtype, monkeypatch):
     scores, values = make((5, 9), 2, 64, 2, dtype, device="cuda")
@@ -250,6 +251,7 @@ def test_invalid_arguments_are_refused(scores, values, grid, message):
 
 
 @needs_cuda
+@pytest.mark.gpu
 def test_fp64_is_refused_on_a_gpu():
     with pytest.raises(ValueError, match="values.*torch.float64"):
         window_attention(S.cuda(), V.double().cuda(), (2, 3))
