@@ -20,7 +20,9 @@ computes it on the way; across frames 2Bn^2C flop for a sample of n tokens, 13 G
 """
 
 import math
+from collections import Counter
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 import triton
@@ -33,6 +35,7 @@ from .cosine_distance import cosine_distance_ref, l2_normalize, pairwise_distanc
 MIN_BANDWIDTH = 1e-6
 
 
+@lru_cache
 def quantile_rank(quantile: float, pairs: int) -> int:
     """
     Return ceil(quantile * pairs), at least 1.
@@ -71,6 +74,15 @@ def num_sampled_tokens(quantile: float, tokens: int) -> int:
     [256, 256, 708]
     """
     return min(tokens, 1024, max(256, math.isqrt(math.ceil(1000 / quantile)) + 1))
+
+
+@lru_cache
+def sample_of_clip(quantile: float, T: int, N: int) -> tuple[int, int]:
+    """Return how many of the T * N tokens of a clip the kernel samples, and the rank among their cross-frame pairs."""
+    n = num_sampled_tokens(quantile, T * N)
+    per_frame = Counter(i * T * N // n // N for i in range(n))
+    pairs = (n * n - sum(count ** 2 for count in per_frame.values())) // 2
+    return n, quantile_rank(quantile, pairs)
 
 
 @triton.jit
@@ -172,15 +184,9 @@ def alloc_scratch(P: int, n: int, x: Tensor, **launch) -> tuple[Tensor, dict]:
 def bandwidth_triton(x: Tensor, quantile: float, **launch) -> Tensor:
     """Launch the kernel: x (F, N, C) or (B, T, N, C) in fp32, fp16 or bf16 -> (F,) or (B,) fp32."""
     N, C = x.shape[-2:]
-    if x.ndim == 3:
-        items, total, n = len(x), N, N
-        rank = 2 * quantile_rank(quantile, n * (n - 1) // 2)        # the matrix has each pair twice
-    else:
-        items, total = len(x), x.shape[1] * N
-        n = num_sampled_tokens(quantile, total)
-        frame = [s * total // n // N for s in range(n)]
-        pairs = (n * n - sum(frame.count(t) ** 2 for t in range(x.shape[1]))) // 2
-        rank = 2 * quantile_rank(quantile, pairs)
+    items, total = len(x), x[0].numel() // C
+    n, rank = (N, quantile_rank(quantile, N * (N - 1) // 2)) if x.ndim == 3 else sample_of_clip(
+        quantile, x.shape[1], N)
     if N == total == 1 or x.ndim == 4 and x.shape[1] == 1:
         return torch.full((items,), MIN_BANDWIDTH, device=x.device)
     x, P = x.contiguous(), min(items, num_programs(x))
@@ -188,7 +194,8 @@ def bandwidth_triton(x: Tensor, quantile: float, **launch) -> Tensor:
     inv_norm, d_c = torch.empty(P, n, device=x.device), torch.empty(items, device=x.device)
     with torch.cuda.device_of(x):
         bandwidth_kernel[(P,)](
-            x, d_c, inv_norm, d, items, n, total, N, C, rank=rank, CROSS_FRAME=x.ndim == 4, **config,
+            x, d_c, inv_norm, d, items, n, total, N, C, rank=2 * rank,      # the matrix has each pair twice
+            CROSS_FRAME=x.ndim == 4, **config,
         )
     return d_c
 

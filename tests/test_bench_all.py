@@ -362,12 +362,12 @@ def test_a_gpu_runs_a_few_tests_of_each_kernel_and_the_rest_if_asked():
 
 
 @pytest.mark.skipif(CUDA, reason="on a GPU the interpreter is not used")
-def test_versions_whose_interpreter_is_broken_are_refused_at_the_start():
-    code = ("import numpy, pytest, sys, triton; triton.__version__, numpy.__version__ = sys.argv[1:3]; "
+def test_a_version_whose_interpreter_is_broken_is_refused_at_the_start():
+    code = ("import pytest, sys, triton; triton.__version__ = '3.6.0'; "
             "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/helpers']))")     # without tests
-    run = subprocess.run([sys.executable, "-c", code, "3.6.0", "2.4.0"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     line, = run.stderr.strip().splitlines()
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR and "Triton 3.6.0" in line and "NumPy 2.4.0" in line
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR and "Triton 3.6.0" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
