@@ -67,20 +67,20 @@ STEP = (("", ("step", "ms", "GPU busy ms", "clips/s", "utilisation", "times UMT"
 AGREEMENT = (("", ("clips", "T, N, C", "tokens alike, visible or not")),)
 
 ON_GPU = (
-    Item("smoke", 0.09, 30, "{python} -m bench smoke --commit {commit}"),
-    Item("kernels", 0.19, 90, "{python} -m bench kernels --quick --commit {commit}", KERNELS),
+    Item("smoke", 0.08, 30, "{python} -m bench smoke --commit {commit}"),
+    Item("kernels", 0.18, 90, "{python} -m bench kernels --quick --commit {commit}", KERNELS),
     Item("profile", 0.04, 25, "ncu --clock-control none --set detailed -c 3 -k "
          f"regex:'density_peaks|temporal_density|bandwidth_kernel' {{python}} -c '{PATH_ONCE}'",
          (("", ("kernel", "Duration", "Issue Slots Busy")),), needs="ncu"),
-    Item("step", 0.22, 120, "{python} -m bench step --batch 64 256 --variants compiled --steps 5 --rounds 3 "
+    Item("step", 0.21, 120, "{python} -m bench step --batch 64 256 --variants compiled --steps 5 --rounds 3 "
          "--profile 30 --trace {out}/trace.json.gz --commit {commit} {umt}", STEP),
-    Item("demo", 0.18, 30, "{python} -m tools.demo", (("ClusterSTM", ("own masked tokens T2V", "objects kept")),)),
+    Item("demo", 0.16, 30, "{python} -m tools.demo", (("ClusterSTM", ("own masked tokens T2V", "objects kept")),)),
     Item("agreement", 0.03, 15, f"{{python}} -m bench kernels --teacher {TEACHER} --commit {{commit}}", AGREEMENT,
          needs=TEACHER),
-    Item("changes", 0.09, 60, "{python} -m bench step --batch 256 --variants compiled --steps 5 --rounds 3 --changes "
+    Item("changes", 0.08, 60, "{python} -m bench step --batch 256 --variants compiled --steps 5 --rounds 3 --changes "
          "--commit {commit}"),
-    Item("tests", 0.14, 40, f"{PYTEST} -m gpu {{xdist}} {KERNEL_TESTS}", needs="pytest"),
-    Item("sweep", 0.10, 40, "{python} -m bench kernels --quick --sweep --skip eager compiled agreement peers teacher "
+    Item("tests", 0.13, 40, f"{PYTEST} -m gpu {{xdist}} {KERNEL_TESTS}", needs="pytest"),
+    Item("sweep", 0.09, 40, "{python} -m bench kernels --quick --sweep --skip eager compiled agreement peers teacher "
          "--commit {commit}", (("", ("ms", "launch")),)),
 )
 EXHAUSTIVE = (          # at the end, with --exhaustive; tests of 2^31 elements take up to 21 GB each, so they run alone

@@ -287,7 +287,7 @@ def test_commands_parse_and_name_files_that_exist(item, tmp_path):
         return
     _, cfg = parse(shlex.join(["-m", name, *args]))
     assert name == "tools.demo" or cfg.commit == "c1"
-    assert name != "bench" or args[0] != "step" or "--device" in args or cfg.umt == str(tmp_path)
+    assert item.name != "step" or "--device" in args or cfg.umt == str(tmp_path)
 
 
 def test_shares_are_of_the_whole_and_the_default_budget_is_enough_for_every_item():
@@ -296,7 +296,7 @@ def test_shares_are_of_the_whole_and_the_default_budget_is_enough_for_every_item
         assert all(Config().budget * item.share >= item.least for item in items)
         assert len({item.name for item in items}) == len(items)
     assert [item.name for item in bench_all.ON_GPU] == [
-        "smoke", "kernels", "profile", "step", "demo", "agreement", "tests", "sweep"]
+        "smoke", "kernels", "profile", "step", "demo", "agreement", "changes", "tests", "sweep"]
 
 
 def test_without_a_gpu_what_needs_one_is_named_as_not_measured(tmp_path, monkeypatch, capsys):
@@ -326,7 +326,7 @@ def test_on_a_gpu_every_item_runs_and_the_report_names_the_card(tmp_path, monkey
         seen.append(environment), open(log, "w").close(), ("ok", 0))[2])
     bench_all.main(Config(commit="c1"))
     items = json.load(open("out/bench/report.json"))["items"]
-    assert [item["status"] for item in items] == ["ok", "ok", "not measured", *["ok"] * 5]
+    assert [item["status"] for item in items] == ["ok", "ok", "not measured", *["ok"] * 6]
     assert "no GPU" not in capsys.readouterr().out and "NVIDIA H100, driver 580.1" in open("out/bench/report.md").read()
     for environment in seen:
         assert "TRITON_INTERPRET" not in environment

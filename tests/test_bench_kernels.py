@@ -15,7 +15,7 @@ from kernels.density_peaks import density_peaks_ref
 from kernels.temporal_density import temporal_density_ref
 from masking import cluster_stm
 
-COMMANDS = ("kernels", "step", "reading", "memory", "compile")
+COMMANDS = ("all", "smoke", "kernels", "step", "reading", "memory", "compile")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Costs and times
