@@ -13,9 +13,14 @@ range and no token is selected twice.
 The kernels square features in fp32, so on a GPU the largest component of a token must be 0 or between 1e-12 and 1e12.
 """
 
+import os
+
 import torch
 import triton
 from torch import Tensor
+
+# Products and sums are fused in every version of Triton: 3.10 no longer does that by default, and 3.9 warns of it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 CPU_CHUNK_BYTES = 5 << 20       # the references process this many bytes of features at a time: they then stay in cache
 AXES = {3: "(F, N, C)", 4: "(B, T, N, C)"}
