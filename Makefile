@@ -20,7 +20,7 @@ test: .venv/installed-dev
 	@$(BIN)/ruff check .
 
 gpu: $(if $(CUDA_PYTHON),,.venv/installed)
-	@echo "== gpu: measure everything within BUDGET=$(BUDGET) seconds, beside the code of UMT in UMT=folder if it is there"
+	@echo "== gpu: measure everything within BUDGET=$(BUDGET) seconds (UMT=folder, a checkout of UMT: also time its step)"
 	@$(or $(CUDA_PYTHON),$(BIN)/python) -m bench all --budget $(BUDGET) $(if $(UMT),--umt "$(UMT)")
 
 clean:

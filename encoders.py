@@ -282,7 +282,8 @@ class BertSelfAttention(nn.Module):
                 past: list | None = None) -> Tensor:
         """
         x (M, L, D), context (B, S, D'), mask (M, 1, 1 or L, S), context_index (R,) -> (M, L, D), before the output
-        layer. The texts attend to the contexts as in Bert.forward_fusion.
+        layer. The texts attend to the contexts as in Bert.forward_fusion. If several share a context in order, as the
+        beams of a search do, the mask is that of the contexts, (B, 1, 1, S).
 
         past: a KV cache, empty at first. Self-attention appends to it; cross-attention fills it once and reuses it.
         """
@@ -296,7 +297,7 @@ class BertSelfAttention(nn.Module):
             past[:] = k, v
         q, parts = self.query(x), []
         in_order = len(x) if context_index is None else len(x) - len(context_index)
-        if in_order:                # the texts of a context (also the W beams of one) are queries that share its keys
+        if in_order:                # the texts of one context become queries of one attention, which share its keys
             y = self.attend(q[:in_order].view(len(k), -1, q.shape[-1]), k, v, mask)
             parts.append(y.reshape(in_order, *q.shape[1:]))
         if in_order < len(x):       # keys and values are computed once a context, then repeated

@@ -176,11 +176,11 @@ def forward_backward(net: nn.Module, batches: list[Batch], make_inputs: Callable
 
 def update_weights(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float, found_inf: Tensor):
     """
-    Take a step of fused AdamW with the gradients, of total norm `norm`, clipped to max_norm (0: no clipping); then drop
-    them. The step does nothing if found_inf is 1.
+    Take a step of fused AdamW with the gradients clipped to max_norm (0: not clipped), then drop them. norm is their
+    total norm. If found_inf is 1, the weights stay as they are.
 
-    The fused kernel divides each gradient by `grad_scale` when it reads it, as GradScaler has it do, so that clipping
-    takes no pass over the gradients. 1e-6 is that of nn.utils.clip_grad_norm_.
+    The fused kernel divides each gradient that it reads by `grad_scale`, which is there for GradScaler. So clipping
+    needs no pass of its own over the gradients. 1e-6 is added as in nn.utils.clip_grad_norm_.
     """
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp_min(1) if max_norm else None
     optimizer.found_inf = found_inf

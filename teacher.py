@@ -131,7 +131,7 @@ def fuses_gelu(x: Tensor, weight: Tensor) -> bool:
     """
     Return whether `linear_gelu` may replace a linear layer and its tanh GELU.
 
-    It has no gradient, is not in autocast's lists, and has the tanh form on a GPU alone: on a CPU it is the erf form.
+    It has no gradient, autocast does not cast its inputs, and on a CPU it would be the erf form.
     """
     return x.is_cuda and x.dtype == weight.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled()
 
@@ -140,8 +140,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     GELU (tanh form) of x W^T + b on a GPU: x (..., C), weight (D, C), bias (D,) -> (..., D), without gradient.
 
-    cuBLASLt applies it to the fp32 sums of the product, before they are rounded, so that D values a token are not read
-    and written again. torch.compile leaves the call as it is (its GELU would be a kernel of its own).
+    cuBLASLt applies GELU to the product's fp32 sums before it rounds and writes them, so no second kernel reads and
+    writes them again. torch.compile keeps this call (otherwise it would make GELU a kernel of its own).
     """
     y = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.T, use_gelu=True)
     return y.view(*x.shape[:-1], len(weight))

@@ -116,7 +116,7 @@ class Config:
     max_grad_norm: float = 3.0    # gradients are clipped to this norm; 0: no clipping
     # how the teacher pools the 3x3 neighbourhood of a token: map: by its MAP head; mean: by a mean; token: not at all
     target_pooling: Literal["map", "mean", "token"] = "map"
-    # the layers of the teacher's image tower in fp8: faster, but with other masks and targets; on a GPU that has fp8
+    # compute the layers of the teacher's image tower in fp8, which changes masks and targets; needs a GPU with fp8
     teacher_fp8: bool = False
     compile: bool = False         # compile the layers of teacher and student with torch.compile
     activation_checkpointing: bool = False      # recompute each layer's activations in the backward pass: saves memory

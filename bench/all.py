@@ -2,12 +2,13 @@
 Measure everything on this machine within a budget of seconds: items in order, each a command of its own -> report.md
 and report.json in --out. `make gpu` runs this.
 
-An item may take its share of the time that is left; what it leaves goes to the items after it. An item whose time would
-be less than its least useful one is skipped, and one that takes longer is ended. Its output is in NAME.log.
+An item may take its share of the time that is left. Time that it does not use goes to the items after it. If its share
+is too short for a useful result, the item is skipped; when it is used up, the item is ended. Its output is in NAME.log.
 
-Results are written after each item, so a run that is stopped or killed loses only the item that it was at. state.json
-has them: what ended well is not run again unless --again is given or its command is another. They hold for one machine,
-commit and source; if one of these is another, all items begin anew. Compiled kernels stay in cache/.
+Results are written after each item, so a run that is stopped or killed loses only the item that was running. The next
+run reads them from state.json: an item that ended well is run again only if --again is given or its command has
+changed. Results hold for one machine, commit and source; if one of these has changed, all items are run again. Compiled
+kernels stay in cache/.
 
 Without a GPU it runs what a CPU can, and lists the rest as not measured.
 """
@@ -41,12 +42,12 @@ class Item:
     """
     A command and its share of the budget. {python}, {out}, {commit}, {umt} and {xdist} in the command are replaced.
 
-    figures: (first cell of a row, columns of its table), of which the first that a table has is the item's main
-    figure; an empty cell stands for the first row. Without them it is the last line of the output.
+    figures: where the main figure is: a row's first cell ("" for the first row) and columns of its table. If there are
+    several, the first that a table has is taken; if there are none, the main figure is the last line of the output.
     """
     name: str
     share: float                # of the budget; shares need not sum to 1
-    least: float                # seconds below which it is not started
+    least: float                # seconds; with less time it is skipped
     command: str
     figures: tuple = ()
     needs: str = ""             # a program, module or folder without which the item is not measured
@@ -110,8 +111,8 @@ class Config:
     commit: str = ""            # commit that the report names; empty: ask git
     out: str = "out/bench"      # folder of report, logs, state and caches
     only: tuple[str, ...] = ()  # items to run; empty: all
-    again: bool = False         # run items again that ended well
-    exhaustive: bool = False    # GPU: at the end also every other test of the kernels
+    again: bool = False         # also run the items that have ended well before
+    exhaustive: bool = False    # GPU: at the end also run every other test of the kernels
 
     def __post_init__(self):
         if not self.budget > 0:
@@ -192,7 +193,7 @@ def read_profile(text: str) -> list[dict]:
 
 
 def main_figure(item: Item, tables: list[dict], text: str, status: str, limit: float) -> str:
-    """The item's main figure as one line, in cells that were printed; without them why there is none."""
+    """Return the item's main figure in one line, as its table prints it, or else the reason why there is none."""
     for first_cell, columns in item.figures if status != "failed" else ():
         for table in tables:
             rows = [row for row in table["rows"] if first_cell in ("", row[0])]
@@ -208,8 +209,8 @@ def main_figure(item: Item, tables: list[dict], text: str, status: str, limit: f
 # ---------------------------------------------------------------------------------------------------------------------
 # Running items
 
-def missing(needs: str) -> bool:
-    """Whether a program, folder or module that an item needs is missing."""
+def is_missing(needs: str) -> bool:
+    """Return whether a program, folder or module that an item needs is missing."""
     return bool(needs) and not (os.path.exists(needs) or shutil.which(needs)
                                 or "/" not in needs and importlib.util.find_spec(needs))
 
@@ -272,14 +273,14 @@ def run_item(item: Item, cfg: Config, commit: str, limit: float) -> dict:
     tables, lines = read_tables(text) + read_profile(text), text.splitlines()
     return dict(name=item.name, status=status, seconds=seconds, limit=round(limit, 1), rc=code,
                 command=format_command(command), figure=main_figure(item, tables, text, status, limit), log=log,
-                tables=tables, notes=[line for line in lines if NOTE.match(line)], before=False,
-                end=[line for line in lines if status != "ok" and not line.startswith("|")][-15:])
+                tables=tables, notes=[line for line in lines if NOTE.match(line)], from_earlier_run=False,
+                last_lines=[line for line in lines if status != "ok" and not line.startswith("|")][-15:])
 
 
 def unmeasured(name: str, status: str, why: str) -> dict:
     """The result of an item that did not run."""
     return dict(name=name, status=status, seconds=None, limit=None, rc=None, command="", figure=why, log="", tables=[],
-                notes=[], end=[], before=False)
+                notes=[], last_lines=[], from_earlier_run=False)
 
 
 @contextmanager
@@ -298,15 +299,15 @@ def sigterm_stops():
 # State and report
 
 def load_results(cfg: Config, machine: dict[str, str]) -> dict[str, dict]:
-    """Results of an earlier run by name, if they hold for this machine, commit and source."""
+    """Read the results of an earlier run, by name; {} if they are of another machine, commit or source."""
     path = f"{cfg.out}/state.json"
     if not os.path.isfile(path):
         return {}
     state = read_json(path)
     if different := [key for key in machine if state["machine"].get(key) != machine[key]]:
-        print(f"begins anew: another {', '.join(different)} than the results in {cfg.out}", flush=True)
+        print(f"begins anew: the results in {cfg.out} are of another {', '.join(different)}", flush=True)
         return {}
-    return {name: r | {"before": True} for name, r in state["items"].items()}
+    return {name: r | {"from_earlier_run": True} for name, r in state["items"].items()}
 
 
 def as_number(cell: str):
@@ -344,7 +345,7 @@ def format_table(title: str, columns: list[str], rows: list[list]) -> str:
 
 def outcome_of(result: dict) -> str:
     """What became of an item, and whether that was in an earlier run."""
-    return result["status"] + ", in an earlier run" * result["before"]
+    return result["status"] + ", in an earlier run" * result["from_earlier_run"]
 
 
 def format_report(machine: dict[str, str], command: str, results: list[dict]) -> str:
@@ -360,8 +361,8 @@ def format_report(machine: dict[str, str], command: str, results: list[dict]) ->
                      f"its output is in {r['log']}\n")
         parts += [f"{note}\n" for note in r["notes"]]
         parts += [format_table(t["title"], t["columns"], t["rows"]) for t in r["tables"]]
-        if r["end"]:
-            parts.append("```\n" + "\n".join(r["end"]) + "\n```\n")
+        if r["last_lines"]:
+            parts.append("```\n" + "\n".join(r["last_lines"]) + "\n```\n")
     return "\n".join(parts)
 
 
@@ -391,7 +392,7 @@ def run_items(cfg: Config, commit: str, items: list[Item], earlier: dict[str, di
             continue
         limit = max(0.0, deadline - time.monotonic()) * item.share / sum(other.share for other in to_run)
         to_run.remove(item)
-        if missing(item.needs):
+        if is_missing(item.needs):
             yield unmeasured(item.name, "not measured", f"there is no {item.needs}")
         elif limit < item.least:
             yield unmeasured(item.name, "skipped", f"lack of time: {limit:.0f} s are left to it, and it needs "
@@ -429,7 +430,7 @@ def main(cfg: Config):
             raise ValueError(f"stopped; what ended before is in {cfg.out}/report.md, and the same command goes on"
                              ) from None
     bad = [f"{r['name']} ({r['status']})" for r in results.values()
-           if r["status"] in ("failed", "cut off") and not r["before"]]
+           if r["status"] in ("failed", "cut off") and not r["from_earlier_run"]]
     ran = [r for r in results.values() if r["seconds"] is not None]
     if bad or not ran:
         raise ValueError((f"{', '.join(bad)} did not end well" if bad else f"no item ran, --budget is {cfg.budget:g}")

@@ -36,7 +36,10 @@ REFERENCE_FRAMES = 8                    # frames whose distances are compared: f
 
 @dataclass
 class Config:
-    """Compare each kernel with its reference in fp64 and repeat the masking path: a minute on a GPU."""
+    """
+    Compare each kernel with its reference in fp64 and repeat the masking path: a minute on a GPU. Without a GPU set
+    TRITON_INTERPRET=1.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is a GPU
     repetitions: int = 0        # runs of the masking path that must give the same bits; 0: 300, on a CPU 3
     commit: str = ""            # commit to print above the table; empty: ask git

@@ -4,7 +4,8 @@ same for each part of the step.
 
 Weights and clips are random; shapes are the preset's. For `base`: 4 frames at 224 x 224, 29 of 196 tokens visible, 32
 text tokens, none of them padding. The step is train.py's: clips to the device, teacher targets, losses, gradients,
-clipping, AdamW. Weights are fp32; on a GPU matrices are multiplied in bf16.
+clipping, AdamW. Weights are fp32; on a GPU matrices are multiplied in bf16. --changes compares parts of the step with
+the slower forms that they replaced.
 
 UMT's step (bench/umt_step.py) works on inputs that are on the device already; ours copies its clips there. A step with
 cached targets runs no teacher, so it is not compared with a step that does.
@@ -72,7 +73,7 @@ class Config:
     umt: str = ""               # folder with a checkout of OpenGVLab/unmasked_teacher, to time its step beside ours
     profile: int = 0            # number of operators to print, those that take most time in a step; 0: none
     trace: str = ""             # file for a Chrome trace of one step, NAME.json or NAME.json.gz; of the first variant
-    changes: bool = False       # also time what was made faster beside the forms that were replaced
+    changes: bool = False       # also time parts of the step beside the slower forms that they replaced
     commit: str = ""            # commit to print above the tables; empty: ask git
 
     def __post_init__(self):
@@ -384,7 +385,8 @@ def busy_ms(path: str) -> float:
 # Changes
 
 class StepChanges:
-    """What was made faster in the step, each beside the form that it replaced. (On a CPU the first three are equal.)"""
+    """Parts of the step and the slower forms that they replaced. On a CPU the forms of the teacher's MLP and of VTC are
+    alike: both changes are for a GPU."""
 
     def __init__(self, step: TrainStep, clips: int):
         """clips: of the global batch, for VTC."""
@@ -401,20 +403,21 @@ class StepChanges:
         index = torch.arange(len(self.texts) // 4, device=self.step.device)
         both = lambda function, before, now: (partial(function, before), partial(function, now))
         return {
-            "the MLP of a teacher layer: GELU alone, or in the product":
-                both(self.run_teacher, lambda x: mlp.fc2(mlp.act(mlp.fc1(x))), mlp),
+            "the MLP of a teacher layer: GELU in a kernel of its own, or in the product's":
+                both(self.run_frozen, lambda x: mlp.fc2(mlp.act(mlp.fc1(x))), mlp),
             "MRM's forms: e G e by autograd, or QuadraticForm":
                 both(self.run_forms, lambda e, gram: ((e @ gram) * e).sum(-1), QuadraticForm.apply),
-            f"VTC's product of {self.features.shape[1]} clips: in fp32, or Matmul":
+            f"VTC's product of {self.features.shape[1]} clips: in fp32, or in bf16x3 by Matmul":
                 both(self.run_vtc_product, torch.matmul, Matmul.apply),
-            "cross-attention of a layer: an index of all texts, or of a quarter":
+            "cross-attention of a layer: keys by index for all texts, or for a quarter":
                 both(self.run_cross_attention, torch.cat([index.repeat_interleave(3), index.flip(0)]), index.flip(0)),
-            "clipping and AdamW: in a pass over the gradients, or in AdamW's": (self.clip_first, self.parts.run_update),
-            "the teacher's attention for the mask: computed, or not": both(self.run_teacher, pool_attention, len),
+            "clipping and AdamW: in two passes, or in one": (self.clip_first, self.parts.run_update),
+            "the teacher's attention for the mask: computed, or not":
+                both(self.run_frozen, pool_attention, lambda tokens: None),
         }
 
     @torch.no_grad()
-    def run_teacher(self, function: Callable):
+    def run_frozen(self, function: Callable):
         return function(self.parts.tokens)
 
     def run_forms(self, form: Callable):
@@ -513,7 +516,8 @@ def batch_tables(cfg: Config, B: int, rate: float):
         if times.parts_ms:
             parts_table(f"{variant}, batch {B}: its parts, each alone", times, rate)
         if times.changes_ms:
-            print_header(f"batch {B}: what replaced what, each alone", "part", "before ms", "now ms", "before - now")
+            print_header(f"batch {B}: parts before and after a change, each alone", "part", "before ms", "now ms",
+                         "before - now")
             for change, (before, now) in times.changes_ms.items():
                 print_row(change, before, now, before - now)
     for profile in profiles:

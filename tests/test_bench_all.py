@@ -320,7 +320,7 @@ def test_on_a_gpu_every_item_runs_and_the_report_names_the_card(tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="580.1\n"))
-    monkeypatch.setattr(bench_all, "missing", lambda needs: needs == "ncu")
+    monkeypatch.setattr(bench_all, "is_missing", lambda needs: needs == "ncu")
     seen = []
     monkeypatch.setattr(bench_all, "run_command", lambda command, log, limit, environment: (
         seen.append(environment), open(log, "w").close(), ("ok", 0))[2])

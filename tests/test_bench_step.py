@@ -96,15 +96,17 @@ def test_a_step_trains_and_cached_targets_equal_the_teachers():
         assert any(not torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
 
 
-def test_tables(capsys):
+def test_tables(capsys, monkeypatch):
     variants = ("eager", "eager+checkpointing", "eager+cached")
+    monkeypatch.setattr(bench_step, "matmul_rate", lambda device: (1e11, "a large size"))
     bench_step.step_tables(replace(TINY, variants=variants, profile=3))
     out = capsys.readouterr().out
     (_, *rows), *parts = markdown_tables(out)
     assert tuple(row[0] for row in rows) == variants
-    for _, ms, busy, rate, _, utilisation, gib, _ in rows:
+    for _, ms, busy, rate, tflop, utilisation, gib, _ in rows:
         assert busy == "" and float(rate) == pytest.approx(4e3 / float(ms), rel=0.02) and float(gib) > 0
-        assert 0 < float(utilisation.removesuffix(" %")) < 100
+        expected = 1e2 * float(tflop) * 1e12 / (float(ms) / 1e3) / 1e11
+        assert float(utilisation.removesuffix(" %")) == pytest.approx(expected, rel=0.02, abs=0.06)
     assert float(rows[2][4]) < float(rows[0][4]) == float(rows[1][4])       # Tflop
     names = [[row[0] for row in table[1:]] for table in parts]
     assert len(names) == 2 and {"student ViT", "decoder and MRM", "clipping and AdamW"} <= set(names[0]) & set(names[1])
@@ -147,9 +149,15 @@ def test_both_forms_of_a_change_compute_the_same():
 
 def test_changes_and_a_trace_are_of_the_first_variant(tmp_path, capsys):
     path = str(tmp_path / "trace.json.gz")
-    bench_step.step_tables(replace(TINY, batch=(2,), variants=("eager", "eager+cached"), trace=path, changes=True))
-    (_, *rows), = (table for table in markdown_tables(capsys.readouterr().out) if "before ms" in table[0])
-    assert len(rows) == 6 and all(float(before) >= 0 and float(now) >= 0 for _, before, now, _ in rows)
+    count_up = lambda functions, *_, **__: [1.0 + i for i in range(len(functions))]
+    with mock.patch.object(bench_step, "trace_step", wraps=bench_step.trace_step) as trace_step, \
+            mock.patch.object(bench_step, "time_interleaved", count_up):
+        bench_step.step_tables(replace(TINY, batch=(2,), variants=("eager", "eager+cached"), trace=path, changes=True))
+    assert trace_step.call_count == 1
+    tables = markdown_tables(capsys.readouterr().out)
+    assert [row[2] for row in tables[0]] == ["GPU busy ms", "", ""]         # without a GPU there is none
+    (_, *rows), = (table for table in tables if "before ms" in table[0])
+    assert [tuple(map(float, row[1:])) for row in rows] == [(i, i + 1, -1) for i in range(1, 13, 2)]
     with gzip.open(path, "rt") as f:
         names = {event.get("name") for event in json.load(f)["traceEvents"]}
     assert {"aten::addmm", "aten::_fused_adamw_"} <= names
@@ -173,6 +181,17 @@ def test_the_step_of_umt_is_timed_beside_ours(monkeypatch, capsys):
     assert umt_step.mock_calls == [mock.call("umt", "cpu", 4, 4, 32, 4, 36, small=True)]
     row = markdown_tables(out)[0][-1]
     assert "commit abc" in out and "UMT" in row[0] and float(row[3]) == pytest.approx(4e3 / float(row[1]), rel=0.02)
+
+
+@pytest.mark.parametrize("preset, ratios", [("base", ["4", ""]), ("sprites", ["", ""])])
+def test_only_steps_with_the_same_work_are_compared_with_umts(monkeypatch, capsys, preset, ratios):
+    """Not a step without a teacher, and not the small preset, whose widths UMT's step does not have."""
+    times = bench_step.Times({"teacher": 10 ** 12}, 50.0, {}, 200.0, 1.0, None, {})
+    monkeypatch.setattr(bench_step, "measure_variant", lambda *_: (times, ""))
+    monkeypatch.setattr(bench_step, "umt_step", lambda *_, **__: (lambda: None, {}))
+    bench_step.batch_tables(replace(TINY, preset=preset, variants=("eager", "eager+cached"), umt="umt"), 4, 1e12)
+    (header, *rows), = markdown_tables(capsys.readouterr().out)
+    assert header[-1] == "times UMT" and [row[-1] for row in rows[:2]] == ratios
 
 
 def test_defaults_depend_on_the_device(monkeypatch):

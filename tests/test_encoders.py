@@ -257,6 +257,19 @@ def test_gradients_of_texts_in_order_equal_those_of_repeated_clips():
         torch.testing.assert_close(x, y, **TIGHT)
 
 
+def test_attention_weights_are_dropped_in_training_alone():
+    """Their mean over many draws is that of evaluation, for texts in order, which share their keys, and by an index."""
+    cfg, draws = BertConfig(hidden_size=12, num_attention_heads=2, hidden_dropout_prob=0.4), 2000
+    attention, index = encoders.BertSelfAttention(cfg, 12), torch.zeros(draws, dtype=torch.long)
+    x, context = torch.randn(1, 5, 12).expand(2 * draws, -1, -1), torch.randn(1, 7, 12)
+    with torch.no_grad():
+        expected, dropped = (attention.train(training)(x, context, None, index) for training in (False, True))
+    torch.testing.assert_close(expected, expected[:1].expand_as(x))
+    for part in dropped.split(draws):
+        std = part.std(0)
+        assert (std > 0).all() and ((part.mean(0) - expected[0]).abs() < 6 * std / draws ** 0.5).all()
+
+
 def test_a_context_mask_needs_one_context_a_text():
     model, ids, video = bert(encoder_width=16), random_ids(4), torch.randn(2, 8, 16, dtype=torch.float64)
     mask = torch.arange(8)[None, None, None] < torch.tensor([3, 8, 5, 6])[:, None, None, None]

@@ -120,13 +120,15 @@ def test_compiled_layers_give_the_same_losses_and_share_programs(count_graphs, p
 
 def test_a_compiled_teacher_computes_the_same_targets(count_graphs):
     model, batch = tiny_siglip(), random_clips()
-    plain = targets.compute_targets(model, batch, masking.cluster_stm, 0.6)
+    plain, frames = targets.compute_targets(model, batch, masking.cluster_stm, 0.6), batch.video.flatten(0, 1)
+    pixels = model.rescale(frames)
     wrap_layers(model, wrap_options(compile=True))
     compiled = targets.compute_targets(model, batch, masking.cluster_stm, 0.6)
     assert torch.equal(compiled.visible_ids, plain.visible_ids)
     torch.testing.assert_close(compiled.token_targets, plain.token_targets)
     torch.testing.assert_close(compiled.text_embeds, plain.text_embeds)
     assert count_graphs() == (3, 0)                     # the pixels, a layer of each tower
+    assert torch.equal(model.rescale(frames), pixels)
 
 
 def test_a_run_may_change_compile_and_activation_checkpointing_on_resume(run_config, count_graphs):

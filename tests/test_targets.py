@@ -529,9 +529,9 @@ def test_a_killed_run_ends_bit_for_bit_as_an_unbroken_one(run_config, undisturbe
 # ---------------------------------------------------------------------------------------------------------------------
 # Visible ids in fine-tuning
 
-def visible_id_cache(folder, mask="cluster_stm", num_views=2, proportional=False, wrap=None):
+def visible_id_cache(folder, mask="cluster_stm", num_views=2, proportional=False, wrap=None, fp8=False):
     """A VisibleIdCache whose teacher is in the folder, for patches of 4 pixels."""
-    cfg = SimpleNamespace(teacher=str(folder), teacher_fp8=False, mask=MaskConfig(mask, ratio=0.6),
+    cfg = SimpleNamespace(teacher=str(folder), teacher_fp8=fp8, mask=MaskConfig(mask, ratio=0.6),
                           model=SimpleNamespace(proportional=proportional), data=SimpleNamespace(num_views=num_views))
     run = RunContext(cfg, "", torch.device("cpu"), 0, 1)
     return VisibleIdCache(run, lambda video: (video.shape[1], video.shape[-2] // 4, video.shape[-1] // 4), wrap)
@@ -563,6 +563,14 @@ def test_visible_ids_of_a_fixed_view_are_computed_once(tmp_path, mask, num_views
                 assert torch.equal(result.token_size, expected.token_size)
             else:
                 assert result.token_size is None
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_the_teacher_of_fine_tuning_is_in_fp8_if_asked(fp8):
+    with mock.patch("targets.load_teacher") as load_teacher:
+        cache = visible_id_cache("folder", fp8=fp8)
+    load_teacher.assert_called_once_with("folder", torch.device("cpu"), fp8)
+    assert cache.teacher is load_teacher.return_value
 
 
 def test_the_visible_id_cache_uses_the_wrapped_teacher(tmp_path):

@@ -218,6 +218,9 @@ def test_normalize_maps_to_minus_one_to_one_and_copies():
     expected = torch.tensor([-1, -0.6, 1], dtype=torch.float64)
     torch.testing.assert_close(tiny_siglip().normalize(frames).flatten(), expected)
     assert frames.flatten().tolist() == [0, 51, 255]
+    resized = frames.double()
+    torch.testing.assert_close(tiny_siglip().rescale(resized).flatten(), expected)
+    assert resized.flatten().tolist() == [0, 51, 255]
     frames = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     low, full = tiny_siglip().bfloat16().normalize(frames), tiny_siglip().float().normalize(frames)
     assert torch.equal(low, full.bfloat16())                                # rounded once

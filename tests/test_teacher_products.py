@@ -1,7 +1,7 @@
 """The products of the frozen teacher: GELU in the epilogue, against its formula in fp64, and layers in fp8."""
 
 from contextlib import nullcontext
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -157,6 +157,15 @@ def test_fp8_is_for_the_layers_of_the_image_tower(monkeypatch, tmp_path):
     pixels = torch.randn(2, 3, 12, 12, generator=seeded())
     x, y = (m.forward_features(pixels) for m in (plain, fp8))
     assert 0 < (x - y).norm() < 0.1 * x.norm()
+
+
+def test_a_teacher_is_loaded_in_bf16_on_a_gpu_and_in_fp32_on_a_cpu(monkeypatch):
+    load = Mock()
+    monkeypatch.setattr(SigLIP, "from_pretrained", load)
+    for device, dtype in ((torch.device("cuda"), torch.bfloat16), (torch.device("cpu"), torch.float32)):
+        assert teacher.load_teacher("folder", device) is load("folder", dtype).to(device)
+        assert load.call_args_list[-2:] == [call("folder", dtype)] * 2
+        assert load.return_value.to.call_args_list[-2:] == [call(device)] * 2
 
 
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch):

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass, replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -426,18 +427,27 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth():
 
 @pytest.mark.parametrize("max_norm", [0.5, 3.0, 1e9, 0.0])
 def test_clipping_in_the_optimizers_kernel_equals_clipping_before_it(max_norm):
-    """Weights after each of five steps, beside clip_grad_norm_ in fp64 and in fp32; the third is skipped."""
+    """
+    Weights after each of six steps, beside clip_grad_norm_ in fp64 and in fp32. The third and sixth are skipped, the
+    gradients of the fourth are 0. Before the second, ours loads its state as a resumed run does.
+    """
     shapes, runs = [(40, 30), (7,), ()], []
     for kind in ("ours", "fp32", "fp64"):
         g, weights = torch.Generator().manual_seed(0), []
         params = [torch.nn.Parameter(torch.randn(shape, generator=g).to(torch.float64 if kind == "fp64" else
                                                                         torch.float32)) for shape in shapes]
         optimizer = torch.optim.AdamW(params, 1e-2, fused=True, weight_decay=0.1)
-        for step in range(5):
+        for step in range(6):
             for p in params:
-                p.grad = (torch.randn(p.shape, generator=g) * 10.0 ** (step - 2)).to(p.dtype)
-            if step == 2:
-                params[1].grad[3] = torch.inf
+                p.grad = (torch.randn(p.shape, generator=g) * 10.0 ** (step - 2) * (step != 3)).to(p.dtype)
+            if step in (2, 5):
+                params[1].grad[3] = torch.inf if step == 2 else torch.nan
+            if step == 1 and kind == "ours":
+                state = optimizer.state_dict()
+                assert set(state) == {"state", "param_groups"} and not {"grad_scale", "found_inf"} & {
+                    *state["param_groups"][0]}
+                optimizer = torch.optim.AdamW(params, 1e-2, fused=True, weight_decay=0.1)
+                optimizer.load_state_dict(state)
             if kind == "ours":
                 norm = torch.nn.utils.get_total_norm([p.grad for p in params])
                 loop.update_weights(optimizer, norm, max_norm, (~norm.isfinite()).float())
@@ -451,7 +461,33 @@ def test_clipping_in_the_optimizers_kernel_equals_clipping_before_it(max_norm):
         for x, y, exact in zip(ours, fp32, fp64, strict=True):
             torch.testing.assert_close(x, y, rtol=2e-7, atol=2e-8)          # a step moves a weight by up to 1e-2
             torch.testing.assert_close(x, exact, rtol=1e-6, atol=1e-7)
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[0][2], strict=True))
+    for before, skipped in ((1, 2), (4, 5)):
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][before], runs[0][skipped], strict=True))
+
+
+def test_a_step_clips_by_the_norm_of_all_gradients(run_config, monkeypatch):
+    norms, update_weights = [], loop.update_weights
+
+    def record_norms(optimizer, norm, max_norm, found_inf):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append((norm.item(), sum(g.double().square().sum() for g in grads).sqrt().item(), max_norm))
+        update_weights(optimizer, norm, max_norm, found_inf)
+
+    monkeypatch.setattr(loop, "update_weights", record_norms)
+    train.main(run_config("--name a --steps 2 --unmasked-steps 1 --max-grad-norm 0.7 --log-every 1"))
+    assert len(norms) == 3 and all(norm == pytest.approx(expected, rel=1e-5) for norm, expected, _ in norms)
+    assert {max_norm for *_, max_norm in norms} == {0.7}
+    assert [row["grad_norm"] for row in log("out/a").values()] == [norm for norm, *_ in norms]
+
+
+def test_a_run_with_teacher_fp8_loads_its_teacher_in_fp8(run_config, monkeypatch):
+    monkeypatch.setattr(train, "require_fp8", lambda device: None)
+    load_teacher = Mock(side_effect=ValueError("loaded"))
+    monkeypatch.setattr(train, "load_teacher", load_teacher)
+    for flags, fp8 in (("--teacher-fp8", True), ("", False)):
+        with pytest.raises(ValueError, match="^loaded$"):
+            train.main(run_config(f"--name {fp8} {flags}"))
+        assert load_teacher.call_args.args[2] is fp8
 
 
 def test_weight_decay_is_for_matrices_other_than_embeddings(first_run):

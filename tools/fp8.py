@@ -1,11 +1,11 @@
 """
-What the teacher's image tower in fp8 does to masks and targets: clips, a teacher -> a table, beside bf16's and fp32's.
+Measure what fp8 in the teacher's image tower changes in masks and targets: a teacher, clips -> a table.
 
     python -m tools.fp8 --teacher out/demo/seed0/teacher    # the teacher of the demo
     python -m tools.fp8 --preset base --count 4             # a SigLIP-B/16 of random weights
 
-The reference is the teacher in fp32. A row's teacher computes in bf16, in the second row with the layers of its image
-tower in fp8 (teacher.use_fp8), by PyTorch's own product of fp8 matrices, which a CPU has too (torch 2.13).
+The reference is the teacher in fp32. It is compared with the teacher in bf16, and with the teacher in bf16 whose image
+tower has its layers in fp8 (teacher.use_fp8). PyTorch multiplies fp8 matrices on a CPU too (torch 2.13).
 
 ids changed     share of the visible ids of the reference that the row's mask does not keep
 tokens          cosine of a patch token with the reference's; mean, and the 1 % quantile over tokens
