@@ -112,9 +112,9 @@ def launch_config(x: Tensor, n: int, large_on: tuple[str, ...] = ("sm_80", "sm_8
 
     By the reports in docs/bench.md these are the largest tiles that spill few or no registers: 128 x 128 in half
     precision on the devices of `large_on`, otherwise 64 x 64. One program fills the registers of a multiprocessor, so
-    nothing else hides the time that a load takes: on Hopper and Blackwell, which have the shared memory for it, four
-    loads of a product are in flight. With two, an H100 took 1,100 cycles for a step of 64 channels of a tile, of which
-    its matrix units need 512 (docs/log.md).
+    nothing else hides the time that a load takes. On Hopper and Blackwell, whose shared memory has room for them, five
+    stages keep four loads of a product in flight. With three, an H100 took 1,100 cycles for a step of 64 channels of a
+    tile, of which its matrix units need 512 (docs/log.md).
     """
     is_fp32, arch = x.element_size() == 4, target_arch(x)       # fp32 is multiplied in fp32, without matrix units
     block = 128 if arch in large_on and not is_fp32 else 64

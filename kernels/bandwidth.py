@@ -15,8 +15,8 @@ all tokens of a clip that has no more. docs/log.md reports how often the selecte
 quantile.
 
 Cost. Reference: the distances, N^2 (T-1)/2T per token, then a selection, linear in their number. Kernel: within frames
-2FN^2C flop and about four passes over N^2 distances in the L2 cache, no extra pass over features when density_peaks
-computes it on the way; across frames 2Bn^2C flop for a sample of n tokens, 13 Gflop for B, n, C = 128, 256, 768.
+2FN^2C flop and about four passes over N^2 distances in the L2 cache; if density_peaks computes it on the way, features
+are not read again; across frames 2Bn^2C flop for a sample of n tokens, 13 Gflop for B, n, C = 128, 256, 768.
 """
 
 import math
@@ -90,11 +90,11 @@ def count_by_cell(d_ptr, size, lo, width, CHUNK: tl.constexpr, PASS_STAGES: tl.c
     """
     Count the distances d (size,) in the eight cells of an interval from lo -> (8,) int32. CHUNK divides size.
 
-    Cell 0 also has those below lo, cell 7 those above the interval, infinities included. The inner edges of the cells
-    are at (4k + 3.5)/31 of the width, k = 0..6: a distance is scaled to 0..31 and added to 2^23, which rounds it to a
-    whole number in the low bits of the float. These bits, without the last two, are four times the cell, and so the
-    place of a field of 4 bits to which the distance adds 1: five instructions, without a comparison. Before a field can
-    overflow, the fields of all elements are added up, four in 64 bits: 15 * 4096 < 2^16.
+    Cell 0 also has those below lo, cell 7 those above the interval, infinities included. A distance, scaled to 0..31
+    and added to 2^23, leaves a whole number r in the low bits of the float. Its cell is r // 4, so the inner edges are
+    at (4k + 3.5)/31 of the width, k = 0..6. Each element of a chunk counts in eight fields of 4 bits of one integer: r
+    & 28 is the shift of the cell's field. That is five instructions and no comparison. After 15 distances, before a
+    field can overflow, the fields of all elements are summed, four sums in 64 bits: 15 * 4096 < 2^16.
     """
     cell = tl.arange(0, 8)
     shift = (cell % 2 * 2 + cell // 4) * 16                     # the place of a cell in its sum of four
@@ -118,17 +118,17 @@ def select_kth(d_ptr, size, rank, CHUNK: tl.constexpr, PASS_STAGES: tl.constexpr
     """
     Return approximately the rank-th smallest of the distances d (size,); at least 1e-6. CHUNK divides size.
 
-    Distances that do not count are infinite.
+    Entries that do not count are infinite.
     """
     cell = tl.arange(0, 8)
     lo = tl.cast(0.0, tl.float32)
     hi = tl.cast(2.0, tl.float32)
-    count_lo = tl.cast(0, tl.int32)         # number of distances <= lo, taken as 0 at lo = 0
+    count_lo = tl.cast(0, tl.int32)         # number of distances <= lo; at lo = 0 none
     count_hi = size                         # number of distances <= hi
     while hi - lo > tl.maximum(hi / 256, 1e-7):
         width = hi - lo
         counts = count_by_cell(d_ptr, size, lo, width, CHUNK, PASS_STAGES)
-        below_edge = tl.where(cell < 7, tl.cumsum(counts, 0), count_hi)         # at the upper edge of each cell
+        below_edge = tl.where(cell < 7, tl.cumsum(counts, 0), count_hi)         # distances below its upper edge
         too_few = below_edge < rank
         k = tl.sum(too_few.to(tl.int32), 0)                                     # the cell that holds the rank
         hi = tl.where(k < 7, lo + width * ((4 * k + 3.5) / 31), hi)
@@ -170,8 +170,9 @@ def alloc_scratch(P: int, n: int, x: Tensor, **launch) -> tuple[Tensor, dict]:
     Allocate scratch for the padded n x n distances of P programs; return it, and sizes for the kernel.
 
     The row stride is n rounded up to 16. A program's `size` is the (stride, stride) matrix rounded up to whole chunks
-    of 16 elements per thread, of which PASS_STAGES - 1 are loaded ahead. Passes over rows of N_PAD read past the end of
-    the last row, so there is room behind the last program's. `launch` overrides the choices of `launch_config`.
+    (16 elements a thread); a pass loads PASS_STAGES - 1 chunks ahead. A pass reads rows of N_PAD elements, so beyond
+    the last row: N_PAD more elements follow the last program's scratch. `launch` overrides the choices of
+    `launch_config`.
     """
     stride, N_PAD = triton.cdiv(n, 16) * 16, max(16, triton.next_power_of_2(n))
     chunk = min(4096, triton.next_power_of_2(stride * stride))

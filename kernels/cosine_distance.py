@@ -86,9 +86,8 @@ def pairwise_distances(
 
     CROSS_FRAME: the n tokens are evenly spaced over the `total` tokens of a clip with N tokens per frame, and the
     distance of two tokens of one frame is infinity. Otherwise they are all tokens of a frame: n = total = N.
-    PADDED: the matrix is (stride, stride), with stride a multiple of 16. Infinity fills it from n on, and stands for a
-    token's distance to itself, so that later passes over the matrix need no masks. Otherwise stride = n, and the
-    distance to itself is 0.
+    PADDED: the matrix is (stride, stride), with stride a multiple of 16. Rows and columns from n on and the diagonal
+    are infinite, so that later passes over the matrix need no masks. Otherwise stride = n and the diagonal is 0.
 
     Lengths come from the diagonal of the products, so features are read only for the products. Both entries of a pair
     are written from the product above the diagonal: d_ij = d_ji bit for bit, however a matrix unit or a BLAS sums.
@@ -101,7 +100,7 @@ def pairwise_distances(
         diagonal = i[:, None] == i[None, :]
         inv_norm = inverse_norm(tl.sum(tl.where(diagonal, dot, 0.0), 1))
         d = cosine_distance_tile(dot, inv_norm, inv_norm)
-        d = tl.where(i[:, None] <= i[None, :], d, tl.trans(d))      # mirrored; to mirror `dot` spills more registers
+        d = tl.where(i[:, None] <= i[None, :], d, tl.trans(d))      # d_ij = d_ji; mirroring `dot` spills more registers
         if PADDED:
             d = tl.where(diagonal | (tl.maximum(i[:, None], i[None, :]) >= n), float("inf"), d)
         else:

@@ -18,13 +18,14 @@ token i, which is at least delta_i. In exact arithmetic it is therefore always a
 equal to it, and a NaN has no gamma, so a chain of parents may end at a peak that is no centre: the peak then takes the
 centre nearest to it.
 
-Cost. One N x N x C product per frame, 2FN^2C flop, and seven passes over N^2 distances: four for the bandwidth, two for
-density and separation, and K rows for the labels. In the kernel one program does a frame from features to labels. Its
-distances, 4 bytes each, lie in scratch memory that the program reuses for its next frame: 176 KB at N = 196, 23 MB for
-the 132 programs of an H100; memory does not grow with F. Each phase of the kernel is a function of a whole frame, and
-ends with a barrier of the program. Passes go down the columns of the symmetric matrix: a thread keeps its own sums, and
-threads exchange them once, at the end of a pass. At F, N, C = 1024, 196, 768 an H100 takes 0.59 ms, of which the
-products and the writing of distances are 0.30, the bandwidth 0.11 and the rest 0.18 (docs/bench.md).
+Cost. One N x N x C product per frame, 2FN^2C flop, six passes over N^2 distances, four for the bandwidth and two for
+density and separation, and one over K rows for the labels. In the kernel one program does a frame from features to
+labels. Its distances, 4 bytes each, lie in scratch memory that the program reuses for its next frame: 176 KB at N =
+196, 23 MB for the 132 programs of an H100; memory does not grow with F. Each phase of the kernel is a function of a
+whole frame; a barrier follows where the next phase reads what it wrote. Passes go down the columns of the symmetric
+matrix: a thread keeps its own sums, and threads exchange them once, at the end of a pass. At F, N, C = 1024, 196, 768
+an H100 takes 0.59 ms, of which the products and the writing of distances are 0.30, the bandwidth 0.11 and the rest 0.18
+(docs/bench.md).
 """
 
 import torch
@@ -94,6 +95,20 @@ def density_peaks_ref(x: Tensor, K: int, d_c: Tensor, density: str, assign: str)
 
 
 @triton.jit
+def exponent_difference(d, least, scale, GAUSS: tl.constexpr):
+    """
+    Return |a(d) - a(least)| for two distances, with a(d) = d log2(e) / d_c or, for GAUSS, (d / d_c)^2 log2(e).
+
+    The distances are subtracted, not the exponents, so that equal ones give 0. A compiler fuses the product of an
+    exponent with a subtraction, and the difference of two equal exponents would be the rounding error of one.
+    """
+    a = tl.abs(least - d) * scale
+    if GAUSS:
+        a = a * ((least + d) * scale) * 1.4426950408889634
+    return a
+
+
+@triton.jit
 def compute_log_density(
     d_ptr, log_rho_ptr, d_c, N, stride, GAUSS: tl.constexpr, BLOCK_ROWS: tl.constexpr, N_PAD: tl.constexpr,
     PASS_STAGES: tl.constexpr,
@@ -102,24 +117,24 @@ def compute_log_density(
     Distances (stride, stride) and d_c -> log rho (N,), written and returned as (N_PAD,): the log-sum-exp of a column.
 
     As d_ij = d_ji, a column has what a row has, and is summed without any exchange between threads until its end. Each
-    element keeps a sum of 2^(least - a) and the least exponent a so far, so that equal distances give equal sums, and a
-    token far from all others keeps its place in the order. Columns from N on have arbitrary values.
+    element keeps a sum of 2^(least exponent - exponent) and the least distance so far, so that equal distances give
+    equal sums, and a token far from all others keeps its place in the order. Columns from N on are arbitrary; log rho
+    is -inf there.
     """
     i, j = tl.arange(0, BLOCK_ROWS), tl.arange(0, N_PAD)
     log2_e: tl.constexpr = 1.4426950408889634
     scale = tl.maximum((1.0 if GAUSS else log2_e) / d_c, 1e-30)                 # an infinite distance stays infinite
-    least = tl.full((BLOCK_ROWS, N_PAD), 3e38, tl.float32)
+    least = tl.full((BLOCK_ROWS, N_PAD), 3.0, tl.float32)                       # more than any distance of two tokens
     total = tl.zeros((BLOCK_ROWS, N_PAD), tl.float32)
     for i0 in tl.range(0, stride, BLOCK_ROWS, num_stages=PASS_STAGES):
-        a = tl.load(d_ptr + (i0 + i[:, None]) * stride + j[None, :]) * scale    # exp(-d/d_c) = 2^-a
-        if GAUSS:
-            a = a * a * log2_e
-        ratio = tl.exp2(-tl.abs(least - a))
-        total = tl.where(a < least, total * ratio + 1, total + ratio)
-        least = tl.minimum(least, a)
-    least_of_all = tl.min(least, 0)
-    total = tl.sum(total * tl.exp2(least_of_all[None, :] - least), 0)
-    log_rho = tl.where(j < N, (tl.log2(total) - least_of_all) / log2_e, -float("inf"))      # in base e
+        d = tl.load(d_ptr + (i0 + i[:, None]) * stride + j[None, :])
+        ratio = tl.exp2(-exponent_difference(d, least, scale, GAUSS))           # exp(-d/d_c) = 2^(-d scale)
+        total = tl.where(d < least, total * ratio + 1, total + ratio)
+        least = tl.minimum(least, d)
+    nearest = tl.min(least, 0)
+    total = tl.sum(total * tl.exp2(-exponent_difference(least, nearest[None, :], scale, GAUSS)), 0)
+    log2_rho = tl.log2(total) - exponent_difference(nearest, 0.0, scale, GAUSS)
+    log_rho = tl.where(j < N, log2_rho / log2_e, -float("inf"))                 # in base e
     tl.store(log_rho_ptr + j, log_rho, mask=j < N)
     tl.debug_barrier()
     return log_rho
@@ -274,10 +289,11 @@ def density_peaks_triton(
     find_bandwidth = d_c is None
     if find_bandwidth:
         d_c = torch.empty(F, device=x.device) if N > 1 else torch.full((F,), MIN_BANDWIDTH, device=x.device)
-    log_rho, inv_norm = torch.empty(2, F, N, device=x.device)
+    # Apart, so that all are aligned to 16 bytes whatever F is: else a ragged last batch would be compiled anew.
+    log_rho, inv_norm = (torch.empty(F, N, device=x.device) for _ in range(2))
+    parent, label = (torch.empty(P, N, dtype=torch.int32, device=x.device) for _ in range(2))
     labels = torch.empty(F, N, dtype=torch.int64, device=x.device)
     centres = torch.empty(F, K, dtype=torch.int64, device=x.device)
-    parent, label = torch.empty(2, P, N, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
         density_peaks_kernel[(P,)](
             x, d_c, inv_norm, log_rho, labels, centres, d, parent, label, F, N, C, K,

@@ -15,14 +15,14 @@ adds these partial sums in a fixed order: no atomics, the same bits every run. A
 tiles, and groups are so large that a clip has at most 32: at most 256 bytes per token, whatever T and N.
 
 With s = log2(e) / d_c, the term exp(-d / d_c) is 2^-s 2^(s cos), so a token's sum is 2^-s times a sum of numbers from
-2^-s to 2^s. For s <= 104, a d_c of at least 0.0139, fp32 holds any sum of 2^24 of them: the sums are added as they are,
-and the second kernel takes one logarithm per token. An entry of a tile then costs two multiplications, a minimum, an
-exponential and two additions, and, only where its rows and columns have a frame in common or the clip ends, a mask. For
-a smaller d_c each row and each column of a tile has its own maximum, and partial sums are logarithms.
+2^-s to 2^s. For s <= 104, a d_c of at least 0.0139, fp32 holds any sum of fewer than 2^24 of them: the sums are added
+as they are, and the second kernel takes one logarithm per token. An entry of a tile then costs two multiplications, a
+minimum, an exponential and two additions, and, only where its rows and columns have a frame in common or the clip ends,
+a mask. For a smaller d_c each row and each column of a tile has its own maximum, and partial sums are logarithms.
 
 F, N, C = 1024, 196, 768, T = 8, bf16: a clip has 91 tiles, of which 84 are multiplied and 32 masked. All clips: 271
-Gflop, of which 211 are needed, and 4.2 GB read from the L2 cache. In the machine code for sm_90 (Triton 3.6) a thread
-executes 816 instructions for the product of a tile and 1,300 for the rest, with a mask 1,450.
+Gflop, of which 211 are needed, and 4.2 GB read from the L2 cache. In the machine code for sm_90 (Triton 3.6), with 8
+warps a program, a thread executes 816 instructions for the product of a tile and 1,300 for the rest, with a mask 1,450.
 """
 
 import torch
@@ -225,13 +225,14 @@ def inverse_norm_triton(x: Tensor) -> Tensor:
     return inv_norm
 
 
-def two_programs(config: dict, C: int) -> dict:
+def fit_two_programs(config: dict, C: int) -> dict:
     """
-    Change the launch sizes so that two programs fit on a multiprocessor of Hopper: 4 warps of 255 registers, 96 KiB.
+    Change the launch sizes so that two programs fit on a multiprocessor of Hopper, each with 4 warps of up to 255
+    registers and 96 KiB of shared memory.
 
     One program then adds up its tile while the other multiplies, and as many loads are in flight as in one program with
-    five stages. On an H100 that took 0.71 ms for 0.85, at F, N, C = 1024, 196, 768 and T = 8 (docs/log.md). Not where
-    rows of C elements are not loaded 16 bytes at a time: there it spills many registers.
+    five stages. On an H100 that took 0.71 ms for 0.85, at F, N, C = 1024, 196, 768 and T = 8 (docs/log.md). Only if C
+    is a multiple of 8, so that rows are loaded 16 bytes at a time; otherwise it spills many registers.
     """
     if config["BLOCK"] == 128 and config["num_stages"] > 3 and C % 8 == 0:          # only Hopper has both
         config = config | dict(num_warps=4, num_stages=3)
@@ -243,7 +244,7 @@ def temporal_density_triton(x: Tensor, d_c: Tensor, inv_norm: Tensor | None = No
     Launch the kernels: x (B, T, N, C) in fp32, fp16 or bf16, d_c (B,) fp32 -> (B, T, N).
 
     inv_norm (B, T, N): the inverse lengths of the tokens, if known. `launch` overrides the choices of `launch_config`,
-    and takes the place of those of `two_programs`.
+    and takes the place of those of `fit_two_programs`.
     """
     B, T, N, C = x.shape
     if T == 1:
@@ -251,7 +252,7 @@ def temporal_density_triton(x: Tensor, d_c: Tensor, inv_norm: Tensor | None = No
     x, n = x.contiguous(), T * N
     inv_norm = inverse_norm_triton(x) if inv_norm is None else inv_norm
     config = launch_config(x, n)
-    config = config | launch if launch else two_programs(config, C)
+    config = config | launch if launch else fit_two_programs(config, C)
     tiles = triton.cdiv(n, config["BLOCK"])
     GROUP = triton.cdiv(tiles, MAX_GROUPS)
     G = triton.cdiv(tiles, GROUP)

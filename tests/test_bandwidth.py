@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers.kernels import (
     DEVICE,
     DTYPES,
@@ -21,7 +23,7 @@ from helpers.kernels import (
     within,
 )
 
-from kernels.bandwidth import bandwidth, bandwidth_ref, bandwidth_triton, num_sampled_tokens
+from kernels.bandwidth import bandwidth, bandwidth_ref, bandwidth_triton, num_sampled_tokens, select_kth
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -178,6 +180,46 @@ def test_among_many_pairs_kernel_errs_by_a_quarter_of_its_last_interval():
     for q in ("0.3", "0.8"):
         expected = exact(x[0], [0] * 196, q, same_frame=True)
         assert bandwidth_triton(x, float(q)).item() == pytest.approx(expected, rel=5e-4)
+
+
+@triton.jit
+def select_kth_kernel(d_ptr, ranks_ptr, out_ptr, size, CHUNK: tl.constexpr):
+    """One program: a rank -> about the distance of that rank of d (size,)."""
+    rank = tl.load(ranks_ptr + tl.program_id(0))
+    tl.store(out_ptr + tl.program_id(0), select_kth(d_ptr, size, rank, CHUNK, 3))
+
+
+def select(d, ranks, chunk):
+    """d (size,), ranks (n,) -> the kernel's distances (n,), on the CPU."""
+    out = torch.empty(len(ranks), device=DEVICE)
+    ranks = torch.as_tensor(ranks, dtype=torch.int32, device=DEVICE)
+    select_kth_kernel[(len(ranks),)](d.float().to(DEVICE), ranks, out, len(d), chunk)
+    return out.cpu().double()
+
+
+def test_the_selected_distance_has_the_rank_among_distances_of_any_size():
+    # From 1e-6 to 2, a third of them equal to another; 32 infinite ones do not count.
+    d = 2e-6 * 1e6 ** torch.rand(480, generator=seeded(3)).double()
+    d[:160] = d[160:320]
+    d = torch.cat([d, torch.full((32,), math.inf)])[torch.randperm(512, generator=seeded(4))].float()
+    ranks, expected = torch.arange(1, 481, 13), d.double().sort().values
+    selected = select(d, ranks, chunk=64)
+    torch.testing.assert_close(selected, expected[ranks - 1], rtol=1 / 255, atol=1.1e-7)
+    assert (selected.diff() > -1e-9).all() and selected.max() <= 2
+
+
+def test_any_of_the_cells_may_hold_all_distances():
+    # 32 chunks of 16: an element of the kernel's sums counts 15 distances, the most that it can.
+    for cell in range(8):
+        d = torch.full((512,), 2 * (4 * cell + 1.5) / 31)
+        torch.testing.assert_close(select(d, [1, 256, 512], 16), d[:3].double(), rtol=1 / 255, atol=0)
+    assert select(torch.full((512,), 2.0), [512], 16).item() == 2               # the largest distance there can be
+
+
+def test_among_evenly_spaced_distances_the_kernel_errs_by_less_than_their_spacing():
+    d = (torch.arange(1024) + 0.5) / 512
+    ranks = torch.arange(150, 1025, 19)                                         # of intervals with several distances
+    torch.testing.assert_close(select(d, ranks, 128), d[ranks - 1].double(), rtol=0, atol=1 / 512)
 
 
 CLIPS = [               # shape, quantile, number of sampled tokens

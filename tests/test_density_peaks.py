@@ -523,6 +523,38 @@ def test_in_the_kernel_a_constant_frame_has_the_first_tokens_as_centres(d_c, den
     run(x, 5, d_c, density, assign)                                             # check_contract
 
 
+@pytest.mark.parametrize("d_c", [1e-3, 0.3])
+@pytest.mark.parametrize("density, power", [("exp", 1), ("gauss", 2)])
+def test_kernel_densities_of_tokens_that_are_all_far_from_each_other(density, power, d_c):
+    for x, distance in ((5 * torch.eye(5) - 1, 1.25), (torch.tensor([[1.0, 1], [-1, -1]]), 2.0)):
+        log_rho = run(x[None], 1, d_c, density, "nearest")[2]
+        expected = math.log(len(x) - 1) - (distance / np.float32(d_c)) ** power
+        np.testing.assert_allclose(log_rho.double().numpy(), np.full((1, len(x)), expected), rtol=3e-7, atol=1e-6)
+
+
+# A compiler fuses products and sums, the interpreter does not: rounding then differs from token to token.
+@pytest.mark.parametrize("density, N", [("exp", 25), ("gauss", 20)])
+@pytest.mark.gpu
+def test_in_the_kernel_tokens_at_equal_distances_are_equally_dense_at_any_bandwidth(density, N):
+    d_c = 0.5 * 0.7 ** torch.arange(6, 14)
+    _, centres, log_rho, _ = run((torch.eye(N) + 0.5).expand(8, N, N), 3, d_c, density, "nearest")
+    assert (log_rho == log_rho[:, :1]).all() and centres.tolist() == [[0, 1, 2]] * 8
+
+
+@pytest.mark.parametrize("F", [1, 2, 3, 5])
+def test_a_batch_of_any_size_takes_the_kernel_that_is_compiled(F, monkeypatch):
+    # Triton compiles a kernel anew for a tensor that does not begin at a multiple of 16 bytes.
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.extend(a for a in args if isinstance(a, torch.Tensor))
+
+    monkeypatch.setattr("kernels.density_peaks.density_peaks_kernel", Kernel())
+    outputs = density_peaks_triton(torch.ones(F, 7, 3), 2, None, "exp", "parent")
+    assert len(launched) == 9 and all(t.data_ptr() % 16 == 0 for t in (*launched, *outputs))
+
+
 # float32: its tiles are as large as bandwidth's.
 @pytest.mark.parametrize("shape, q", [((3, 20, 8), 0.02), ((1, 70, 9), 1.0), ((5, 2, 3), 0.5)], ids=str)
 def test_the_kernels_own_bandwidth_gives_what_bandwidth_triton_does(shape, q):
@@ -612,7 +644,7 @@ def test_kernel_chain_of_parents_ending_at_a_non_centre_takes_the_nearest():
     assert labels.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -1.0, 0.0, math.inf])
 @pytest.mark.parametrize("density, assign", WAYS[1:3])
 def test_kernel_lets_an_invalid_bandwidth_affect_its_own_frame_only(bad, density, assign):
     x = torch.randn(3, 10, 8, generator=seeded(7))

@@ -298,6 +298,13 @@ def test_kernel_sums_are_the_same_with_and_without_a_running_maximum():
     assert tau[0].min() < -120
 
 
+@pytest.mark.parametrize("d_c", [0.01203, SWITCH * (1 - 1e-6), SWITCH * (1 + 1e-6)])     # 0.01203: 300 2^s is 2^128
+@pytest.mark.gpu
+def test_kernel_sums_of_many_equal_tokens_do_not_overflow(d_c):
+    tau = run(torch.ones(1, 2, 300, 1), d_c)
+    torch.testing.assert_close(tau, torch.full_like(tau, math.log(300)), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("d_c", [1e-6, 2e-4, 0.013, 0.1])
 def test_kernel_exponentials_that_all_underflow_keep_values_and_order(d_c):
     x = changed_signs()
@@ -369,6 +376,7 @@ def test_kernel_lets_a_nan_affect_its_own_clip_only(bad):
         spoilt[1, 1, 3, 2] = bad
         tau = run(spoilt, d_c, BLOCK=16)
         assert tau[::2].equal(expected[::2]) and not tau.isnan().any()
+        assert tau.max() <= math.log(18) + 1e-5                 # as if a NaN were at distance 0 from 18 tokens
         spoilt[1] = bad
         tau = run(spoilt, torch.tensor([d_c, math.nan, d_c]), BLOCK=16)
         assert tau[::2].equal(expected[::2]) and not tau.isnan().any()
