@@ -2,8 +2,8 @@
 Video file -> frames (T, 3, H, W) uint8 -> crops (T, 3, s, s); the frame cache; the two image resizes; patches.
 
 If codec and container allow it, only the packets that the requested frames depend on are decoded. For an intact file
-the result equals that of a full decode bit for bit. Only the first video stream of a file is read; an image is a video
-of one frame.
+the result equals that of a full decode bit for bit. If the packets do not tell which frames the decoder shows, the
+whole file is decoded. Of several video streams the best one is read, as ffmpeg does; an image is a video of one frame.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from bisect import bisect
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
-from itertools import dropwhile
+from itertools import accumulate, dropwhile, islice, pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 import av
@@ -70,9 +71,25 @@ def read_frames(path: str, num_frames: int, strategy: str = "middle", rng: np.ra
     return decode_frames(path, select, None)
 
 
+MAX_PIXELS = 89_478_485     # of a frame: where Pillow warns of a decompression bomb; 8K video has 33 million
+MAX_FRAMES = 2 ** 24        # of a file: three days at 60 a second
+MAX_BYTES = 2 ** 33         # of the frames that are decoded into memory at once
+
+
 def decode_frames(path: str, select, size: int | None) -> Tensor:
     """Decode the frames that `select` chooses (see iter_frames) -> (T, 3, H, W) uint8."""
-    images = [frame_to_tensor(frame, size) for frame in iter_frames(path, select)]
+    images, indices, turn = [], [], None
+
+    def choose(times):
+        indices.extend(select(times))
+        return indices
+
+    for frame in iter_frames(path, choose):
+        turn = turn or display_turn(frame)
+        images.append(frame_to_tensor(frame, size, turn))
+        if len(indices) * images[0].nbytes > MAX_BYTES:
+            raise ValueError(f"{path}: decoded frames may take {MAX_BYTES} bytes of memory (got {len(indices)} frames "
+                             f"of {images[0].nbytes})")
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"{path}: the frame size changes within the video")
     return torch.stack(images)                                              # (T, 3, H, W)
@@ -109,28 +126,62 @@ def iter_frames(path: str, select):
             num_missing, previous = num_missing - 1, frame
             if num_yielded == len(indices) and index + 1 == len(pts) - num_missing:     # none missing so far: done
                 return
+        check_missing(num_missing, len(pts))
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     except Exception as error:                      # libraries raise other types too on corrupt bytes
         raise ValueError(f"{path}: {type(error).__name__}: {format_error(error)}") from error
-    if 10 * num_missing > len(pts):
-        raise ValueError(f"{path}: {num_missing} of {len(pts)} frames do not decode")
     for _ in indices[num_yielded:]:
         yield previous
 
 
+def check_missing(num_missing: int, count: int):
+    """ValueError if more than a tenth of the frames are missing."""
+    if 10 * num_missing > count:
+        raise ValueError(f"{num_missing} of {count} frames do not decode")
+
+
+# The formats that are read, by libav's names. Playlists and other formats that name further files, text and drawings
+# are not among them. image2 is the format of a JPEG that ends early.
+FORMATS = ("mov matroska avi mpegts mpeg mpegvideo flv asf ogg rm mxf dv nut ivf wtv yuv4mpegpipe h264 hevc m4v mjpeg "
+           "av1 obu gif apng image2 jpeg_pipe png_pipe webp_pipe bmp_pipe tiff_pipe ppm_pipe pgm_pipe pbm_pipe "
+           "jpegxl_pipe j2k_pipe").split()
+OPTIONS = {
+    "format_whitelist": ",".join(FORMATS),
+    "protocol_whitelist": "file",
+    "pattern_type": "none",                         # image2: % and * in a file name mean themselves
+    "max_pixels": str(MAX_PIXELS),
+}
+
+
 def open_video(path: str):
-    """Open a file -> (container, its first video stream). ValueError if it has none or its codec is unknown."""
-    container = av.open(path, metadata_errors="ignore")                     # a title need not be UTF-8
-    if not container.streams.video:
+    """
+    Open a file -> (container, its best video stream). ValueError if it has none, if its format is not one of FORMATS,
+    if its codec is unknown, or if its frames are too large.
+    """
+    try:                                            # "file:", since a path with a colon is no address
+        container = av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore")      # a title need not be UTF-8
+    except av.error.ArgumentError:
+        raise ValueError("is damaged, or in no format of videos or images that is read (video.FORMATS)") from None
+    stream = container.streams.best("video")
+    context, reason = stream and stream.codec_context, None
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        reason = "has no video stream"
+    elif context is None:
+        reason = "the codec of the video stream is unknown"
+    # libav leaves the size of a picture open if it is above max_pixels.
+    elif context.width * context.height > MAX_PIXELS or is_image(container) and not context.width:
+        reason = f"frames must have at most {MAX_PIXELS} pixels (got {context.width} x {context.height}; 0: more)"
+    if reason:
         container.close()
-        raise ValueError("has no video stream")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        container.close()
-        raise ValueError("the codec of the video stream is unknown")
-    stream.codec_context.thread_count = 1                                   # loader processes run in parallel
+        raise ValueError(reason)
+    context.options = {"max_pixels": OPTIONS["max_pixels"]}                 # the size can change later on
+    context.thread_count = 1                                                # loader processes run in parallel
     return container, stream
+
+
+def is_image(container) -> bool:
+    return container.format.name.endswith("_pipe") or container.format.name in ("image2", "gif")
 
 
 class Packet(NamedTuple):
@@ -138,42 +189,161 @@ class Packet(NamedTuple):
     pts: int | None
     dts: int | None
     size: int
-    is_keyframe: bool      # decoding can start here
-    discard: bool          # decoded but not shown, because of an edit list
-    corrupt: bool
+    pos: int | None         # byte in the file
+    is_keyframe: bool       # the container says that decoding can start here
+    num_shown: int | None   # frames: 1; 0, decoded but not shown; None, only the decoder can tell
+    is_corrupt: bool
 
 
 def frame_timestamps(container, stream) -> tuple[list[int | None], np.ndarray, list[Packet]]:
     """
     Read all packet headers -> (presentation timestamps of the n frames, ascending, None if unknown; (n,) seconds since
     the first frame; the packets in file order). The frames are counted here because the count in the file's header
-    can be wrong.
+    can be wrong. If the packets do not tell the frames (see are_frames), the whole file is decoded to count them.
     """
-    packets = [Packet(p.pts, p.dts, p.size, p.is_keyframe, p.is_discard, p.is_corrupt)
-               for p in container.demux(stream) if p.size]
-    shown = [packet.pts for packet in packets if not packet.discard]
-    pts, count = set(shown) - {None}, len(shown)
-    # AVI has no presentation times, and libav's guesses are wrong if B-frames are packed into one packet.
-    if container.format.name == "avi" or len(pts) < count:
-        pts = set()
-    if any(packet.corrupt for packet in packets if not packet.discard):     # the file ends inside a packet, and the
-        count = max(count, stream.frames)                                   # rest of its index is missing
-        if count > os.path.getsize(container.name):
-            raise ValueError(f"the header claims {count} frames, more than the file has bytes")
-        if 10 * (count - len(shown)) > count:
-            raise ValueError(f"{count - len(shown)} of {count} frames do not decode")
+    path, codec = container.name.removeprefix("file:"), stream.codec_context.name
+    num_shown = NUM_SHOWN.get(codec, lambda packet: 1)
+    packets = [Packet(p.pts, p.dts, p.size, p.pos, p.is_keyframe, 0 if p.is_discard else num_shown(p), p.is_corrupt)
+               for p in islice(container.demux(stream), MAX_FRAMES) if p.size]
+    if len(packets) >= MAX_FRAMES - 1:
+        raise ValueError(f"must have less than {MAX_FRAMES} frames")
     rate = float(stream.average_rate or stream.guessed_rate or 25)
-    known = sorted(pts)
-    seconds = (np.array(known, float) - (known[0] if known else 0)) * float(stream.time_base or 1 / rate)
-    num_unknown = count - len(known)
-    rest = (seconds[-1] if known else -1 / rate) + np.arange(1, num_unknown + 1) / rate
-    return known + [None] * num_unknown, np.concatenate([seconds, rest]), packets
+    time_base = float(stream.time_base or 1 / rate)
+    if not are_frames(container, stream, packets):
+        times = decode_timestamps(path, len(packets))
+        return [None] * len(times), seconds_since_first(times, time_base, rate), packets
+    shown, avi = [packet for packet in packets if packet.num_shown], container.format.name == "avi"
+    count = len(shown)
+    if any(packet.is_corrupt for packet in shown):                          # the file ends inside a packet, and the
+        count = max(count, stream.frames)                                   # rest of its index is missing
+        if count > os.path.getsize(path):
+            raise ValueError(f"the header claims {count} frames, more than the file has bytes")
+        check_missing(count - len(shown), count)
+    # AVI has no presentation times; libav fills them in from the times at which packets are decoded.
+    times = sorted(packet.dts if avi else packet.pts for packet in shown) + [None] * (count - len(shown))
+    return [None] * count if avi else times, seconds_since_first(times, time_base, rate), packets
 
+
+def seconds_since_first(times: list[int | None], time_base: float, rate: float) -> np.ndarray:
+    """(n,) seconds since the first frame. Where times are unknown, or begin again, frames are 1 / rate apart."""
+    steps = np.diff(np.array(times, float))                                 # in units of time_base; None becomes NaN
+    steps[~(steps > 0)] = 1 / rate / time_base
+    return np.concatenate([np.zeros(len(times[:1])), np.cumsum(steps)]) * time_base
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Do packets tell the frames?
+
+def num_shown_vp8(packet) -> int:
+    """0 for a frame that others refer to and that is not shown itself (RFC 6386, section 9.1)."""
+    return bytes(packet)[0] >> 4 & 1
+
+
+def num_shown_vp9(packet) -> int:
+    """A superframe shows one of its frames; a frame alone may be hidden (the VP9 specification, 6.2 and annex B)."""
+    first, last = bytes(packet)[0], bytes(packet)[-1]
+    first <<= first & 0x30 == 0x30                                          # profile 3 has one bit more
+    return int(last & 0xE0 == 0xC0 or first & 8 or first & 2 != 0)          # show_existing_frame, show_frame
+
+
+def num_shown_mpeg4(packet) -> int | None:
+    """A tiny picture may be "not coded", and a packet of two pictures, in AVI, goes with an empty one later on."""
+    data = bytes(packet)
+    start = data.find(b"\0\0\1\xb6")
+    return None if start < 0 or len(data) - start < 11 or b"\0\0\1\xb6" in data[start + 4:] else 1
+
+
+NUM_SHOWN = {"vp8": num_shown_vp8, "vp9": num_shown_vp9, "mpeg4": num_shown_mpeg4}
 
 # Decoders, by libav's names, that can start at a keyframe; and those for which non-reference frames can be skipped one
 # by one without changing other frames. (HEVC is not among the latter: frames of a higher layer may refer to them.)
 KEYFRAME_SEEKABLE = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg1video", "mpeg2video"}
 NONREF_SKIPPABLE = {"h264", "mpeg4", "mpeg1video", "mpeg2video"}
+SEEKABLE_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"}
+ONE_FRAME_A_PACKET = KEYFRAME_SEEKABLE | {"flv", "gif"}                     # besides codecs of keyframes alone
+
+
+def are_frames(container, stream, packets: list[Packet]) -> bool:
+    """
+    Whether the frames that the decoder shows are known to be the packets with num_shown = 1, in the order of their
+    presentation times: no packet is half a frame, none stands before the first keyframe or refers to frames before it,
+    and times do not begin again.
+    """
+    context = stream.codec_context
+    if not (context.name in ONE_FRAME_A_PACKET or context.codec.intra_only) or not packets:
+        return False
+    if container.format.name == "asf" or context.name == "h264" and not has_only_frames(context.extradata):
+        return False
+    if not packets[0].is_keyframe or any(packet.num_shown is None for packet in packets):
+        return False
+    dts = [packet.dts for packet in packets if packet.dts is not None]
+    if any(b < a for a, b in pairwise(dts)):
+        return False
+    if container.format.name == "avi":
+        return len(dts) == len(packets) and not context.has_b_frames
+    pts = [packet.pts for packet in packets if packet.num_shown]
+    if None in pts or len(set(pts)) < len(pts) or packets[0].num_shown and pts[0] > min(pts):
+        return False
+    known = [packet for packet in packets if packet.pts is not None]
+    latest = accumulate((packet.pts for packet in known), max)              # no keyframe before an earlier packet
+    return all(packet.pts == last or not packet.is_keyframe for packet, last in zip(known, latest, strict=True))
+
+
+def has_only_frames(extradata: bytes | None) -> bool:
+    """
+    Whether an H.264 stream has no field pictures: frame_mbs_only_flag of its sequence parameter set (ITU-T H.264,
+    7.3.2.1.1). False if that is not easy to read.
+    """
+    extradata = extradata or b""
+    start = 8 if extradata[:1] == b"\1" else extradata.find(b"\0\0\1") + 3  # in MP4 and its like, or in a stream
+    data = extradata[start:].replace(b"\0\0\3", b"\0\0")
+    bits, place = "".join(f"{byte:08b}" for byte in data[:512]), 32         # after type, profile, constraints, level
+
+    def read(length: int) -> int:
+        nonlocal place
+        place += length
+        return int(bits[place - length:place], 2)
+
+    def golomb() -> int:
+        nonlocal place
+        zeros = bits.index("1", place) - place
+        place += zeros
+        return read(zeros + 1) - 1
+
+    try:
+        if data[0] & 31 != 7:
+            return False
+        golomb()                                                            # seq_parameter_set_id
+        if data[1] in (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135):
+            if golomb() == 3:                                               # chroma_format_idc
+                read(1)
+            golomb(), golomb(), read(1)                                     # bit depths, transform bypass
+            if read(1):                                                     # scaling lists, which are long
+                return False
+        golomb()                                                            # log2_max_frame_num_minus4
+        order = golomb()                                                    # pic_order_cnt_type
+        if order == 0:
+            golomb()
+        elif order == 1:
+            read(1), golomb(), golomb()
+            for _ in range(golomb()):
+                golomb()
+        golomb(), read(1), golomb(), golomb()                               # references, gaps, width, height
+        return read(1) == 1
+    except (IndexError, ValueError):                                        # it ends early
+        return False
+
+
+def decode_timestamps(path: str, num_packets: int) -> list[int | None]:
+    """Decode the whole file -> a timestamp for each frame, in the order in which they are shown, or None."""
+    times, num_lost = [], 0
+    for frame in iter_decoded(path):
+        times.append(frame and (frame.dts if frame.pts is None else frame.pts))
+        num_lost += frame is None
+    if num_lost == len(times):
+        num_lost, times = num_packets, [None] * num_packets
+    check_missing(num_lost, len(times))
+    return times
 
 
 def iter_frames_seeking(container, stream, pts: list[int | None], packets: list[Packet], indices: list[int]):
@@ -181,9 +351,11 @@ def iter_frames_seeking(container, stream, pts: list[int | None], packets: list[
     Yield (index, frame) for ascending frame indices, each decoded from the keyframe before it. Stops before the first
     frame that might differ from a full decode.
     """
-    if stream.codec_context.name not in KEYFRAME_SEEKABLE or None in (chosen := {pts[i] for i in indices}):
+    if stream.codec_context.name not in KEYFRAME_SEEKABLE or container.format.name not in SEEKABLE_FORMATS:
         return
-    packet_of_pts = {packet.pts: i for i, packet in enumerate(packets) if not packet.discard}
+    if None in (chosen := {pts[i] for i in indices}):
+        return
+    packet_of_pts = {packet.pts: i for i, packet in enumerate(packets) if packet.num_shown}
     keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts is not None]
     last_packet, frames = -1, None
     for index in indices:
@@ -206,11 +378,13 @@ def decode_from_keyframe(container, stream, packets: list[Packet], key: int, pac
                          chosen: set[int]):
     """
     Decode from keyframe packet `key`; yield (packet index, frame) in presentation order. Non-reference frames are
-    decoded only if their pts is in `chosen`. Stops if the stream or a frame differs from the packet list. Frames shown
-    before the keyframe may refer to frames before it, so they are left out.
+    decoded only if their pts is in `chosen`. Stops if the stream or a frame differs from the packet list, or if the
+    decoder finds no keyframe there. Frames shown before the keyframe may refer to frames before it, so they are left
+    out.
     """
     context, first_pts, started = stream.codec_context, packets[key].pts, key == 0
-    matches = lambda packet, i: i < len(packets) and (packet.pts, packet.size) == (packets[i].pts, packets[i].size)
+    identity = attrgetter("pts", "size", "pos")
+    matches = lambda packet, i: i < len(packets) and identity(packet) == identity(packets[i])
     container.seek((first_pts or 0) if packets[key].dts is None else packets[key].dts, stream=stream)
     stored = dropwhile(lambda packet: not matches(packet, key), container.demux(stream))
     for i, packet in enumerate(stored, key):
@@ -221,10 +395,10 @@ def decode_from_keyframe(container, stream, packets: list[Packet], key: int, pac
         for frame in packet.decode():
             if frame.pts not in packet_of_pts:
                 return
-            started |= frame.pts == first_pts
+            started |= frame.pts == first_pts and frame.key_frame
             if started:
                 yield i, frame
-            elif frame.pts > first_pts:                                     # the packet was not really a keyframe
+            elif frame.pts >= first_pts:                                    # the packet was not really a keyframe
                 return
 
 
@@ -232,15 +406,48 @@ def iter_frames_sequential(path: str, pts: list[int | None]):
     """Decode the whole file; yield (index in presentation order, frame) of each frame that decodes, in that order."""
     index_of_pts = {time: i for i, time in enumerate(pts) if time is not None}
     index = -1
+    for frame in iter_decoded(path):
+        if frame is None:
+            index += not index_of_pts                                       # without times a lost frame is counted
+        else:
+            index = max(index + 1, index_of_pts.get(frame.pts, 0))
+            yield index, frame
+
+
+def iter_decoded(path: str):
+    """
+    Decode the whole file; yield its frames in the order in which they are shown, and None for each one that is lost.
+    Packets before the first keyframe cannot be decoded, and are not lost: the decoders of H.264 and HEVC pass over
+    them, while others raise errors.
+    """
     container, stream = open_video(path)
+    orientation = exif_orientation(path) if is_image(container) else None
+    begun, previous = stream.codec_context.name in ("h264", "hevc"), None
     with container:
         for packet in container.demux(stream):
+            begun |= packet.is_keyframe
             try:
+                if is_truncated(stream.codec_context.name, packet):
+                    raise av.InvalidDataError(0, "truncated")
                 for frame in packet.decode():
-                    index = max(index + 1, index_of_pts.get(frame.pts, 0))
-                    yield index, frame
+                    # At its end, a file of "not coded" pictures gives the last one again: the same memory.
+                    if packet.size or previous is None or frame.planes[0].buffer_ptr != previous.planes[0].buffer_ptr:
+                        frame.opaque = orientation
+                        yield frame
+                    begun, previous = True, frame
             except av.FFmpegError:
-                index += not index_of_pts                                   # without times a lost frame is counted
+                if begun:
+                    yield None
+
+
+def is_truncated(codec: str, packet) -> bool:
+    """Whether a JPEG ends before its end marker, or a GIF within an image: libav makes up the rest."""
+    if codec not in ("mjpeg", "gif") or not packet.size:
+        return False
+    data = bytes(packet)
+    if codec == "gif":
+        return not data.endswith(b"\0") and b"\0;" not in data[-1024:]
+    return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")                # end of image, start of scan
 
 
 def write_video(path: str, frames: np.ndarray, fps: int = 8, **options: str):
@@ -257,14 +464,45 @@ def write_video(path: str, frames: np.ndarray, fps: int = 8, **options: str):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
-def frame_to_tensor(frame: av.VideoFrame, size: int | None) -> Tensor:
-    """Convert a frame -> (3, H, W) uint8, rotated upright, short side at most `size`."""
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    image = image.rot90(round(frame.rotation / 90), (1, 2)).contiguous()
+def frame_to_tensor(frame: av.VideoFrame, size: int | None, turn: tuple | None = None) -> Tensor:
+    """Convert a frame -> (3, H, W) uint8, upright, short side at most `size`. turn: its display_turn, if known."""
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1)).permute(2, 0, 1)
+    transposed, *flipped = turn or display_turn(frame)
+    image = image.mT if transposed else image
+    image = (image.flip([axis for axis in (1, 2) if flipped[axis - 1]]) if any(flipped) else image).contiguous()
     H, W = image.shape[1:]
     if size and min(H, W) > size:
         image = resize(image[None], (round(H * size / min(H, W)), round(W * size / min(H, W))))[0]
     return image
+
+
+# EXIF orientation: (are rows and columns exchanged, is the result then turned upside down, and left to right)
+EXIF_TURNS = {1: (0, 0, 0), 2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1),
+              8: (1, 1, 0)}
+
+
+def display_turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """
+    Read how a video is to be shown from the display matrix of a frame -> a value like those of EXIF_TURNS; the angle is
+    rounded to quarter turns. The matrix takes a point (x, y) to (a x + c y, b x + d y).
+    """
+    if frame.opaque:                                # an image's EXIF orientation
+        return EXIF_TURNS[frame.opaque]
+    try:                                            # from a tiny copy, since PyAV's side data keeps its frame alive
+        matrix = frame.reformat(width=16, height=16, threads=1).side_data.get("DISPLAYMATRIX")
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
+    except ValueError:                              # side data that PyAV has no name for: it gives the angle alone
+        return EXIF_TURNS[(1, 8, 3, 6)[round(frame.rotation / 90) % 4]]
+    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
+
+
+def exif_orientation(path: str) -> int:
+    """Read the EXIF orientation of an image, 1 to 8, with Pillow: PyAV gives its angle, but not whether it mirrors."""
+    try:
+        with Image.open(path) as image:
+            return value if (value := image.getexif().get(0x0112)) in EXIF_TURNS else 1
+    except (OSError, ValueError, SyntaxError):      # a format that libav reads and Pillow does not; or damaged EXIF
+        return 1
 
 
 def resize(frames: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -395,7 +633,7 @@ class FrameCache:
         return FrameCache, (self.path,)
 
 
-CACHE_VERSION = 3           # raise it if the decoded frames or the file format change
+CACHE_VERSION = 4           # raise it if the decoded frames or the file format change
 
 
 def build_frame_cache(rows: Sequence, cfg, folder: str) -> FrameCache:
