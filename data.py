@@ -253,6 +253,14 @@ def require_readable(count_read: int, count_all: int):
         raise ValueError(f"none of {count_all} videos could be read")
 
 
+def require_finite(values: Tensor, names: Sequence, what: str):
+    """Raise a ValueError if one of values (n, ...) is NaN or infinite. It names the first of the n rows with one."""
+    if not values.isfinite().all():                                         # waits for the device, so not in training
+        wrong = ~values.isfinite()
+        row = int(wrong[..., None].flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{what} {names[row]!r} must be finite, got {values[row][wrong[row]].flatten()[0].item()}")
+
+
 class ClipDataset(torch.utils.data.Dataset):
     """
     In training, dataset[n] for any n >= 0 is sample n of a run: every epoch is a permutation of the annotations. The
@@ -433,6 +441,31 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, max_length: int, seed: 
         answer_ids=encode_answers(tokenizer, [answer for _, answer, _ in answers], max_answer_length),
         answer_weight=torch.tensor([weight for _, _, weight in answers]),
     )
+
+
+class ReadableClips(torch.utils.data.Dataset):
+    """Samples of chosen annotations: (index, sample, None), or (index, None, (video, reason)) if it cannot be read."""
+
+    def __init__(self, dataset: ClipDataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i: int):
+        index = self.indices[i]
+        try:
+            return index, self.dataset[index], None
+        except (ValueError, OSError) as error:
+            annotation = self.dataset.annotations[index]
+            return index, None, (annotation.video, f"{annotation.source}: {error}")
+
+
+def collate_readable(tokenizer, max_text_length: int, items: list):
+    """Items of ReadableClips -> indices of the readable clips, their batch (None if there are none), the errors."""
+    indices, samples = [i for i, sample, _ in items if sample], [sample for _, sample, _ in items if sample]
+    batch = collate(samples, tokenizer, max_text_length, seed=indices[0]) if samples else None
+    return indices, batch, [error for *_, error in items if error]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

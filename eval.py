@@ -8,7 +8,7 @@ Evaluate a trained model.
     torchrun --nproc_per_node=8 eval.py --task msrvtt --checkpoint out/base --data-root DATA
 
 Inputs: a folder that train.py wrote, an annotation file and its videos. Outputs: a printed table, and a JSON file with
-the scores, the protocol and, for question answering and captioning, every prediction.
+the scores, the protocol and, for question answering and captioning, every prediction. NaN is an error, never a score.
 
 Retrieval is text-to-video (T2V) and video-to-text (V2T): R@1/5/10 in per cent, median and mean rank. Candidates are
 ranked by similarity (the mean over frames of the cosines), by similarity with a dual softmax over all queries, and with
@@ -23,7 +23,7 @@ import json
 import os
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -34,13 +34,13 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import runtime
 import tasks
-from data import ClipDataset, DataConfig, decode_ids, encode_answers, require_readable, special_token_ids
+from data import ClipDataset, DataConfig, decode_ids, encode_answers, require_finite, require_readable
 from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, VideoToText, load_model
 from runtime import all_gather_lists, all_reduce_sum, bf16_autocast, config_from_dict, rank_and_world
@@ -61,9 +61,9 @@ class Config:
     data_root: str = ""     # folder of annotations and videos, or of the videos of --data; sprites tasks need none
     data: str = ""          # your own annotation file, in the task's format; empty: the task's
     answers: str = ""       # questions: JSON file that lists the answers to rank; empty: the task's list
-    split: Literal["test", "val"] = "test"              # split of the task; not used with --data
+    split: Literal["test", "val"] = "test"              # split of the task; not to be given with --data
     mask: Annotated[str, tyro.conf.arg(help=MASK_HELP)] = ""
-    mask_ratio: float | None = None     # share of the tokens that the mask hides, 0 to below 1; None: as in training
+    mask_ratio: float | None = None     # share of the tokens that --mask hides, 0 to below 1; None: as in training
     teacher: str = ""       # SigLIP folder or hub id, which --mask needs; empty: the teacher of the training
     # retrieval: candidates to re-rank, 0: none; questions: answers to score in full, 0: all; -1: the task's number
     rerank: int = -1
@@ -75,13 +75,17 @@ class Config:
     workers: int = -1       # data loading processes; 0: load in the main process; -1: as in training
     seed: int = 0           # seed of masks that are drawn at random
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is a GPU
-    out: str = ""           # JSON file to write; empty: eval-TASK-MASK.json in the checkpoint's folder
+    out: str = ""           # JSON file to write; empty: eval-TASK-MASK-SETTINGS.json in the checkpoint's folder
 
     def __post_init__(self):
         if self.data and not self.data_root:
             raise ValueError(f"--data-root must be the folder of the videos in --data {self.data}, got ''")
         if self.mask and self.mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+        if not self.mask and (self.teacher or self.mask_ratio is not None):
+            raise ValueError("--mask must name a mask if --mask-ratio or --teacher is given, got ''")
+        if self.data and self.split != "test":
+            raise ValueError(f"--split must not be given with --data, whose rows are all scored, got {self.split}")
         for name, least in (("beams", 1), ("batch", 1), ("workers", -1), ("rerank", -1), ("frames", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -110,10 +114,11 @@ def best_ranks(scores: Tensor, positives: Tensor) -> Tensor:
     """
     scores (Q, M), positives (Q, M) bool -> (Q,), the rank from 1 of each query's best positive.
 
-    A negative of equal score ranks before it, so a model that gives every item the same score is last, not first.
+    A negative of equal score ranks before it, so a model that gives every item the same score is last, not first; so
+    is one whose scores are NaN, because no score is below NaN or NaN below it.
     """
     best = scores.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
-    return 1 + ((scores >= best) & ~positives).sum(1)
+    return 1 + (~(scores < best) & ~positives).sum(1)
 
 
 def recall_metrics(rank: Tensor) -> dict[str, float]:
@@ -151,7 +156,8 @@ def caption_scores(references: dict[str, list[str]], predictions: dict[str, str]
     References and predictions by id -> CIDEr, BLEU-4, ROUGE-L, METEOR, times 100, by pycocoevalcap.
 
     Its tokenizer and METEOR need Java. Without Java, METEOR is left out, words are split by a regular expression, and
-    the names of the scores say so.
+    the names of the scores say so. White space of every kind becomes one space first: the tokenizer takes a caption to
+    be a line, and any line end of Unicode within it would shift all captions behind it.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -161,6 +167,7 @@ def caption_scores(references: dict[str, list[str]], predictions: dict[str, str]
     has_java = shutil.which("java") is not None
     texts = ({("reference", i): captions for i, captions in references.items()}
              | {("prediction", i): [caption] for i, caption in predictions.items()})
+    texts = {i: [" ".join(caption.split()) for caption in captions] for i, captions in texts.items()}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):      # the scorers print
         if has_java:
             texts = PTBTokenizer().tokenize({i: [{"caption": c} for c in captions] for i, captions in texts.items()})
@@ -178,37 +185,15 @@ def caption_scores(references: dict[str, list[str]], predictions: dict[str, str]
 
 # Encoding videos and captions
 
-class ReadableClips(Dataset):
-    """Samples of chosen annotations: (index, sample, None), or (index, None, (video, reason)) if it cannot be read."""
-
-    def __init__(self, dataset: ClipDataset, indices: Sequence[int]):
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i: int):
-        index = self.indices[i]
-        try:
-            return index, self.dataset[index], None
-        except (ValueError, OSError) as error:
-            annotation = self.dataset.annotations[index]
-            return index, None, (annotation.video, f"{annotation.source}: {error}")
-
-
-def collate_readable(tokenizer, max_text_length: int, items: list):
-    """Items of ReadableClips -> indices of the readable clips, their batch (None if there are none), the errors."""
-    indices, samples = [i for i, sample, _ in items if sample], [sample for _, sample, _ in items if sample]
-    batch = data.collate(samples, tokenizer, max_text_length, seed=indices[0]) if samples else None
-    return indices, batch, [error for *_, error in items if error]
-
-
 def encode_videos(model, dataset: ClipDataset, indices: Sequence[int], tokenizer, protocol: Protocol):
-    """Encode this rank's share of `indices`; yield batches of (indices, tokens (B, S, C), features (B, E') or None)."""
+    """
+    Encode this rank's share of `indices`; yield batches of (indices, tokens (B, S, C), features (B, E') or None).
+    ValueError if a video cannot be read and protocol.skip_unreadable is not set, or if the model gives NaN or infinity.
+    """
     rank, world = rank_and_world()
     device = next(model.parameters()).device
-    loader = DataLoader(ReadableClips(dataset, indices[rank::world]), protocol.batch, num_workers=protocol.workers,
-                        collate_fn=partial(collate_readable, tokenizer, protocol.max_text_length))
+    loader = DataLoader(data.ReadableClips(dataset, indices[rank::world]), protocol.batch, num_workers=protocol.workers,
+                        collate_fn=partial(data.collate_readable, tokenizer, protocol.max_text_length))
     for batch_indices, batch, errors in tqdm(loader, "videos", mininterval=1, leave=False, disable=rank > 0):
         if errors and not protocol.skip_unreadable:
             raise ValueError(errors[0][1])
@@ -219,14 +204,19 @@ def encode_videos(model, dataset: ClipDataset, indices: Sequence[int], tokenizer
         with bf16_autocast(device):
             targets = protocol.visible_fn and protocol.visible_fn(batch)
             visible_ids, token_size = (targets.visible_ids, targets.token_size) if targets else (None, None)
-            yield batch_indices, *model.encode_video(batch.video, visible_ids, token_size)
+            tokens, features = model.encode_video(batch.video, visible_ids, token_size)
+        videos = [dataset.annotations[i].video for i in batch_indices]
+        for values in (x for x in (tokens, features) if x is not None):
+            require_finite(values, videos, "the model's features of the video")
+        yield batch_indices, tokens, features
 
 
 def encode_captions(model: ClusterSTM, tokenizer, captions: list[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """M captions -> ids (M, L), states (M, L, D), features (M, E')."""
+    """M captions -> ids (M, L), states (M, L, D), features (M, E'). ValueError if a feature is not finite."""
     ids = data.encode_texts(tokenizer, captions, length).to(model.temp.device)
-    states, features = zip(*(model.encode_text(chunk) for chunk in ids.split(256)), strict=True)
-    return ids, torch.cat(states), torch.cat(features)
+    states, features = map(torch.cat, zip(*(model.encode_text(chunk) for chunk in ids.split(256)), strict=True))
+    require_finite(features, captions, "the model's feature of the caption")
+    return ids, states, features
 
 
 def score_pairs(model: ClusterSTM, ids: Tensor, states: Tensor, tokens: Tensor, text_index: Tensor,
@@ -277,18 +267,6 @@ def encode_unique_videos(model: ClusterSTM, dataset: ClipDataset, tokenizer, pro
     return EncodedVideos(features[readable, :-1], columns, local_columns, torch.cat(local_tokens or [torch.zeros(0)]))
 
 
-def readable_captions(annotations: list[Annotation], columns: dict[int, int]) -> tuple[list[str], list[list[int]]]:
-    """List the M captions that have a readable video, and the columns of each caption's readable videos."""
-    groups = {}                         # Annotations that share their `source` share its captions: one query each.
-    for i, annotation in enumerate(annotations):
-        for c, caption in enumerate(annotation.captions):
-            _, caption_columns = groups.setdefault((annotation.source or i, c), (caption, []))
-            if annotation.media_id in columns:
-                caption_columns.append(columns[annotation.media_id])
-    readable = [group for group in groups.values() if group[1]]
-    return [caption for caption, _ in readable], [caption_columns for _, caption_columns in readable]
-
-
 def match_topk(model, ids: Tensor, states: Tensor, similarity: Tensor, videos: EncodedVideos, k: int) -> Tensor:
     """
     Compute the matching head's logits (M, V) for the top k videos of each text and the top k texts of each video.
@@ -311,7 +289,7 @@ def match_topk(model, ids: Tensor, states: Tensor, similarity: Tensor, videos: E
 def retrieval(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Protocol) -> dict:
     """T2V and V2T of all videos against all captions. A video of several annotations counts once."""
     videos = encode_unique_videos(model, dataset, tokenizer, protocol)
-    captions, caption_columns = readable_captions(dataset.annotations, videos.columns)
+    captions, caption_columns = tasks.readable_captions(dataset.annotations, videos.columns)
     ids, states, text_features = encode_captions(model, tokenizer, captions, protocol.max_text_length)
     similarity = text_features @ videos.features.T
     M, V = similarity.shape
@@ -327,6 +305,7 @@ def retrieval(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Prot
     text_positives = counts[group] > 0                                                              # (M, V)
 
     def both_ways(t2v: Tensor, v2t: Tensor) -> dict:
+        require_finite(t2v, captions, "the scores of the caption")
         rank_pairs = ("T2V", best_ranks(t2v, positives)), ("V2T", best_ranks(v2t, text_positives.T))
         return {way: recall_metrics(rank) for way, rank in rank_pairs}
 
@@ -335,6 +314,7 @@ def retrieval(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Prot
               "similarity, dual softmax": both_ways(dual_softmax(similarity, temp), dual_softmax(similarity.T, temp))}
     if k := protocol.rerank_topk:
         logits = match_topk(model, ids, states, similarity, videos, k)
+        require_finite(logits, captions, "the matching scores of the caption")      # one NaN would spoil all re-ranked
         scores[f"match, top {k}"] = both_ways(rerank(similarity, k, lambda m, v: logits[m, v]),
                                               rerank(similarity.T, k, lambda v, m: logits[m, v]))
     scores["chance"] = {"T2V": recall_metrics(torch.arange(1, V + 1)), "V2T": recall_metrics(torch.arange(1, M + 1))}
@@ -349,20 +329,21 @@ def multiple_choice(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol
     """
     annotations, choices = dataset.annotations, []
     for indices, tokens, features in encode_videos(model, dataset, range(len(dataset)), tokenizer, protocol):
-        captions = [(b, caption) for b, i in enumerate(indices) for caption in annotations[i].captions]
-        ids, states, text = encode_captions(model, tokenizer, [c for _, c in captions], protocol.max_text_length)
-        clip_index = torch.tensor([b for b, _ in captions], device=ids.device)
+        captions = [caption for i in indices for caption in annotations[i].captions]
+        ids, states, text = encode_captions(model, tokenizer, captions, protocol.max_text_length)
+        counts = torch.tensor([len(annotations[i].captions) for i in indices], device=ids.device)
+        clip_index = torch.arange(len(indices), device=ids.device).repeat_interleave(counts)
         text_index = torch.arange(len(captions), device=ids.device)
         match = score_pairs(model, ids, states, tokens, text_index, clip_index).softmax(1)[:, 1]
         similarity = (text * features[clip_index]).sum(1) / model.temp
+        require_finite(torch.stack([match, similarity], 1), captions, "the scores of the caption")
         for b, i in enumerate(indices):
             m, s = match[clip_index == b], similarity[clip_index == b].softmax(0)
             choices.append((i, {"0.7 match + 0.3 similarity": (0.7 * m + 0.3 * s).argmax().item(),
                                 "match": m.argmax().item(), "similarity": s.argmax().item()}))
-    choices = sorted(all_gather_lists(choices), key=lambda choice: choice[0])
+    choices, scores = sorted(all_gather_lists(choices), key=lambda choice: choice[0]), {}
     require_readable(len(choices), len(dataset))
     answered = [annotations[i] for i, _ in choices]
-    scores = {}
     for name in choices[0][1]:
         correct = [choice[name] == a.correct_index for (_, choice), a in zip(choices, answered, strict=True)]
         scores[name] = {"accuracy": 100 * float(np.mean(correct))}
@@ -371,9 +352,10 @@ def multiple_choice(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol
 
 
 def rank_answers(model: VideoToText, answers: Tensor, memory: Tensor, mask: Tensor, topk: int,
-                 count_first_token_twice: bool) -> Tensor:
+                 count_first_token_twice: bool, questions: Sequence[str] = ()) -> Tensor:
     """
-    answers (A, L') ids, questions memory (Q, L, D) and its mask (Q, L) -> (Q,), the index of the best answer.
+    answers (A, L') ids, questions memory (Q, L, D) and its mask (Q, L) -> (Q,), the index of the best answer. An error
+    names the first of the `questions`, or its index, whose scores are not finite.
 
     The topk answers with the likeliest first token are scored in full. In UMT's published protocol the first token
     counts twice: log p(first) + sum over all tokens of log p (multi_modality/models/umt_qa.py).
@@ -386,7 +368,19 @@ def rank_answers(model: VideoToText, answers: Tensor, memory: Tensor, mask: Tens
     first_top, top = first.topk(k, 1)                                           # (Q, k)
     question_index = torch.arange(Q, device=top.device).repeat_interleave(k)
     full = model.log_likelihood(answers[top.flatten()], question_index, memory, mask).sum(1).view(Q, k)
-    return top.gather(1, (full + first_top * count_first_token_twice).argmax(1, keepdim=True))[:, 0]
+    scores = full + first_top * count_first_token_twice
+    require_finite(torch.cat([scores, first_top], 1), questions or range(Q), "the scores of the answers to question")
+    return top.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+
+
+def generate_texts(model: VideoToText, tokenizer, context: Tensor, mask: Tensor | None, max_length: int, beams: int,
+                   names: Sequence[str]) -> list[str]:
+    """Generate a text for each context (Q, S, C). An error gives the first of the Q names whose text has a NaN p."""
+    _, cls, sep = data.special_token_ids(tokenizer)
+    ids = model.generate(context, mask, max_length, beams, cls, sep)
+    log_p = model.log_likelihood(ids, torch.arange(len(ids), device=ids.device), context, mask).sum(1)
+    require_finite(log_p, names, "the log-likelihood of the text generated for")
+    return decode_ids(tokenizer, ids)
 
 
 @torch.no_grad()
@@ -395,8 +389,7 @@ def answer_questions(model: VideoToText, dataset: ClipDataset, tokenizer, protoc
     device = next(model.parameters()).device
     max_length, num_answers = protocol.max_answer_length, len(protocol.answers)
     answer_ids = encode_answers(tokenizer, protocol.answers, max_length).to(device)
-    _, cls, sep = special_token_ids(tokenizer)
-    topk = protocol.rerank_topk or num_answers
+    topk, twice = protocol.rerank_topk or num_answers, protocol.count_first_token_twice
     chunk_size = max(1, 1024 // min(topk, num_answers))                         # questions at once
 
     def as_generated(answer: str) -> str:
@@ -408,11 +401,12 @@ def answer_questions(model: VideoToText, dataset: ClipDataset, tokenizer, protoc
         questions = [(b, q) for b, i in enumerate(indices) for q in dataset.annotations[i].questions]
         for chunk in (questions[start:start + chunk_size] for start in range(0, len(questions), chunk_size)):
             texts, clip_index = [q.text for _, q in chunk], torch.tensor([b for b, _ in chunk], device=device)
+            names = [f"{q.source}: {q.text}" for _, q in chunk]
             ids = data.encode_texts(tokenizer, texts, protocol.max_text_length).to(device)
             with bf16_autocast(device):
                 memory, mask = model.encode_context(tokens, ids, clip_index)
-                best = rank_answers(model, answer_ids, memory, mask, topk, protocol.count_first_token_twice).tolist()
-                generated = decode_ids(tokenizer, model.generate(memory, mask, max_length, 1, cls, sep))
+                best = rank_answers(model, answer_ids, memory, mask, topk, twice, names).tolist()
+                generated = generate_texts(model, tokenizer, memory, mask, max_length, 1, names)
             for (b, q), answer_index, text in zip(chunk, best, generated, strict=True):
                 ranked = protocol.answers[answer_index]
                 predictions.append({
@@ -428,12 +422,12 @@ def question_answering(model: VideoToText, dataset: ClipDataset, tokenizer, prot
     require_readable(len(predictions), len(dataset))
     types = Counter(p["type"] for p in predictions)
     type_names = sorted(types.keys() - {""})
+    listed, unlisted = set(protocol.answers), []
 
     def accuracy(method: int) -> dict[str, float]:
         by_type = {"all": predictions} | {name: [p for p in predictions if p["type"] == name] for name in type_names}
         return {name: 100 * float(np.mean([p["correct"][method] for p in rows])) for name, rows in by_type.items()}
 
-    listed, unlisted = set(protocol.answers), []
     for prediction in predictions:
         source = prediction.pop("source")
         if not listed & set(prediction["expected"]):
@@ -445,35 +439,18 @@ def question_answering(model: VideoToText, dataset: ClipDataset, tokenizer, prot
             "scores": {f"ranking, top {topk}": accuracy(0), "generation": accuracy(1)}, "predictions": predictions}
 
 
-def majority_answers(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
-    """Score, on `test`, the most frequent training answer to each type of question: accuracy in per cent."""
-    counts = defaultdict(Counter)
-    for annotation in train:
-        for q in annotation.questions:
-            counts[q.question_type].update(q.answers)
-    overall = sum(counts.values(), Counter())
-    correct = defaultdict(list)
-    for annotation in test:
-        for q in annotation.questions:
-            (answer, _), = (counts[q.question_type] or overall).most_common(1)
-            for name in {"all", q.question_type} - {""}:
-                correct[name].append(answer in q.answers)
-    return {name: 100 * float(np.mean(correct[name])) for name in ("all", *sorted(correct.keys() - {"all"}))}
-
-
 @torch.no_grad()
 def captioning(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Protocol) -> dict:
     """Score what the model generates for each video against all captions of the video: caption metrics."""
-    _, cls, sep = special_token_ids(tokenizer)
     beams = {"greedy": 1} | ({f"beam {protocol.beams}": protocol.beams} if protocol.beams > 1 else {})
     predictions = []
     for indices, tokens, _ in encode_videos(model, dataset, range(len(dataset)), tokenizer, protocol):
-        rows = [{"row": i, "video": os.path.basename(dataset.annotations[i].video)} for i in indices]
+        videos = [dataset.annotations[i].video for i in indices]
+        rows = [{"row": i, "video": os.path.basename(video)} for i, video in zip(indices, videos, strict=True)]
         for name, width in beams.items():
             with bf16_autocast(tokens.device):
-                ids = model.generate(tokens, None, protocol.max_answer_length, width, cls, sep)
-            for row, caption in zip(rows, decode_ids(tokenizer, ids), strict=True):
-                row[name] = caption
+                texts = generate_texts(model, tokenizer, tokens, None, protocol.max_answer_length, width, videos)
+            rows = [{**row, name: text} for row, text in zip(rows, texts, strict=True)]
         predictions += rows
     predictions = sorted(all_gather_lists(predictions), key=lambda prediction: prediction["row"])
     require_readable(len(predictions), len(dataset))
@@ -486,8 +463,7 @@ def captioning(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Pr
 
 def majority_caption(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
     """Score, on `test`, the most frequent training caption of all: caption metrics."""
-    counts = Counter(caption for annotation in train for caption in annotation.captions)
-    (caption, _), = counts.most_common(1)
+    (caption, _), = Counter(caption for annotation in train for caption in annotation.captions).most_common(1)
     references = {str(i): annotation.captions for i, annotation in enumerate(test)}
     return caption_scores(references, dict.fromkeys(references, caption))
 
@@ -596,6 +572,20 @@ def make_protocol(cfg: Config, task: Task, run_config: dict, num_workers: int) -
     return protocol
 
 
+def find_teacher(checkpoint: str, recorded: str) -> str:
+    """
+    Return the teacher of a training: `recorded`, a folder or a hub id, as the config has it. For a toy teacher that is
+    out/RUN/teacher. The run may have been moved, and another may be there now: one beside the checkpoint comes first.
+    """
+    folder, (run, name) = os.path.abspath(checkpoint), os.path.split(recorded)
+    parent = os.path.dirname(folder)        # of a run; or a run, if the checkpoint is one of its stages
+    for run_folder in (folder, parent, os.path.join(parent, os.path.basename(run))):
+        teacher = os.path.join(run_folder, "teacher")
+        if name == "teacher" and all(os.path.isfile(f"{x}/config.json") for x in (run_folder, teacher)):
+            return teacher
+    return recorded
+
+
 def make_visible_fn(cfg: Config, run_config: dict, model, image_size: int,
                     device: torch.device) -> tuple[Callable | None, str]:
     """Make the function that selects the visible tokens of a batch (None: all tokens), and a description of it."""
@@ -604,7 +594,7 @@ def make_visible_fn(cfg: Config, run_config: dict, model, image_size: int,
     ratio = run_config["mask"]["ratio"] if cfg.mask_ratio is None else cfg.mask_ratio
     mask = config_from_dict(MaskConfig, {**run_config["mask"], "name": cfg.mask, "ratio": ratio},
                             os.path.join(cfg.checkpoint, "config.json"))
-    folder = cfg.teacher or run_config["teacher"]
+    folder = cfg.teacher or find_teacher(cfg.checkpoint, run_config["teacher"])
     if not folder:
         raise ValueError(f"--teacher must be a SigLIP for --mask {cfg.mask}, got '': {cfg.checkpoint} names none")
     teacher = SigLIP.from_pretrained(folder).to(device)
@@ -645,8 +635,18 @@ def majority_baseline(task: Task, test: list[Annotation], data_root: str) -> tup
     except FileNotFoundError as error:
         return {}, [f"no baseline: {error}"]
     if task.kind == "qa":
-        return {"most frequent answer to that kind": majority_answers(train, test)}, []
+        return {"most frequent answer to that kind": tasks.majority_answers(train, test)}, []
     return {"most frequent caption": majority_caption(train, test)}, []
+
+
+def result_file(cfg: Config, name: str) -> str:
+    """Name the file of the results by all settings that change them and are not the default ones."""
+    parts = [f"eval-{name}-{cfg.mask or 'all'}"]
+    for setting in ("split", "mask_ratio", "teacher", "frames", "seed", "rerank", "count_first_token_twice", "answers",
+                    "beams"):
+        if (value := getattr(cfg, setting)) != getattr(Config, setting):
+            parts.append(f"{setting}={os.path.basename(str(value).rstrip('/'))}")
+    return "-".join(parts) + ".json"
 
 
 def main(cfg: Config) -> dict:
@@ -670,10 +670,9 @@ def main(cfg: Config) -> dict:
     unreadable = {}                     # video -> the reason of its first annotation
     for video, reason in [(a.video, f"{a.source}: no file {a.video}") for a in missing or []] + protocol.unreadable:
         unreadable.setdefault(video, reason)
-    notes = []
+    notes = split_notes(cfg, task, path, annotations, missing or [], unreadable, results)
     if run_config.get("finetune_masked") and not cfg.mask:
         notes.append(f"fine-tuned on masked clips only: --mask {run_config['mask']['name']} evaluates it on such clips")
-    notes += split_notes(cfg, task, path, annotations, missing or [], unreadable, results)
     if task.kind in ("qa", "caption") and not cfg.data:
         test = [annotation for annotation in annotations if annotation.video not in unreadable]
         baseline, baseline_notes = majority_baseline(task, test, cfg.data_root)
@@ -690,7 +689,7 @@ def main(cfg: Config) -> dict:
     }
     if rank_and_world()[0] == 0:
         print(format_report(result))
-        out = cfg.out or os.path.join(cfg.checkpoint, f"eval-{name}-{cfg.mask or 'all'}.json")
+        out = cfg.out or os.path.join(cfg.checkpoint, result_file(cfg, name))
         runtime.atomic_write_text(out, json.dumps(result, indent=1))
         print(f"written to {out}")
     return result

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from tyro.conf import arg
 
 import video
-from data import encode_texts, load_tokenizer
+from data import encode_texts, load_tokenizer, require_finite
 from model import ClusterSTM
 from runtime import (
     atomic_write,
@@ -72,7 +72,7 @@ EXTENSIONS = tuple("." + name for name in """
 @dataclass
 class Config:
     """Search a folder of videos by text. Without a query, only update the index."""
-    # folder of videos; its subfolders are searched too
+    # folder of videos; its subfolders are searched too, and folders that are linked there
     folder: Annotated[tyro.conf.Positional[str], arg(metavar="FOLDER")]
     # texts to search for, each in quotes; without one only the index is updated
     queries: Annotated[tyro.conf.Positional[tuple[str, ...]], arg(metavar="[QUERY ...]")] = ()
@@ -183,13 +183,29 @@ def fingerprint(folder: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Videos -> segments
 
+def walk_folders(folder: str):
+    """
+    Yield (path, file names) of a folder and its subfolders, except hidden ones, each once: linked folders are followed
+    after all others, so that a folder is found by its own path if it has one, and a loop of links ends.
+    """
+    roots, seen = [folder], set()
+    for root in roots:                                                      # grows by the linked folders
+        for parent, folders, names in os.walk(root):
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            roots += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            yield parent, names
+
+
 def list_videos(folder: str) -> dict[str, list[int]]:
     """All video files in a folder and its subfolders, except hidden ones: relative path -> file_stamp."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     paths = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, names in walk_folders(folder):
         paths += [os.path.relpath(os.path.join(parent, name), folder) for name in names
                   if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
     if not paths:
@@ -314,6 +330,8 @@ def read_index(path: str, metadata: dict) -> tuple[dict[str, IndexEntry], str]:
             files, rows = json.loads(stored["files"]), defaultdict(list)
             for row, i in enumerate(file.tolist()):
                 rows[i].append(row)
+            if not features.isfinite().all():
+                raise ValueError("its features must be finite")
             if len(features) != len(file) or set(rows) != {i for i, (*_, error) in enumerate(files) if not error}:
                 raise ValueError("its files and features do not match")
             segments = list(zip(start.tolist(), end.tolist(), strict=True))
@@ -346,6 +364,7 @@ def encode_segments(items, encode, batch: int, device: torch.device, bar):
             clips = torch.stack([frames for *_, frames in waiting]).to(device)
             with bf16_autocast(device):
                 features = encode(clips).float().cpu()                      # (b, E)
+            require_finite(features, [name for name, *_ in waiting], "the model's features of the video")
             for (name, segment, _), feature in zip(waiting, features, strict=True):
                 encoded[name].append((segment, feature))
             bar.set_postfix_str(f"{waiting[-1][0]} to {format_time(waiting[-1][1][1])}")
@@ -492,7 +511,10 @@ def answer_query(query: str, encoder, features: Tensor, rows: list[tuple], cfg: 
     """Print and return the best videos for a query."""
     started = time.monotonic()
     text, num_tokens, max_tokens = encoder.encode_text(normalize_caption(query))
-    hits = top_videos((features @ text.float()).cpu(), rows, cfg.top)
+    require_finite(text[None], [query], "the model's feature of the query")
+    scores = (features @ text.float()).cpu()
+    require_finite(scores, rows, f"the score of the query {query!r} with the segment")
+    hits = top_videos(scores, rows, cfg.top)
     print(f"\n{query}  ({len(rows)} segments, {1000 * (time.monotonic() - started):.0f} ms)")
     if num_tokens > max_tokens:
         print(f"  the query was cut: it has {num_tokens} tokens, the model reads {max_tokens}")

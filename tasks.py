@@ -2,7 +2,7 @@
 Annotation files -> `Annotation` objects; and the table of benchmarks: their files, evaluation settings, fine-tuning
 recipes and readers.
 
-An annotation file is a JSON list of objects, a .jsonl file with one object per line, or VindLU's SQLite database.
+An annotation file is a JSON list of objects, a file with one object per line, or VindLU's SQLite database.
 All files of a benchmark are under one folder, --data-root, in VindLU's layout. UMT uses the same annotation files:
 
     DATA_ROOT/anno_downstream/msrvtt_ret_train9k.json   (or DATA_ROOT/msrvtt_ret_train9k.json; also .jsonl and .sqlite)
@@ -13,6 +13,7 @@ captioning and of the embedded data set are our own. T2V is text-to-video retrie
 V2T is txt_r.
 """
 
+import codecs
 import difflib
 import hashlib
 import json
@@ -21,7 +22,7 @@ import os
 import re
 import sqlite3
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -85,14 +86,23 @@ def _check_surrogates(path: str):
                                  f"{match.group().decode()}")
 
 
+def _open_text(path: str):
+    """Open a UTF-8 file for reading bytes, after its byte-order mark if it has one."""
+    f = open(path, "rb")
+    if f.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        f.seek(0)
+    return f
+
+
 def _iter_json_list(path: str) -> Iterator:
     count = 0
     if os.path.getsize(path):
         _check_surrogates(path)
-    with open(path, "rb") as f:
+    with _open_text(path) as f:
+        start = f.tell()
         try:
             if next(ijson.basic_parse(f))[0] == "start_array":
-                f.seek(0)
+                f.seek(start)
                 for entry in ijson.items(f, "item", use_float=True):
                     yield entry
                     count += 1
@@ -100,20 +110,28 @@ def _iter_json_list(path: str) -> Iterator:
         except (ijson.JSONError, ValueError) as error:                      # ValueError: not UTF-8
             reason = re.split(r"\n|\\n", str(error).removeprefix("b'"))[0]   # the rest shows the bytes around it
             raise ValueError(f"{path}, row {count}: not JSON ({reason})") from None
-        f.seek(0)
+        f.seek(start)
         raise ValueError(f"{path}: must hold a list of rows, got {shorten(f.read(100).decode(errors='replace'))}")
 
 
 def _iter_json_lines(path: str) -> Iterator:
     number = 0
     try:
-        with open(path, "rb") as f:
+        with _open_text(path) as f:
             for line in f:
                 number += 1
                 if line.strip():
                     yield json.loads(line.decode())
     except ValueError as error:                                             # not JSON or not UTF-8
         raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+def _is_json_lines(path: str) -> bool:
+    """Say whether a file has a value on each line rather than one list. The content decides, for many are misnamed."""
+    with _open_text(path) as f:
+        lines = filter(bytes.strip, iter(lambda: f.readline(2 ** 20), b""))     # a list may be a line of gigabytes
+        first, second = (next(lines, b"").lstrip()[:1] for _ in range(2))
+    return first != b"[" if path.endswith(".jsonl") else first == second and first in (b"{", b'"')
 
 
 def _iter_sqlite(path: str) -> Iterator[dict]:
@@ -126,21 +144,32 @@ def _iter_sqlite(path: str) -> Iterator[dict]:
         raise ValueError(f"{path}: must be SQLite with a table annos ({error})") from None
 
 
+def check_annotation_file(path: str):
+    """Raise a FileNotFoundError if there is no such file. It says if the folder is not there either."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: must be an annotation file, got a folder")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: there is no such annotation file, nor a folder {folder}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such annotation file")
+
+
 def iter_annotations(path: str) -> Iterator:
     """
     Yield the entries of an annotation file as they are in the file; a file without entries is an error.
 
-    The file is a JSON list, a .jsonl file with one value per line, or VindLU's SQLite in a .sqlite or .db file, a table
-    annos(id, image or video, caption). JSON lists are streamed, because they may be larger than memory.
+    The file is a JSON list, a file with one JSON value per line, or VindLU's SQLite in a .sqlite or .db file, a table
+    annos(id, image or video, caption). JSON lists are streamed, because they may be larger than memory. A byte-order
+    mark before UTF-8 is skipped.
 
     The parser of JSON lists is stricter than Python's: NaN, Infinity and integers beyond 64 bits are errors.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: there is no such annotation file")
+    check_annotation_file(path)
     if path.endswith((".sqlite", ".db")):
         entries = _iter_sqlite(path)
     else:
-        entries = _iter_json_lines(path) if path.endswith(".jsonl") else _iter_json_list(path)
+        entries = _iter_json_lines(path) if _is_json_lines(path) else _iter_json_list(path)
     count = 0
     for entry in entries:
         yield entry
@@ -150,11 +179,18 @@ def iter_annotations(path: str) -> Iterator:
 
 
 def iter_objects(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield (source, entry) for each entry of an annotation file, which must be a JSON object."""
+    """
+    Yield (source, entry) for each entry of an annotation file, which must be a JSON object. A clip is taken from the
+    whole video, so a row with the "start" or "end" of its text in the video is an error.
+    """
     for i, entry in enumerate(iter_annotations(path)):
         source = f"{path}, row {i}"
         if not isinstance(entry, dict):
             raise ValueError(f"{source}: must be an object, got {shorten(entry)}")
+        for key in ("start", "end"):
+            if entry.get(key) is not None:
+                raise ValueError(f'{source}: must have no "{key}", because clips are taken from whole videos, got '
+                                 f'{shorten(entry[key])}; cut the video there, or remove the key to use all of it')
         yield source, entry
 
 
@@ -173,9 +209,10 @@ def parse_texts(entry: dict, key: str, source: str) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{source}: "{key}" must be a text or a list of texts, got {shorten(texts)}')
-    for text in texts:
+    for i, text in enumerate(texts):
         if not normalize_caption(text):
-            raise ValueError(f'{source}: "{key}" must have words, got {text!r}')
+            place = f" as text {i + 1} of {len(texts)}" * (len(texts) > 1)
+            raise ValueError(f'{source}: "{key}" must have words, got {text!r}{place}; remove it from the file')
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError(f'{source}: "{key}" must be valid Unicode, got half a surrogate pair in {text!r}')
     return texts
@@ -264,8 +301,7 @@ def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str) -> Map
     it, one should call this first.
     """
     for path, root in corpora:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: there is no such annotation file")
+        check_annotation_file(path)
         if not os.path.isdir(root):
             raise FileNotFoundError(f"{root}: there is no such folder of the videos in {path}")
     stats = [os.stat(path) for path, _ in corpora]
@@ -431,8 +467,9 @@ def find_file(names: str, root: str) -> str:
     for candidate in candidates:
         if os.path.isfile(os.path.join(root, candidate)):
             return os.path.join(root, candidate)
-    raise FileNotFoundError(f"{root} has neither {candidates[0]} nor {names.split('|')[0]}.json; "
-                            "docs/data.md shows the layout")
+    has_folder = os.path.isdir(os.path.join(root, "anno_downstream"))
+    raise FileNotFoundError(f"{root} has neither {candidates[0]} nor {names.split('|')[0]}.json"
+                            f"{'' if has_folder else ', nor a folder anno_downstream'}; docs/data.md shows the layout")
 
 
 def find_media(task: Task, root: str) -> str:
@@ -600,3 +637,34 @@ def read_answers(path: str) -> list[str]:
     if duplicates:
         raise ValueError(f"{path}: the answers must be unique, got {duplicates[0]!r} twice")
     return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts of an evaluation
+
+def readable_captions(annotations: list[Annotation], columns: dict[int, int]) -> tuple[list[str], list[list[int]]]:
+    """List the M captions that have a readable video, and the columns of each caption's readable videos."""
+    groups = {}                         # Annotations that share their `source` share its captions: one query each.
+    for i, annotation in enumerate(annotations):
+        for c, caption in enumerate(annotation.captions):
+            _, caption_columns = groups.setdefault((annotation.source or i, c), (caption, []))
+            if annotation.media_id in columns:
+                caption_columns.append(columns[annotation.media_id])
+    readable = [group for group in groups.values() if group[1]]
+    return [caption for caption, _ in readable], [caption_columns for _, caption_columns in readable]
+
+
+def majority_answers(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
+    """Score, on `test`, the most frequent training answer to each type of question: accuracy in per cent."""
+    counts = defaultdict(Counter)
+    for annotation in train:
+        for q in annotation.questions:
+            counts[q.question_type].update(q.answers)
+    overall = sum(counts.values(), Counter())
+    correct = defaultdict(list)
+    for annotation in test:
+        for q in annotation.questions:
+            (answer, _), = (counts[q.question_type] or overall).most_common(1)
+            for name in {"all", q.question_type} - {""}:
+                correct[name].append(answer in q.answers)
+    return {name: 100 * float(np.mean(correct[name])) for name in ("all", *sorted(correct.keys() - {"all"}))}

@@ -72,7 +72,12 @@ def test_a_media_id_belongs_to_a_file_and_not_to_a_name(tmp_path, monkeypatch):
     ([{"video": "a.mp4", "caption": "x"}, {"video": "a.mp4"}], 'row 1.*"caption".*None'),
     ([{"video": "a.mp4", "caption": ["x", 3]}], r"row 0.*\['x', 3\]"),
     ([{"video": "a.mp4", "caption": []}], r"row 0.*\[\]"),
-    ([{"video": "a.mp4", "caption": ["x", " ?! "]}], r"row 0.*' \?! '"),
+    ([{"video": "a.mp4", "caption": ["x", " ?! "]}], r"row 0.*' \?! ' as text 2 of 2"),
+    ([{"video": "a.mp4", "caption": "x"}] * 5 + [{"video": "a.mp4", "caption": ""}], r"row 5.*''; remove"),
+    ([{"video": "a.mp4", "caption": ["x"] * 7 + ["", ""]}], r"row 0.*'' as text 8 of 9"),
+    ([{"video": "a.mp4", "caption": "x", "start": 3.5, "end": 7}], r'row 0.*"start".*whole.*3\.5'),
+    ([{"video": "a.mp4", "caption": "x", "start": 0}], r'row 0.*"start".*0'),
+    ([{"video": "a.mp4", "caption": "x", "start": None, "end": "0:07"}], r"""row 0.*"end".*'0:07'"""),
     ([{"video": "a.mp4", "caption": "x"}] + 2 * [{"video": "b.mp4", "caption": "x"}], "row 1.*b.mp4 .2 of 3"),
 ])
 def test_a_bad_row_is_named_in_one_line(tmp_path, rows, match):
@@ -89,6 +94,13 @@ def test_a_missing_file_or_folder_is_named(tmp_path):
     path = written(tmp_path / "rows.json", f"[{ENTRY}]")
     with pytest.raises(FileNotFoundError, match="nowhere.*rows.json"):
         read_annotations(path, str(tmp_path / "nowhere"))
+    (tmp_path / "folder.json").mkdir()
+    for name, match in (("typo/rows.json", "typo/rows.json.* folder .*typo$"), ("folder.json", "folder.json.*folder")):
+        with pytest.raises(FileNotFoundError, match=match):
+            read_annotations(str(tmp_path / name), str(tmp_path))
+        with pytest.raises(FileNotFoundError, match=match):
+            build_mapped_annotations([(str(tmp_path / name), str(tmp_path))], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "typo").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +165,9 @@ def test_rows_before_an_error_are_read(tmp_path):
     (f"[{ENTRY}]]", "row 1"),
     (f"[{ENTRY}, {ENTRY}", "row 2"),
     ("[{'video': 1}]", "row 0"),
-    ("\ufeff" + f"[{ENTRY}]", "row 0"),
+    ("\ufeff\ufeff" + f"[{ENTRY}]", "row 0"),                               # only one mark is skipped
+    (f"[\ufeff{ENTRY}]", "row 0"),
+    (f"[{ENTRY}]".encode("utf-16"), "row 0"),                               # which begins with a mark of its own
     (f"[{ENTRY}, ".encode() + b'{"video": "\xff"}]', "row 1.*UTF"),
     (f"[{ENTRY}, ".encode() + b'{"video": "\xed\xa0\x80"}]', "row 1.*utf"),         # half a surrogate pair as bytes
     ("[1, NaN]", "row 1"),
@@ -173,6 +187,32 @@ def test_a_list_that_is_cut_anywhere_is_refused(tmp_path):
     text = f'[{ENTRY}, {{"video": "é.mp4", "caption": ["x", "\\u00e9"], "n": [-1.5e3, true]}}]'.encode()
     for i in range(len(text)):
         assert_refused(written(tmp_path / "rows.json", text[:i]), "row")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order mark"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.txt"])
+def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path, name, mark):
+    rows = [{"video": "é.mp4", "caption": ["x", "{"]}, {"video": "b.mp4", "n": {"a": [1, "\ufeff"]}}, json.loads(ENTRY)]
+    forms = {"list": json.dumps(rows), "indented": json.dumps(rows, indent=1, ensure_ascii=False),
+             "lines": "\n".join(map(json.dumps, rows)),
+             "spaced": "\n \r\n" + "\r\n\n ".join(map(json.dumps, rows)) + "\n",
+             "long": json.dumps(rows + [{"caption": "{" * 2 ** 21}]), "empty rows": "{}\n{}", "texts": '["a", "b"]',
+             "lines of texts": '"a"\n"b"\n'}
+    expected = {**dict.fromkeys(("list", "indented", "lines", "spaced"), rows), "texts": ["a", "b"],
+                "long": rows + [{"caption": "{" * 2 ** 21}], "empty rows": [{}, {}], "lines of texts": ["a", "b"]}
+    for form, text in forms.items():
+        assert list(iter_annotations(written(tmp_path / name, mark + text.encode()))) == expected[form], form
+
+
+@pytest.mark.parametrize("text, match", [
+    (f"{ENTRY}\n{ENTRY[:-1]}\n", "line 2"),
+    (f"{ENTRY}\n{ENTRY},\n", "line 2"),
+    (f"{ENTRY}\n[{ENTRY}]", "list"),
+    (json.dumps({"info": {}, "videos": [json.loads(ENTRY)]}), "list.*info"),
+    (json.dumps({"info": {}, "videos": [json.loads(ENTRY)]}, indent=1), "list.*info"),
+])
+def test_what_is_neither_a_list_nor_lines_is_refused(tmp_path, text, match):
+    assert_refused(written(tmp_path / "rows.json", text), match)
 
 
 @pytest.mark.parametrize("line, match", [

@@ -1,5 +1,6 @@
 """eval.py: metrics against brute force, retrieval against a loop over pairs, masks, several processes, the command."""
 
+import json
 import math
 import os
 import random
@@ -14,14 +15,14 @@ from helpers.models import seeded, shaken
 from helpers.runs import assert_one_line, command, in_processes
 
 import eval as evaluation
-from data import ClipDataset, DataConfig, encode_texts, load_tokenizer
+from data import ClipDataset, DataConfig, encode_texts, load_tokenizer, require_finite
 from masking import MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, load_model
 from runtime import save_weights
 from targets import compute_visible_ids
-from tasks import TASKS, read_annotations
+from tasks import TASKS, normalize_caption, read_annotations
 from teacher import SigLIP
-from video import write_video
+from video import num_frames_within, write_video
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -41,6 +42,26 @@ def test_equal_scores_rank_the_positive_last():
     assert evaluation.best_ranks(torch.zeros(6, 6), torch.eye(6, dtype=torch.bool)).tolist() == [6] * 6
     positives = torch.tensor([[True, True, False, False]] * 2)
     assert evaluation.best_ranks(torch.full((2, 4), -3.0), positives).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_model_that_says_nan_is_last_and_not_perfect(wrong):
+    scores, positives = torch.full((5, 5), wrong), torch.eye(5, dtype=torch.bool)
+    assert evaluation.best_ranks(scores, positives).tolist() == [5] * 5
+    scores = torch.eye(5)                   # a perfect model, of which one negative or one positive is wrong
+    scores[1, 3] = scores[2, 2] = math.nan
+    assert evaluation.best_ranks(scores, positives).tolist() == [1, 2, 5, 1, 1]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape, place", [((3,), (2,)), ((3, 4), (1, 3)), ((3, 2, 5), (1, 0, 4))])
+def test_values_that_are_not_finite_are_refused_by_the_first_name(shape, place, wrong):
+    values, names = torch.zeros(shape), ["a", "b", "c"]
+    require_finite(values, names, "the score of")
+    require_finite(values[:0], [], "the score of")
+    values[place] = values[2] = wrong
+    with pytest.raises(ValueError, match=f"^the score of '{names[place[0]]}' must be finite, got {wrong}$"):
+        require_finite(values, names, "the score of")
 
 
 def test_recall_metrics():
@@ -175,7 +196,7 @@ def test_a_task_equals_the_loop_and_is_written_as_returned(checkpoint, sprites, 
     rows = [(row["video"], [row["caption"]]) for row in sprites_rows(sprites)]
     model, tokenizer = load(checkpoint)
     expected = retrieval_by_hand(model, rows, f"{sprites}/videos", tokenizer, 36, 5)
-    assert load_json(f"{checkpoint}/eval-sprites-all.json") == results
+    assert load_json(f"{checkpoint}/eval-sprites-all-rerank=5.json") == results
     assert {name: results["scores"][name] for name in expected} == approx(expected)
     assert results["videos"] == results["captions"] == 12 and results["tokens"] == "all" and results["frames"] == 8
     printed = " ".join(capsys.readouterr().out.split())
@@ -195,7 +216,7 @@ def test_own_annotations_and_options(checkpoint, sprites):
     assert results["scores"]["similarity"] == approx(expected)["similarity"]
     assert load_json("here.json") == results
     results = evaluation.main(sprites_config(checkpoint, sprites, **own))
-    assert os.path.exists(f"{checkpoint}/eval-own-all.json") and results["frames"] == 4     # as in training
+    assert os.path.exists(f"{checkpoint}/eval-own-all-rerank=0.json") and results["frames"] == 4     # as in training
 
 
 @pytest.mark.parametrize("mask", ["", "cluster_stm"])
@@ -232,6 +253,39 @@ def test_an_equal_caption_of_another_row_is_no_negative(models, benchmarks_copy)
     assert any(recalls)
 
 
+# What breaks, the task, and what is named: the first video that is encoded, or the first caption or question.
+V0, V5 = "'.*v0.mp4' must", "'.*v5.mp4' must"
+BROKEN = [
+    ("vit", "msvd", V5), ("vit", "msrvtt-mc", V0), ("vit", "msvd-qa", V0), ("vit", "msvd-caption", V0),
+    ("vision_proj", "msvd", V5), ("vision_proj", "msrvtt-mc", V0),
+    ("text_proj", "msvd", "caption 'FIRST'"), ("text_proj", "msrvtt-mc", "caption 'FIRST'"),
+    ("itm_head", "msvd", "caption 'FIRST'"), ("itm_head", "msrvtt-mc", "caption 'FIRST'"),
+    ("temp", "msvd", "caption 'FIRST'"), ("temp", "msrvtt-mc", "caption 'FIRST'"),
+    ("text_decoder", "msvd-qa", "question '.*msvd_qa_test.json, row 0: "), ("text_decoder", "msvd-caption", V0),
+]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("part, task, named", BROKEN, ids=lambda value: value.partition(" ")[0])
+def test_a_model_that_is_not_finite_gets_no_score(models, benchmarks, tmp_path, monkeypatch, capsys, no_java, part,
+                                                  task, named, wrong):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models[TASKS[task].kind], "broken")
+    model = load_model("broken").float()
+    broken = [p for name, p in model.named_parameters() if name.startswith(part)]
+    with torch.no_grad():
+        broken[-1].fill_(0 if part == "temp" and wrong == math.inf else wrong)     # then similarities become infinite
+    save_weights(model, "broken")
+    if "FIRST" in named:
+        name = "msvd_ret_test" if task == "msvd" else "msrvtt_mc_test"
+        first = load_json(f"{benchmarks}/anno_downstream/{name}.json")[0]["caption"][0]
+        named = named.replace("FIRST", normalize_caption(first))
+    args = ["--task", task, "--checkpoint", "broken", "--data-root", benchmarks, "--out", "no.json"]
+    code, _, err = command("eval.py", args, capsys)
+    assert_one_line("eval.py", code, err, f"{named}.*be finite, got (nan|-?inf)")
+    assert not os.path.exists("no.json")
+
+
 @pytest.mark.parametrize("task, frames", [("didemo", [3, 10, 18, 25]), ("activitynet", [5, 16, 27, 38])])
 def test_only_the_first_seconds_of_a_task_are_seen(models, benchmarks_copy, monkeypatch, task, frames):
     """Of 45 frames in 45 seconds, each of another grey, the middles of four quarters: of 30 seconds, or of all."""
@@ -244,6 +298,14 @@ def test_only_the_first_seconds_of_a_task_are_seen(models, benchmarks_copy, monk
     evaluation.main(eval_config(models, benchmarks_copy, task))
     levels = calls[0][0].double().mean((2, 3, 4))                           # (1, 4)
     assert (levels / 5 - 2).round().long().tolist() == [frames]
+
+
+@pytest.mark.parametrize("rate", [12, 15, 24000 / 1001, 25, 30000 / 1001, 30, 50, 60000 / 1001])
+def test_the_first_30_seconds_are_those_of_umt_up_to_one_frame(rate):
+    """UMT: vlen = int(30 * fps) if the video is longer (multi_modality/dataset/video_utils.py, read_frames_decord)."""
+    for n in range(int(28 * rate), int(33 * rate)):
+        umt = int(30 * rate) if n / rate > 30 else n
+        assert num_frames_within(np.arange(n) / rate, 30) - umt in ((0,) if rate % 1 == 0 else (0, 1)), n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +335,8 @@ def test_masked_scores_are_those_of_the_selected_tokens(checkpoint, sprites, rat
     expected = retrieval_by_hand(model, pairs, f"{sprites}/videos", tokenizer, 36, 5, visible_ids=visible_ids)
     assert {name: results["scores"][name] for name in expected} == approx(expected)
     assert results["tokens"] == f"cluster_stm, {keep} of 16 a frame"
-    assert load_json(f"{checkpoint}/eval-sprites-cluster_stm.json") == results
+    settings = "-mask_ratio=0.5-rerank=5" if ratio else "-rerank=5"
+    assert load_json(f"{checkpoint}/eval-sprites-cluster_stm{settings}.json") == results
 
 
 @pytest.mark.parametrize("mask", ["cluster_stm", "random", "tube", "block3d", "umt", "umt_global", "attention_high",
@@ -351,6 +414,40 @@ def test_the_command_evaluates_and_names_its_file(checkpoint, sprites, capsys):
     assert code == 0 and f"{folder}/eval-sprites-all.json" in out and os.path.exists(f"{folder}/eval-sprites-all.json")
 
 
+def test_results_of_other_settings_have_other_files(checkpoint, sprites):
+    base = dict(rerank=0, mask="random")
+    settings = [{}, dict(split="val"), dict(mask=""), dict(mask="tube"), dict(mask_ratio=0.5), dict(mask_ratio=0.25),
+                dict(frames=2), dict(frames=4), dict(seed=1), dict(seed=2, frames=2), dict(rerank=3), dict(rerank=-1)]
+    results = [evaluation.main(sprites_config(checkpoint, sprites, **{**base, **changes})) for changes in settings]
+    files = [name for name in os.listdir(checkpoint) if name.startswith("eval-")]
+    assert len(files) == len(settings)
+    stored = {json.dumps(load_json(f"{checkpoint}/{name}"), sort_keys=True) for name in files}
+    assert stored == {json.dumps(result, sort_keys=True) for result in results}
+
+
+def test_the_teacher_beside_a_moved_checkpoint_is_found(checkpoint, sprites):
+    """Also if the place from which it was moved has another run by now."""
+    run = lambda folder: evaluation.main(sprites_config(folder, sprites, rerank=0, mask="cluster_stm", out="x.json"))
+    expected = {part: run(f"{checkpoint}{part}")["scores"] for part in ("", "/before_unmasked")}
+    shutil.copytree(checkpoint, "out/tuned", ignore=lambda *_: ["teacher", "before_unmasked"])      # fine-tuned from it
+    os.makedirs("kept/models")
+    for name in ("first", "tuned"):
+        shutil.move(f"out/{name}", f"kept/models/{name}")
+    moved = "kept/models/first"
+    for place in ("empty", "another run"):
+        if place == "another run":
+            shutil.copytree(moved, "out/first")
+            save_weights(shaken(SigLIP.from_pretrained("out/first/teacher"), 5).float(), "out/first/teacher")
+            assert run("out/first")["scores"] != expected[""]
+        for part, scores in expected.items():
+            assert run(f"{moved}{part}")["scores"] == scores, place
+        assert run("kept/models/tuned")["scores"] == expected[""], place
+    shutil.rmtree("out/first")
+    shutil.rmtree("kept/models/first/teacher")
+    with pytest.raises(FileNotFoundError, match="out/first/teacher"):
+        run(moved)
+
+
 def test_help_shows_the_command_and_lists_tasks_and_masks(capsys):
     code, out, _ = command("eval.py", ["--help"], capsys)
     words = out.replace(",", " ").split()
@@ -371,6 +468,10 @@ def test_help_shows_the_command_and_lists_tasks_and_masks(capsys):
     ("--data-root SPRITES --checkpoint out/first/teacher", "teacher/config.json"),
     ("--data-root SPRITES --mask clusters", "mask must be .*cluster_stm.*'clusters'"),
     ("--data-root SPRITES --mask cluster_stm --mask-ratio 1", "ratio .*1"),
+    ("--data-root SPRITES --mask-ratio 0.5", "--mask .*--mask-ratio"),
+    ("--data-root SPRITES --mask-ratio 0", "--mask .*--mask-ratio"),
+    ("--data-root SPRITES --teacher out/first/teacher", "--mask .*--teacher"),
+    ("--data own.json --data-root . --split val", "--split .*--data.*val"),
     ("--data-root SPRITES --mask cluster_stm --teacher nowhere", "nowhere .*SigLIP"),
     ("--data-root SPRITES --frames -1", "frames .*-1"),
     ("--data-root SPRITES --batch 0", "batch .*1.*0"),

@@ -245,7 +245,47 @@ def test_a_repeated_reference_counts_as_often_as_it_is_there(no_java):
     assert cider(REFERENCES["d"]) != pytest.approx(cider(REFERENCES["d"][:2]), rel=1e-3)
 
 
-# The last test: by now METEOR has started.
+# Every character that str.splitlines or the tokenizer's Java takes to be the end of a line, alone and doubled.
+LINE_ENDS = ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\n\n", "\r\r"]
+PLACES = [("A man", "A{}man"), ("A man", "{}A man"), ("a horse.", "a horse.{}"), ("riding", "riding {} ")]
+
+
+def with_line_end(texts, old, new):
+    """texts with `old` replaced by `new` in the first text of all."""
+    first = next(iter(texts))
+    changed = texts[first][0].replace(old, new) if isinstance(texts[first], list) else texts[first].replace(old, new)
+    return {**texts, first: [changed, *texts[first][1:]] if isinstance(texts[first], list) else changed}
+
+
+@pytest.mark.parametrize("old, new", PLACES, ids=[repr(new) for _, new in PLACES])
+def test_a_line_end_in_a_caption_changes_no_score_without_java(no_java, old, new):
+    perfect = {i: captions[0] for i, captions in REFERENCES.items()}
+    expected = evaluation.caption_scores(REFERENCES, perfect)
+    for end in LINE_ENDS:
+        assert evaluation.caption_scores(with_line_end(REFERENCES, old, new.format(end)), perfect) == expected, end
+        assert evaluation.caption_scores(REFERENCES, with_line_end(perfect, old, new.format(end))) == expected, end
+
+
+# The last tests: by now METEOR has started.
+
+def test_a_line_end_in_a_caption_changes_no_score_with_java(meteor, monkeypatch):
+    """Of captions that are all perfect, so that a shift by one would ruin each score."""
+    if meteor is None:
+        pytest.skip("there is no Java")
+    from pycocoevalcap.meteor import meteor as module
+    monkeypatch.setattr(module, "Meteor", lambda: meteor)
+    perfect = {i: captions[0] for i, captions in REFERENCES.items()}
+    expected = evaluation.caption_scores(REFERENCES, perfect)
+    assert expected["CIDEr"] > 400 and expected["METEOR"] == pytest.approx(100)
+    ends = "".join(LINE_ENDS)
+    for old, new in PLACES:
+        for end in [ends] if new != "A{}man" else [*LINE_ENDS, ends]:
+            assert evaluation.caption_scores(with_line_end(REFERENCES, old, new.format(end)), perfect) == expected, end
+    assert evaluation.caption_scores(REFERENCES, with_line_end(perfect, "A man", f"A{ends}man")) == expected
+    spaces = "".join(chr(c) for c in range(0x3001) if chr(c).isspace())     # others too, of which none is a line end
+    assert evaluation.caption_scores(with_line_end(REFERENCES, "A man", f"A{spaces}man"), perfect) == expected
+
+
 
 def test_caption_scores_with_java_are_those_of_pycocoevalcap(meteor, monkeypatch):
     if meteor is None:

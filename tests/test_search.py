@@ -101,6 +101,34 @@ def scores_by_name(hits):
     return {query: {hit.name: hit.score for hit in query_hits} for query, query_hits in hits.items()}
 
 
+def test_linked_folders_are_followed_once_and_loops_end(tmp_path):
+    for name in ("in/a.mp4", "in/z/b.mp4", "out/c.mp4", "out/deep/d.mp4", "far/e.mp4", ".secret/f.mp4"):
+        os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    list_names = lambda folder: [*search.list_videos(str(tmp_path / folder))]
+    for link, target in (("in/link", "../out"), ("in/z/absolute", tmp_path / "far"), ("out/deep/again", "../../in"),
+                         ("in/a_loop", "."), ("in/z/loop", ".."), ("in/b_z", "z"), ("in/.hidden", "../.secret"),
+                         ("in/broken", "nowhere"), ("in/g.mp4", "../far/e.mp4"), ("top", "in")):
+        os.symlink(target, tmp_path / link)
+    expected = ["a.mp4", "g.mp4", "link/c.mp4", "link/deep/d.mp4", "z/absolute/e.mp4", "z/b.mp4"]
+    assert list_names("in") == list_names("top") == expected                # a folder by its own path, not by a link's
+    os.symlink("..", tmp_path / "in/up")                                    # the folder above, which has other folders
+    files = [os.path.realpath(tmp_path / "in" / name) for name in list_names("in")]
+    names = ["in/a.mp4", "far/e.mp4", "out/c.mp4", "out/deep/d.mp4", "far/e.mp4", "in/z/b.mp4"]     # g.mp4 is e.mp4
+    assert sorted(files) == sorted(str(tmp_path / name) for name in names)
+
+
+def test_a_linked_folder_is_searched(cfg, tmp_path):
+    expected = scores_by_name(main(cfg))
+    shutil.move("clips/sub", "elsewhere")
+    os.symlink("../elsewhere", "clips/sub")
+    os.symlink("..", "clips/sub/deeper/loop")
+    os.remove(INDEX)
+    hits = scores_by_name(main(cfg))
+    assert "sub/nine.webm" in hits[QUERIES[0]]
+    assert hits == {query: pytest.approx(scores) for query, scores in expected.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores and segments
 
@@ -387,6 +415,31 @@ def test_a_damaged_index_is_replaced_and_another_file_is_not(cfg, decoded, capsy
     with pytest.raises(ValueError, match=f"{INDEX}.* 12 files .*others"):
         main(replace(cfg, folder="others", index=INDEX))
     assert main(cfg) == expected
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part, named", [("vit", "b_frames.mkv"), ("vision_proj", "b_frames.mkv"),
+                                         ("text_proj", QUERIES[0])])
+def test_a_model_that_is_not_finite_finds_nothing(cfg, tmp_path, capsys, part, named, wrong):
+    shutil.copytree(cfg.checkpoint, "broken")
+    model = ClusterSTM.from_pretrained("broken").float()
+    with torch.no_grad():
+        [p for name, p in model.named_parameters() if name.startswith(part)][-1].fill_(wrong)
+    save_weights(model, "broken")
+    code, out, err = command("search.py", ["clips", *QUERIES, "--checkpoint", "broken", "--workers", "0"], capsys)
+    assert_one_line("search.py", code, err, f"'{named}' must be finite, got (nan|-?inf)")
+    assert QUERIES[0] not in out
+
+
+def test_an_index_with_nan_is_damaged(cfg, decoded, capsys):
+    expected = scores_by_name(main(cfg))
+    with safe_open(INDEX, "pt") as f:
+        tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata()       # noqa: SIM118
+    tensors["features"][2, 1] = float("nan")
+    save_file(tensors, INDEX, metadata)
+    decoded.clear()
+    assert scores_by_name(main(cfg)) == expected and len(decoded) == len(FILES)
+    assert "damaged" in capsys.readouterr().out
 
 
 def test_an_export_can_be_read_as_the_docstring_says(cfg):
