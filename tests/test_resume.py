@@ -281,7 +281,6 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_resumes_by_itself(undisturb
     agent = start_process(SHORT, command)
     _, err = agent.communicate(timeout=120)
     assert agent.returncode == 0, err[-3000:]
-    assert "pretrain step 5: rank 0 has lost another rank" in err
     assert open("steps").read().startswith("4 ")                            # a run from step 0 would end the same
     assert_same_run(undisturbed_run(SHORT, 2))
 
