@@ -231,7 +231,7 @@ def fit_two_programs(config: dict, C: int) -> dict:
     registers and 96 KiB of shared memory.
 
     One program then adds up its tile while the other multiplies, and as many loads are in flight as in one program with
-    five stages. On an H100 that took 0.71 ms for 0.85, at F, N, C = 1024, 196, 768 and T = 8 (docs/log.md). Only if C
+    five stages. On an H100 that took 0.70 ms for 0.85, at F, N, C = 1024, 196, 768 and T = 8 (docs/log.md). Only if C
     is a multiple of 8, so that rows are loaded 16 bytes at a time; otherwise it spills many registers.
     """
     if config["BLOCK"] == 128 and config["num_stages"] > 3 and C % 8 == 0:          # only Hopper has both
