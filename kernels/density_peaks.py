@@ -239,7 +239,7 @@ def follow_parents(
 
 @triton.jit(do_not_specialize=["F", "K", "rank"])
 def density_peaks_kernel(
-    x_ptr, d_c_ptr,                                         # (F, N, C) read; (F,) read or, to find it, written
+    x_ptr, d_c_ptr,                                         # (F, N, C) read; (F,) read unless FIND_BANDWIDTH
     inv_norm_ptr, log_rho_ptr, labels_ptr, centres_ptr,     # (F, N), (F, N), (F, N), (F, K) written
     d_ptr, parent_ptr, label_ptr,                           # scratch per program: (size,), (N,), (N,)
     F, N, C, K, stride, size, rank,
@@ -260,7 +260,6 @@ def density_peaks_kernel(
                            False, True, BLOCK, BLOCK_C)
         if FIND_BANDWIDTH:
             d_c = select_kth(d_ptr, size, rank, CHUNK, PASS_STAGES)
-            tl.store(d_c_ptr + f, d_c)
         else:
             d_c = tl.maximum(tl.load(d_c_ptr + f), 1e-30)                       # replaces a NaN too
         log_rho = compute_log_density(d_ptr, log_rho_ptr + f * N, d_c, N, stride, GAUSS, BLOCK_ROWS, N_PAD, PASS_STAGES)
