@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from runtime import STAGES, RunContext, atomic_write_text, format_error, read_json, require
+from files import atomic_write_text, format_error, read_json, require
+from runtime import STAGES, RunContext
 from tasks import Annotation, Question, get_task
 from video import build_frame_cache, eval_transform, read_frames, resize, sample_frame_indices, train_transform
 

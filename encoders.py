@@ -22,8 +22,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kernels import to_device
-from runtime import (
+from files import (
     atomic_write_text,
     config_from_dict,
     load_state_dict_strict,
@@ -32,6 +31,7 @@ from runtime import (
     resolve_checkpoint,
     save_weights,
 )
+from kernels import to_device
 from video import patchify
 
 

@@ -38,12 +38,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import runtime
 import tasks
 from data import ClipDataset, DataConfig, decode_ids, encode_answers, require_finite, require_readable
+from files import atomic_write_text, config_from_dict, read_json
 from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, VideoToText, load_model
-from runtime import all_gather_lists, all_reduce_sum, bf16_autocast, config_from_dict, rank_and_world
+from runtime import all_gather_lists, all_reduce_sum, bf16_autocast, rank_and_world, run_cli, select_device
 from targets import compute_visible_ids
 from tasks import TASK_KINDS, TASKS, Annotation, Task, split_files
 from teacher import SigLIP
@@ -651,7 +651,7 @@ def result_file(cfg: Config, name: str) -> str:
 
 def main(cfg: Config) -> dict:
     """Evaluate as `cfg` says -> the results, which rank 0 also prints and writes as JSON."""
-    device = runtime.select_device(cfg.device)
+    device = select_device(cfg.device)
     task = tasks.get_task(cfg.task)
     path, media_root = (cfg.data, cfg.data_root) if cfg.data else split_files(task, cfg.split, cfg.data_root)
     missing = [] if cfg.on_missing == "skip" else None      # annotations whose video file is absent
@@ -660,7 +660,7 @@ def main(cfg: Config) -> dict:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     model = load_model_for(task, cfg.checkpoint).to(device)
-    run_config = runtime.read_json(os.path.join(cfg.checkpoint, "config.json"))
+    run_config = read_json(os.path.join(cfg.checkpoint, "config.json"))
     tokenizer = data.load_tokenizer(os.path.join(cfg.checkpoint, "tokenizer.json"))
     data_cfg = make_data_config(cfg, task, run_config)
     protocol = make_protocol(cfg, task, run_config, data_cfg.num_workers)
@@ -690,10 +690,10 @@ def main(cfg: Config) -> dict:
     if rank_and_world()[0] == 0:
         print(format_report(result))
         out = cfg.out or os.path.join(cfg.checkpoint, result_file(cfg, name))
-        runtime.atomic_write_text(out, json.dumps(result, indent=1))
+        atomic_write_text(out, json.dumps(result, indent=1))
         print(f"written to {out}")
     return result
 
 
 if __name__ == "__main__":
-    runtime.run_cli("eval.py", lambda: main(tyro.cli(Config, prog="python eval.py")))
+    run_cli("eval.py", lambda: main(tyro.cli(Config, prog="python eval.py")))

@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Batch, ClipDataset, MixedDataset, iterate_micro_batches
+from files import atomic_write_text
 from runtime import (
     AsyncHostCopy,
     BadMediaLog,
     RunContext,
     all_reduce_sum,
-    atomic_write_text,
     bf16_autocast,
     load_checkpoint,
     save_checkpoint,

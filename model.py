@@ -30,19 +30,10 @@ from encoders import (
     mask_tokens,
     sincos_pos_embed,
 )
+from files import config_from_dict, load_state_dict_strict, read_checkpoint, require
 from kernels import to_device
 from masking import gumbel_noise
-from runtime import (
-    Stream,
-    all_gather,
-    all_reduce_sum,
-    config_from_dict,
-    load_state_dict_strict,
-    rank_and_world,
-    read_checkpoint,
-    require,
-    seeded_generator,
-)
+from runtime import Stream, all_gather, all_reduce_sum, rank_and_world, seeded_generator
 from targets import TeacherTargets
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """
-What a run needs besides the method: files, weights on disk, processes, collectives, random generators, checkpoints.
+What a run needs besides the method: processes, collectives, random generators, its folder, checkpoints, logs.
 
 A run writes to one folder:
 
@@ -12,8 +12,6 @@ A run writes to one folder:
 
 A checkpoint holds no random state and no position in the data: both are functions of (seed, step). A resumed run
 therefore continues bit for bit on as many ranks, and to rounding on another number of ranks.
-
-This file imports no other file of the project.
 """
 
 import fcntl
@@ -24,22 +22,20 @@ import re
 import signal
 import socket
 import sys
-import tempfile
-import typing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from files import atomic_write, atomic_write_text, escape_control, format_error, read_json, write_json
 
 STAGES = ("teacher", "text", "pretrain", "unmasked", "finetune")
 
@@ -48,146 +44,6 @@ MAY_CHANGE_ON_RESUME = (
     "resume", "stage", "device", "log_every", "save_every", "keep_checkpoints", "max_skipped_steps", "compile",
     "activation_checkpointing", "data.num_workers", "data.frame_cache", "data.resize_on_device", "data.max_unreadable",
 )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-@contextmanager
-def atomic_write(path: str):
-    """Open a binary file that appears at `path` complete or not at all, even if the machine loses power."""
-    folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp", delete=False) as f:
-        try:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)             # temporary files are private by default
-            os.replace(f.name, path)
-        except BaseException:
-            os.remove(f.name)
-            raise
-    directory = os.open(folder or ".", os.O_RDONLY)         # the new name must reach the disk too
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def atomic_write_text(path: str, text: str):
-    """Write a UTF-8 text file that appears complete or not at all."""
-    with atomic_write(path) as f:
-        f.write(text.encode())
-
-
-def format_error(error: Exception) -> str:
-    """Format the type and message of an exception as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def require(ok: bool, path: str, key: str, expected: str, value):
-    """Raise a one-line ValueError that names file, key, expected and actual value, unless ok."""
-    if not ok:
-        raise ValueError(f"{path}: {key} must be {expected}, got {value!r}")
-
-
-def read_json(path: str) -> dict:
-    """Read a file that holds one JSON object."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            values = json.load(f)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {format_error(error)}") from None
-    require(isinstance(values, dict), path, "the content", "one JSON object", values)
-    return values
-
-
-def config_from_dict(cls, values: dict, path: str, strict: bool = True):
-    """
-    Build the dataclass `cls`, and the dataclasses in it, from a dict read from JSON.
-
-    strict: an unknown key is a ValueError that names it, as in config files of this project. Otherwise unknown keys are
-    dropped, as is right for Hugging Face configs.
-    """
-    known = {f.name: f for f in fields(cls)}
-    unknown = [key for key in values if key not in known]
-    if strict and unknown:
-        raise ValueError(f"{path}: {cls.__name__} has no field {unknown[0]!r}; its fields are "
-                         f"{', '.join(known)}")
-    arguments = {}
-    for key in known.keys() & values.keys():
-        kind, value = known[key].type, values[key]
-        if is_dataclass(kind) and isinstance(value, dict):
-            value = config_from_dict(kind, value, path, strict)
-        elif typing.get_origin(kind) is tuple and isinstance(value, list):
-            value = tuple(value)
-        arguments[key] = value
-    return cls(**arguments)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders with weights
-
-def resolve_checkpoint(name: str, what: str) -> str:
-    """
-    Return the folder of a checkpoint: `name` if it is a folder, else the hub id `name` from the hub or its cache.
-
-    what: "a SigLIP", "a BERT", ... for the error message.
-    """
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        return name
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"{name} is not a folder of {what}: there is no such folder")
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    try:
-        return snapshot_download(name, allow_patterns=["*.json", "vocab.txt", "model*.safetensors"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise FileNotFoundError(
-            f"{name} is not a folder of {what}: it is neither at {os.path.abspath(name)} nor in the hub's cache "
-            f"({constants.HF_HUB_CACHE}), and it could not be fetched ({reason}); on a machine with a network: "
-            f"hf download {name} --local-dir {name}",
-        ) from None
-
-
-def read_checkpoint(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
-    """Read config.json and model.safetensors, or its shards, of a folder -> (config, weights by name)."""
-    def require_file(name):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise FileNotFoundError(f"{folder} is not a folder of {what}: it has no {name}")
-        return os.path.join(folder, name)
-
-    config, files, weights = read_json(require_file("config.json")), ["model.safetensors"], {}
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.isfile(index) and not os.path.isfile(os.path.join(folder, files[0])):
-        shards = read_json(index).get("weight_map")
-        require(isinstance(shards, dict), index, "weight_map", "an object: weight name -> file", shards)
-        files = sorted(set(shards.values()))
-    for name in files:
-        try:
-            weights |= load_file(require_file(name))
-        except SafetensorError as error:
-            raise ValueError(f"{os.path.join(folder, name)} is not a safetensors file: {format_error(error)}") from None
-    return config, weights
-
-
-def load_state_dict_strict(model: nn.Module, weights: dict[str, Tensor], path: str, assign: bool = False):
-    """Load every weight of the model, and no other. A ValueError names the first one that does not fit."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    actual = {key: tuple(value.shape) for key, value in weights.items()}
-    for key in [*expected, *(key for key in actual if key not in expected)]:
-        if expected.get(key) != actual.get(key):
-            raise ValueError(f"{path}: {key} must be {expected.get(key, 'absent')}, got {actual.get(key, 'no weight')}")
-    model.load_state_dict(weights, assign=assign)
-
-
-def save_weights(model: nn.Module, folder: str):
-    """Write model.safetensors into the folder, complete or not at all."""
-    path = os.path.join(folder, "model.safetensors")
-    with atomic_write(path) as f:
-        f.write(save({k: v.contiguous() for k, v in model.state_dict().items()}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,10 +71,15 @@ def run_cli(name: str, function: Callable):
     """Run a command. A wrong input ends it with one line instead of a traceback, unless TRACEBACK is set."""
     try:
         function()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        sys.exit(f"{name}: {str(error).strip().splitlines()[-1]}")      # a loader process sends its traceback along
+        text = str(error).strip()
+        if "Traceback (most recent call last)" in text:         # a loader process sends its own along
+            text = text.split("\n")[-1]
+        sys.exit(f"{name}: {escape_control(text)}")
 
 
 def select_device(name: str) -> torch.device:
@@ -482,7 +343,7 @@ def pin_to_first_run(folder: str, run: RunContext, name: str, value):
     if run.rank == 0:
         pinned = read_json(path) if os.path.isfile(path) else {}
         if name not in pinned:
-            atomic_write_text(path, json.dumps(pinned | {name: value}))
+            write_json(path, pinned | {name: value})
         value = pinned.get(name, value)
     return run.broadcast(value)
 

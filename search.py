@@ -45,18 +45,9 @@ from tyro.conf import arg
 
 import video
 from data import encode_texts, load_tokenizer, require_finite
+from files import atomic_write, format_error, read_json, require, resolve_checkpoint
 from model import ClusterSTM
-from runtime import (
-    atomic_write,
-    bf16_autocast,
-    format_error,
-    num_cpus,
-    read_json,
-    require,
-    resolve_checkpoint,
-    run_cli,
-    select_device,
-)
+from runtime import bf16_autocast, num_cpus, run_cli, select_device
 from tasks import normalize_caption
 from teacher import SigLIP, SigLIPConfig, VisionConfig, read_image_processor, read_tower_config
 from video import RESAMPLE_MODES, eval_transform, resize_like_pillow, sample_frame_indices

@@ -24,19 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files import atomic_write_text, read_json
 from kernels import to_device
 from masking import MaskConfig, keep_count, token_sizes
-from runtime import (
-    AsyncHostCopy,
-    RunContext,
-    Stream,
-    atomic_write_text,
-    check_same_config,
-    print0,
-    read_json,
-    resume_hint,
-    seeded_generator,
-)
+from runtime import AsyncHostCopy, RunContext, Stream, check_same_config, print0, resume_hint, seeded_generator
 from teacher import SigLIP, load_teacher
 
 if TYPE_CHECKING:

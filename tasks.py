@@ -32,7 +32,7 @@ import ijson
 import numpy as np
 from tqdm import tqdm
 
-from runtime import atomic_write, atomic_write_text, read_json
+from files import atomic_write, atomic_write_text, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotations

@@ -21,9 +21,7 @@ import torch.nn.functional as nnf
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from torch import Tensor, nn
 
-from kernels import to_device
-from kernels.window_attention import window_attention
-from runtime import (
+from files import (
     atomic_write_text,
     config_from_dict,
     format_error,
@@ -34,6 +32,8 @@ from runtime import (
     resolve_checkpoint,
     save_weights,
 )
+from kernels import to_device
+from kernels.window_attention import window_attention
 from video import RESAMPLE_MODES, patchify, resize_like_pillow
 
 ACTIVATIONS = {

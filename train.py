@@ -41,27 +41,29 @@ from tqdm import tqdm
 import eval as evaluation
 from data import Batch, ClipDataset, DataConfig, MixedDataset, load_tokenizer, resolve_tokenizer
 from encoders import Bert, BertLayer, Block, TextEncoderConfig, ViTConfig, bert_config, mask_tokens
+from files import (
+    atomic_write_text,
+    config_from_dict,
+    load_state_dict_strict,
+    read_checkpoint,
+    read_json,
+    resolve_checkpoint,
+    save_weights,
+)
 from loop import Stage, train_stage
 from masking import MASKS, MaskConfig, keep_count
 from model import ClusterSTM, ModelConfig, VideoToText
 from runtime import (
     RunContext,
     Stream,
-    atomic_write_text,
     check_same_config,
-    config_from_dict,
     describe_error,
     init_run,
     is_finished,
     list_checkpoints,
-    load_state_dict_strict,
     pin_to_first_run,
     print0,
-    read_checkpoint,
-    read_json,
-    resolve_checkpoint,
     run_cli,
-    save_weights,
     seeded_generator,
     select_device,
 )

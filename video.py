@@ -24,7 +24,8 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch import Tensor
 
-from runtime import atomic_write, atomic_write_text, format_error, parallel_map
+from files import atomic_write, atomic_write_text, format_error
+from runtime import parallel_map
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which frames, and decoding them

@@ -33,7 +33,8 @@ import numpy as np
 import torch
 import triton
 
-from runtime import atomic_write_text, num_cpus, read_json
+from files import atomic_write_text, read_json
+from runtime import num_cpus
 from tools.tables import current_commit
 
 

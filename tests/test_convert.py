@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import eval as evaluation
 from data import SPECIAL_TOKENS, DataConfig, load_tokenizer
 from encoders import TextEncoderConfig, ViT, ViTConfig, bert_config
+from files import load_state_dict_strict, read_checkpoint
 from model import ClusterSTM, ModelConfig, VideoToText, load_model
-from runtime import load_state_dict_strict, read_checkpoint
 from tasks import TASKS
 from tools import convert
 

@@ -16,9 +16,9 @@ from helpers.runs import assert_one_line, command, in_processes
 
 import eval as evaluation
 from data import ClipDataset, DataConfig, encode_texts, load_tokenizer, require_finite
+from files import save_weights
 from masking import MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, load_model
-from runtime import save_weights
 from targets import compute_visible_ids
 from tasks import TASKS, normalize_caption, read_annotations
 from teacher import SigLIP

@@ -29,8 +29,9 @@ import loop
 import targets
 import train
 from encoders import ViT
+from files import atomic_write_text
 from model import ClusterSTM, VideoToText, load_model
-from runtime import atomic_write_text, list_checkpoints
+from runtime import list_checkpoints
 from tasks import TASKS, get_task, read_rows, split_files
 
 TASK_NAMES = ("sprites", "sprites-mc", "sprites-qa", "sprites-caption")

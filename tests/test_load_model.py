@@ -7,8 +7,8 @@ import torch
 from helpers.models import OBJECTIVES, config_json, random_batch, save_model, student, video_to_text
 from safetensors.torch import save_file
 
+from files import save_weights
 from model import ClusterSTM, VideoToText, load_model
-from runtime import save_weights
 
 pytestmark = pytest.mark.usefixtures("seed_0")
 MODELS = {"question answering": lambda: video_to_text(True), "captioning": lambda: video_to_text(False),

@@ -33,8 +33,9 @@ import data
 import loop
 import train
 from data import ClipDataset
+from files import atomic_write_text, save_weights
 from model import ClusterSTM
-from runtime import RunContext, atomic_write_text, describe_error, list_checkpoints, save_weights, verify_checkpoint
+from runtime import RunContext, describe_error, list_checkpoints, verify_checkpoint
 from tasks import read_annotations
 
 # ---------------------------------------------------------------------------------------------------------------------

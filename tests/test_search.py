@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 import search
 import video
 from data import encode_texts, load_tokenizer
+from files import save_weights
 from model import ClusterSTM
-from runtime import save_weights
 from search import Config, main
 from teacher import SigLIP
 from video import eval_transform, frame_to_tensor, read_frames, resize_like_pillow, sample_frame_indices, write_video

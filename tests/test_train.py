@@ -40,8 +40,9 @@ import loop
 import train
 from data import ClipDataset, DataConfig, load_tokenizer
 from encoders import Bert
+from files import config_from_dict, read_json
 from model import ClusterSTM, ModelConfig
-from runtime import MAY_CHANGE_ON_RESUME, RunContext, config_from_dict, list_checkpoints, read_json
+from runtime import MAY_CHANGE_ON_RESUME, RunContext, list_checkpoints
 from tasks import read_annotations
 from teacher import SigLIP
 

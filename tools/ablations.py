@@ -54,10 +54,11 @@ import runtime
 import train
 from data import ClipDataset, DataConfig, load_tokenizer
 from encoders import Bert, TextEncoderConfig, ViTConfig, bert_config
+from files import atomic_write, atomic_write_text, load_state_dict_strict, read_checkpoint, read_json, save_weights
 from loop import Stage, train_stage
 from masking import MaskConfig, keep_count, log_attention, token_sizes
 from model import ClusterSTM, ModelConfig, VideoToText
-from runtime import RunContext, atomic_write, atomic_write_text, num_cpus, read_checkpoint, read_json, save_weights
+from runtime import RunContext, num_cpus
 from targets import TeacherTargets
 from tasks import find_file, get_task, read_annotations, read_answers, read_rows, split_files
 from teacher import SigLIP
@@ -432,7 +433,7 @@ class StudentRun:
             path = f"{job.shared_folder}/warm_start/model.safetensors"
             weights = {k: x for k, x in load_file(path).items() if not k.startswith("decoder.")}
             weights |= {k: x for k, x in self.model.state_dict().items() if k.startswith("decoder.")}
-            runtime.load_state_dict_strict(self.model, weights, path)
+            load_state_dict_strict(self.model, weights, path)
         self.model.to(run.device).train()
 
     def visible_fn(self, split: str, mask: MaskConfig, epoch: int = 0):
@@ -483,7 +484,7 @@ class StudentRun:
         folder = os.path.join(job.shared_folder, "before_unmasked", replace(job, task="retrieval").digest(
             unmasked_steps=0, unmasked_batch=0, unmasked_lr_scale=0.0))
         if os.path.isfile(f"{folder}/model.safetensors"):
-            runtime.load_state_dict_strict(self.model, read_checkpoint(folder, "a student")[1], folder)
+            load_state_dict_strict(self.model, read_checkpoint(folder, "a student")[1], folder)
             return read_json(f"{folder}/config.json")
         results, curve = {}, {}
         if self.steps:

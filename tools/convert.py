@@ -30,8 +30,9 @@ from tyro.conf import Positional, arg
 
 from data import load_tokenizer
 from encoders import ViT
+from files import atomic_write_text, save_weights
 from model import ClusterSTM, VideoToText
-from runtime import atomic_write_text, run_cli, save_weights
+from runtime import run_cli
 from tasks import TASK_KINDS, TASKS, get_task
 from train import PRESETS
 

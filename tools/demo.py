@@ -19,8 +19,9 @@ import tyro
 from torch import Tensor
 
 from data import ClipDataset, DataConfig
+from files import read_json
 from masking import keep_count
-from runtime import num_cpus, read_json, run_cli
+from runtime import num_cpus, run_cli
 from targets import select_visible
 from tasks import read_annotations
 from teacher import SigLIP

@@ -38,10 +38,11 @@ import tyro
 from torch import Tensor
 
 from data import ClipDataset, DataConfig
+from files import atomic_write_text
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
 from masking import MASKS, MaskConfig, keep_count, log_attention
-from runtime import atomic_write_text, run_cli
+from runtime import run_cli
 from tasks import read_annotations
 from teacher import SigLIP
 from tools.demo import objects_at, objects_kept

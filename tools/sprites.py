@@ -23,7 +23,8 @@ import numpy as np
 import tyro
 
 from data import build_wordpiece
-from runtime import atomic_write_text, parallel_map, run_cli
+from files import atomic_write_text
+from runtime import parallel_map, run_cli
 from tasks import normalize_caption
 from video import write_video
 

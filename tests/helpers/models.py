@@ -14,10 +14,10 @@ import torch.nn.functional as nnf
 
 from data import Sample
 from encoders import TextEncoderConfig, ViTConfig
+from files import save_weights
 from helpers.benchmarks import write_json
 from helpers.kernels import seeded
 from model import ClusterSTM, ModelConfig, VideoToText
-from runtime import save_weights
 from targets import TeacherTargets
 from tasks import Question
 
