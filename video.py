@@ -1,18 +1,13 @@
 """
-Video file -> frames (T, 3, H, W) uint8 -> crops (T, 3, s, s); the frame cache; the two image resizes; patches.
+Video file -> frames (T, 3, H, W) uint8 -> crops (T, 3, s, s); the two image resizes; patches.
 
 If codec and container allow it, only the packets that the requested frames depend on are decoded. For an intact file
 the result equals that of a full decode bit for bit. If the packets do not tell which frames the decoder shows, the
 whole file is decoded. Of several video streams the best one is read, as ffmpeg does; an image is a video of one frame.
 """
 
-import hashlib
-import json
 import os
 from bisect import bisect
-from collections.abc import Sequence
-from functools import partial
-from io import BytesIO
 from itertools import accumulate, dropwhile, islice, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -24,8 +19,7 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch import Tensor
 
-from files import atomic_write, atomic_write_text, format_error
-from runtime import parallel_map
+from files import format_error
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which frames, and decoding them
@@ -50,8 +44,15 @@ def sample_frame_indices(count: int, total: int, strategy: str = "middle",
 
 
 def num_frames_within(times: np.ndarray, seconds: float) -> int:
-    """Count the frames in the first `seconds` of the video, at least one. If `seconds` is 0, count all frames."""
-    return min(len(times), max(1, int((times < seconds).sum()))) if seconds else len(times)
+    """
+    Count the frames that end within the first `seconds` of the video, at least one. If `seconds` is 0, count all.
+
+    At a constant rate these are UMT's int(seconds * rate) frames.
+    """
+    if not seconds or not len(times):
+        return len(times)
+    ends = np.append(times[1:], times[-1] * len(times) / max(1, len(times) - 1))    # the last one has the mean length
+    return max(1, int((ends <= seconds + 1.2e-3).sum()))                    # start and end can be rounded to 1 ms
 
 
 def read_frames(path: str, num_frames: int, strategy: str = "middle", rng: np.random.Generator | None = None,
@@ -254,7 +255,25 @@ def num_shown_mpeg4(packet) -> int | None:
     return None if start < 0 or len(data) - start < 11 or b"\0\0\1\xb6" in data[start + 4:] else 1
 
 
-NUM_SHOWN = {"vp8": num_shown_vp8, "vp9": num_shown_vp9, "mpeg4": num_shown_mpeg4}
+def has_whole_image(data: bytes) -> bool | None:
+    """Whether the image of a GIF packet is complete. None if there is none: a comment may be a packet of its own."""
+    color_table = lambda flags: 3 * 2 ** (1 + flags % 8) if flags & 128 else 0
+    try:
+        place = 13 + color_table(data[10]) if data[:3] == b"GIF" else 0
+        while (block := data[place:place + 1]) in (b"!", b","):             # an extension, an image
+            place += 2 if block == b"!" else 11 + color_table(data[place + 9])
+            while size := data[place]:                                      # its parts, the last of which is empty
+                place += 1 + size
+            if block == b",":
+                return True
+            place += 1
+    except IndexError:
+        return False
+    return None
+
+
+NUM_SHOWN = {"vp8": num_shown_vp8, "vp9": num_shown_vp9, "mpeg4": num_shown_mpeg4,
+             "gif": lambda packet: int(has_whole_image(bytes(packet)) is not None)}
 
 # Decoders, by libav's names, that can start at a keyframe; and those for which non-reference frames can be skipped one
 # by one without changing other frames. (HEVC is not among the latter: frames of a higher layer may refer to them.)
@@ -275,7 +294,9 @@ def are_frames(container, stream, packets: list[Packet]) -> bool:
         return False
     if container.format.name == "asf" or context.name == "h264" and not has_only_frames(context.extradata):
         return False
-    if not packets[0].is_keyframe or any(packet.num_shown is None for packet in packets):
+    if any(packet.num_shown is None for packet in packets):
+        return False
+    if not packets[0].is_keyframe and not begins_with_damage(container, context):
         return False
     dts = [packet.dts for packet in packets if packet.dts is not None]
     if any(b < a for a, b in pairwise(dts)):
@@ -288,6 +309,22 @@ def are_frames(container, stream, packets: list[Packet]) -> bool:
     known = [packet for packet in packets if packet.pts is not None]
     latest = accumulate((packet.pts for packet in known), max)              # no keyframe before an earlier packet
     return all(packet.pts == last or not packet.is_keyframe for packet, last in zip(known, latest, strict=True))
+
+
+def begins_with_damage(container, context) -> bool:
+    """
+    Whether the first packet is a damaged keyframe, which libav does not recognise as one: the decoders of H.264, if its
+    headers are known, and HEVC raise no error for an intact packet before the first keyframe.
+    """
+    if context.name not in ("h264", "hevc"):
+        return False
+    container, stream = open_video(container.name.removeprefix("file:"))
+    with container:
+        try:
+            next(packet for packet in container.demux(stream) if packet.size).decode()
+        except av.FFmpegError:
+            return True
+    return False
 
 
 def has_only_frames(extradata: bytes | None) -> bool:
@@ -417,28 +454,38 @@ def iter_frames_sequential(path: str, pts: list[int | None]):
 
 def iter_decoded(path: str):
     """
-    Decode the whole file; yield its frames in the order in which they are shown, and None for each one that is lost.
-    Packets before the first keyframe cannot be decoded, and are not lost: the decoders of H.264 and HEVC pass over
-    them, while others raise errors.
+    Decode the whole file; yield its frames in the order in which they are shown, and None for each one that is lost,
+    where it would be shown. Packets before the first keyframe cannot be decoded, and are not lost: the decoders of
+    H.264, if its headers are known, and HEVC pass over them, while others raise errors.
     """
     container, stream = open_video(path)
+    context = stream.codec_context
     orientation = exif_orientation(path) if is_image(container) else None
-    begun, previous = stream.codec_context.name in ("h264", "hevc"), None
+    begun, previous = context.name == "hevc" or context.name == "h264" and bool(context.extradata), None
+    lost = []                                       # times of the lost frames that are not yet due
     with container:
         for packet in container.demux(stream):
             begun |= packet.is_keyframe
             try:
-                if is_truncated(stream.codec_context.name, packet):
+                if is_truncated(context.name, packet):
                     raise av.InvalidDataError(0, "truncated")
                 for frame in packet.decode():
                     # At its end, a file of "not coded" pictures gives the last one again: the same memory.
                     if packet.size or previous is None or frame.planes[0].buffer_ptr != previous.planes[0].buffer_ptr:
-                        frame.opaque = orientation
+                        later = [time for time in lost if is_later(time, frame.pts, previous and previous.pts)]
+                        yield from [None] * (len(lost) - len(later))
+                        lost, frame.opaque = later, orientation
                         yield frame
                     begun, previous = True, frame
             except av.FFmpegError:
                 if begun:
-                    yield None
+                    lost.append(None if container.format.name == "avi" else packet.pts)     # in AVI libav guesses them
+    yield from [None] * len(lost)
+
+
+def is_later(lost: int | None, time: int | None, previous: int | None) -> bool:
+    """Whether a lost frame would be shown after the frame at `time`, where times may be unknown or begin again."""
+    return None not in (lost, time) and lost > time and not (previous is not None and previous > time)
 
 
 def is_truncated(codec: str, packet) -> bool:
@@ -447,7 +494,7 @@ def is_truncated(codec: str, packet) -> bool:
         return False
     data = bytes(packet)
     if codec == "gif":
-        return not data.endswith(b"\0") and b"\0;" not in data[-1024:]
+        return has_whole_image(data) is False
     return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")                # end of image, start of scan
 
 
@@ -582,120 +629,3 @@ def train_transform(frames: Tensor, size: int, min_crop_scale: float, hflip: boo
         frames = frames.flip(-1)
     h, w = frames.shape[2:]
     return frames if resize_on_device and h * w <= 4 * size ** 2 else resize(frames, (size, size))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The frame cache
-
-class JpegFrames:
-    """n JPEG files stored one after the other: frames[indices (T,)] -> (T, 3, h, w) uint8."""
-
-    def __init__(self, data: np.ndarray, sizes: list[int]):
-        self.data, self.ends = data, np.cumsum([0, *sizes])
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, indices: Sequence[int]) -> np.ndarray:
-        files = [self.data[self.ends[i]:self.ends[i + 1]].tobytes() for i in indices]
-        return np.stack([np.asarray(Image.open(BytesIO(file))).transpose(2, 0, 1) for file in files])
-
-
-def encode_jpeg(frame: np.ndarray, quality: int) -> bytes:
-    """(3, h, w) uint8 -> the bytes of a JPEG file."""
-    file = BytesIO()
-    Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0))).save(file, "JPEG", quality=quality)
-    return file.getvalue()
-
-
-class FrameCache:
-    """
-    Decoded frames of many videos in one memory-mapped file. cache[video path] -> (n, 3, h, w) uint8 array, a view and
-    not a copy, or JpegFrames. ValueError, with the reason, if the video could not be read.
-    """
-
-    def __init__(self, path: str):
-        self.path = path                            # without .bin and .json
-        with open(path + ".json") as f:
-            # (video, offset, shape), (video, offset, [sizes of the JPEGs]), or (video, None, why it is unreadable)
-            self.index = json.load(f)
-        self.entries = {video: (offset, shape) for video, offset, shape in self.index}
-        self.data = np.memmap(path + ".bin", np.uint8, mode="r")
-
-    def __getitem__(self, video: str) -> "np.ndarray | JpegFrames":
-        offset, shape = self.entries[video]
-        if offset is None:
-            raise ValueError(shape)
-        if isinstance(shape[0], list):
-            return JpegFrames(self.data[offset:offset + sum(shape[0])], shape[0])
-        return self.data[offset:offset + np.prod(shape)].reshape(shape)
-
-    def __reduce__(self):                           # another process opens the file instead of receiving the pixels
-        return FrameCache, (self.path,)
-
-
-CACHE_VERSION = 4           # raise it if the decoded frames or the file format change
-
-
-def build_frame_cache(rows: Sequence, cfg, folder: str) -> FrameCache:
-    """
-    Return the cache of the videos of all rows, in folder/frames_HASH.{bin,json}. If it is not there, decode the videos
-    into it on all cores. The hash covers the settings and the size and time of each video file, so changed videos get
-    a new cache. If several processes share the folder, one of them should call this first.
-
-    rows have .video and .source; cfg is a data.DataConfig. ValueError, naming the first unreadable video, if their
-    share is above cfg.max_unreadable.
-    """
-    sources = {}                                    # video path -> source of its first row
-    for row in rows:
-        sources.setdefault(row.video, row.source)
-    size = cfg.cache_image_size or cfg.image_size
-    stats = [os.stat(video) if os.path.isfile(video) else None for video in sources]
-    settings = [CACHE_VERSION, cfg.cache_frames, size, float(cfg.max_seconds), cfg.cache_jpeg_quality]
-    key = [*settings, [(v, *((s.st_size, s.st_mtime_ns) if s else ())) for v, s in zip(sources, stats, strict=True)]]
-    path = os.path.join(folder, "frames_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
-
-    def check(index):
-        unreadable = [(video, reason) for video, offset, reason in index if offset is None]
-        if len(unreadable) > min(cfg.max_unreadable * len(index), len(index) - 1):
-            video, reason = unreadable[0]
-            raise ValueError(f"{sources[video]}: {reason} ({len(unreadable)} of {len(index)} videos cannot be read, "
-                             f"data.max_unreadable is {cfg.max_unreadable:g})")
-
-    if os.path.exists(path + ".json"):
-        cache = FrameCache(path)
-        check(cache.index)
-        return cache
-    index, offset = [], 0
-    try:
-        with atomic_write(path + ".bin") as f:
-            read = partial(_read_for_cache, cfg.cache_frames, size, cfg.max_seconds, cfg.cache_jpeg_quality)
-            for video, frames in zip(sources, parallel_map(read, list(sources), "decoding"), strict=True):
-                if isinstance(frames, str):
-                    index.append((video, None, frames))
-                    continue
-                is_jpeg = isinstance(frames, list)
-                index.append((video, offset, [[*map(len, frames)]] if is_jpeg else frames.shape))
-                offset += f.write(b"".join(frames) if is_jpeg else frames.data)
-            check(index)
-    except OSError as error:
-        raise ValueError(f"{folder}: the frame cache cannot be written ({error.strerror}); "
-                         "pass --data.no-frame-cache") from None
-    atomic_write_text(path + ".json", json.dumps(index))        # last: it marks the .bin file as complete
-    return FrameCache(path)
-
-
-def _read_for_cache(count: int, size: int, seconds: float, quality: int, video: str) -> np.ndarray | list[bytes] | str:
-    """
-    Return `count` evenly spaced frames (n, 3, h, w), or n JPEGs if quality > 0. If the video is unreadable, return the
-    reason: all unreadable videos are counted before the run stops.
-    """
-    def select(times):
-        total = num_frames_within(times, seconds)
-        return sample_frame_indices(min(count, total), total)
-
-    try:
-        frames = decode_frames(video, select, size).numpy()
-        return [encode_jpeg(frame, quality) for frame in frames] if quality else frames
-    except (ValueError, OSError) as error:
-        return str(error)

@@ -369,7 +369,7 @@ def full_decode_damaged(path):
 
 
 @pytest.mark.parametrize("keyint, broken, reads", [
-    (1, [25, 26, 60, 119], [[25], [26, 26], [1, 60], [119]]),
+    (1, [0, 25, 26, 60, 119], [[0], [25], [26, 26], [1, 60], [119]]),
     (10, [25, 26, 60, 118], [[25], [26], [60, 60], [65], [118], [28, 61]]),
 ])
 def test_a_lost_frame_is_replaced_by_the_one_before(tmp_path, counts, keyint, broken, reads):
@@ -383,6 +383,28 @@ def test_a_lost_frame_is_replaced_by_the_one_before(tmp_path, counts, keyint, br
     for indices in ([12], [40, 55, 59], [85, 105]):                         # away from the damage it costs nothing
         counts.reset()
         assert torch.equal(read(path, indices), intact[indices]) and counts["full"] == 0
+
+
+B_FRAMES = dict(bframes=3, b_adapt=0, b_pyramid="none", repeat_headers=0)
+MIXED = dict(bframes=2, b_adapt=0, b_pyramid="none", tff=1)                 # COUNTED
+
+
+@pytest.mark.parametrize("name, options, broken", [
+    ("a.mp4", x264(keyint=10, bframes=0, repeat_headers=0), [0]),
+    ("a.mov", x264(keyint=10, bframes=0, repeat_headers=0), [0, 31]),
+    ("a.mp4", x264(keyint=12, min_keyint=12, **B_FRAMES), [0, 1, 2]),
+    ("a.mp4", x264(keyint=3, min_keyint=3, bframes=2, b_adapt=0, repeat_headers=0), [0, 25, 61]),
+    ("a.mp4", {"g": "10", **x265(bframes=0, repeat_headers=0, keyint=10, min_keyint=10)}, [0]),
+    ("a.mp4", {"g": "5", **x265(bframes=2, repeat_headers=0, keyint=5, min_keyint=5)}, [0, 61]),
+    ("a.mp4", x264(keyint=120, **MIXED), [31]), ("a.mp4", x264(keyint=20, **MIXED), [31, 64, 92]),
+    ("a.mov", {"codec": "mpeg4", "g": "1"}, [0, 30, 31]), ("a.mov", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}, [0, 30]),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_frames_behind_a_lost_one_keep_their_places(tmp_path, name, options, broken):
+    path = break_packets(write_noise(tmp_path / name, **options), broken)
+    expected, num_decoded = full_decode_damaged(path)
+    assert 108 <= num_decoded < len(expected) == 120
+    for indices in (range(120), [0], [11, 12, 40], [31, 32, 33], [60, 61, 119]):
+        assert torch.equal(read(path, indices), torch.stack([expected[i] for i in indices])), list(indices)
 
 
 @pytest.mark.parametrize("name, options", [

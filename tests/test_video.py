@@ -1,8 +1,7 @@
-"""Decoding of good and broken files, the two resizes, crops and patches, and the frame cache."""
+"""Decoding of good and broken files, the two resizes, crops and patches."""
 
-import os
-import pickle
-from dataclasses import dataclass, replace
+import itertools
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -17,22 +16,14 @@ from helpers.videos import (
     cut,
     noise_frames,
     numbers,
+    timed,
     turn,
     write,
-    write_frames,
 )
 from PIL import Image, ImageOps
 
 import video
-from data import DataConfig
-from video import FrameCache, build_frame_cache, decode_frames, read_frames, sample_frame_indices, train_transform
-
-
-@dataclass
-class Row:
-    video: str
-    source: str = ""
-
+from video import decode_frames, read_frames, sample_frame_indices, train_transform
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which frames
@@ -87,9 +78,39 @@ def test_last_frame_of_a_short_video_is_repeated(tmp_path, strategy):
 
 def test_only_the_first_seconds_are_used(tmp_path):
     path = write(tmp_path / "a.mp4")                                        # 10 frames a second
-    for seconds, total in ((0, 50), (0.05, 1), (1, 10), (1.01, 11), (99, 50)):
+    for seconds, total in ((0, 50), (0.05, 1), (1, 10), (1.01, 10), (1.1, 11), (4.9, 49), (5, 50), (99, 50)):
         assert numbers(read_frames(path, 0, seconds=seconds)) == list(range(total))
     assert numbers(read_frames(path, 2, seconds=1)) == [2, 7]
+
+
+RATES = [*(Fraction(1000 * n, 1001) for n in (12, 15, 24, 30, 48, 60)),
+         *map(Fraction, (8, 12, 15, 24, 25, 30, 48, 50, 60, 120))]
+
+
+def umt_num_frames(n, rate, seconds):
+    """read_frames_decord of UMT: `if duration > 30: vlen = int(30 * fps)`; decord's fps is the mean rate."""
+    fps = float(rate)
+    duration = n / fps
+    return int(seconds * fps) if duration > seconds else n
+
+
+@pytest.mark.parametrize("rate", RATES, ids=lambda rate: f"{float(rate):.6g}")
+@pytest.mark.parametrize("time_base", [None, Fraction(1, 1000), Fraction(1, 90000)], ids=["exact", "mkv", "ts"])
+def test_the_first_seconds_are_those_of_umt(rate, time_base):
+    for seconds, first in itertools.product((10, 30), (0, 2)):              # first: B-frames delay the first frame
+        border = int(seconds * rate)
+        times = [Fraction(first + i) / rate for i in range(3 * border)]
+        if time_base:
+            times = [round(time / time_base) * time_base for time in times]
+        times = np.array([float(time - times[0]) for time in times])
+        for n in (1, 2, *range(border - 9, border + 20), 3 * border):
+            assert video.num_frames_within(times[:n], seconds) == umt_num_frames(n, rate, seconds), n
+
+
+def test_frames_of_a_variable_rate_that_end_in_time_are_used(tmp_path):
+    path = timed(tmp_path / "a.mkv", [0, 40, 45, 300, 301, 900, 2000, 9000])
+    for seconds, total in ((0.02, 1), (0.045, 2), (0.29, 2), (0.7, 4), (1, 5), (2, 6), (8.9, 6), (9, 7), (99, 8)):
+        assert numbers(read_frames(path, 0, seconds=seconds)) == list(range(total))
 
 
 def test_one_frame_videos_and_images_can_be_read(tmp_path):
@@ -135,10 +156,10 @@ def test_turned_videos_are_read_upright(tmp_path, turns, matrix):
     for frames in (read_frames(path, 0), read_frames(path, 4)):
         assert frames.shape[1:] == expected.shape
         assert (frames.float() - torch.tensor(expected.copy(), dtype=torch.float32)).abs().mean() < 3
-    cache = build_frame_cache([Row(path)], DataConfig(num_frames=4, image_size=24, cache_frames=4), str(tmp_path))
-    assert cache[path].shape == ((4, 3, 32, 24) if turns % 2 else (4, 3, 24, 32))
-    corners = cache[path][0, 0, [0, 0, -1, -1], [0, -1, 0, -1]].astype(int)
-    assert np.abs(corners - np.rot90([[20, 90], [160, 230]], turns).ravel()).max() < 12
+    frames = decode_frames(path, lambda times: [0, 5], 24)
+    assert frames.shape == ((2, 3, 32, 24) if turns % 2 else (2, 3, 24, 32))
+    corners = frames[0, 0, [0, 0, -1, -1], [0, -1, 0, -1]].int()
+    assert (corners - torch.tensor(np.rot90([[20, 90], [160, 230]], turns).ravel().copy())).abs().max() < 12
 
 
 def test_frame_sizes_that_change_within_a_video_are_refused(monkeypatch):
@@ -306,96 +327,3 @@ def test_crops_above_four_times_the_size_are_not_left_to_the_device(H, W, is_lef
     x = noise_frames(2, H, W)
     view = train_transform(x, 32, 1.0, False, np.random.default_rng(0), resize_on_device=True)
     assert torch.equal(view, x if is_left else video.resize(x, (32, 32)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The frame cache
-
-CFG = DataConfig(num_frames=4, image_size=24, cache_frames=10)
-
-
-@pytest.fixture
-def rows(tmp_path):
-    """Two videos of 50 and 6 frames, the first one twice."""
-    paths = [write(tmp_path / "a.mp4"), write(tmp_path / "b.mp4", n=6, shape=(51, 35), pix_fmt="yuv444p")]
-    return [Row(path, f"rows.json, row {i}") for i, path in enumerate([*paths, paths[0]])]
-
-
-def test_cache_keeps_evenly_spaced_reduced_frames(rows, tmp_path):
-    cache = build_frame_cache(rows, CFG, str(tmp_path))
-    a, b = rows[0].video, rows[1].video
-    assert cache[a].shape == (10, 3, 24, 32) and cache[b].shape == (6, 3, 35, 24)
-    assert numbers(torch.from_numpy(np.array(cache[a]))) == list(range(2, 50, 5))
-    name = os.path.basename(cache.path)
-    assert name.startswith("frames_") and sorted(os.listdir(tmp_path)) == ["a.mp4", "b.mp4", f"{name}.bin",
-                                                                          f"{name}.json"]
-
-
-def test_cache_is_rebuilt_if_settings_or_files_change(rows, tmp_path):
-    cache = build_frame_cache(rows, CFG, str(tmp_path))
-    assert build_frame_cache(rows, CFG, str(tmp_path)).path == cache.path
-    other = build_frame_cache(rows, replace(CFG, cache_image_size=20), str(tmp_path))
-    assert other[rows[0].video].shape == (10, 3, 20, 27)
-    short = build_frame_cache(rows, replace(CFG, max_seconds=1), str(tmp_path))
-    assert numbers(torch.from_numpy(np.array(short[rows[0].video]))) == list(range(10))
-    paths = {cache.path, other.path, short.path}
-    for changes in (dict(cache_frames=8), dict(cache_jpeg_quality=50), dict(cache_jpeg_quality=60)):
-        paths.add(build_frame_cache(rows, replace(CFG, **changes), str(tmp_path)).path)
-    write(rows[0].video, n=20)                                              # another video of that name
-    paths.add(build_frame_cache(rows, CFG, str(tmp_path)).path)
-    assert len(paths) == 7
-
-
-def test_cached_jpegs_are_close_to_the_frames_in_any_order(tmp_path):
-    path = write_frames(tmp_path / "a.mkv", noise_frames(8, 60, 80).permute(0, 2, 3, 1).numpy(), "ffv1", "bgr0")
-    cfg = replace(CFG, image_size=60, cache_jpeg_quality=95)
-    plain = build_frame_cache([Row(path)], replace(cfg, cache_jpeg_quality=0), str(tmp_path))[path]
-    cache = build_frame_cache([Row(path)], cfg, str(tmp_path))
-    jpegs = cache[path]
-    frames = jpegs[range(8)]
-    assert len(jpegs) == 8 and frames.dtype == np.uint8 and frames.shape == plain.shape == (8, 3, 60, 80)
-    assert 0 < np.abs(frames.astype(int) - plain).mean() < 30 and len(jpegs.data) < plain.size
-    assert np.array_equal(jpegs[[5, 2, 2]], frames[[5, 2, 2]])
-    assert np.array_equal(pickle.loads(pickle.dumps(cache))[path][range(8)], frames)
-
-
-def test_unreadable_videos_are_counted_and_leave_no_files(tmp_path):
-    (tmp_path / "bad.mp4").write_bytes(b"")
-    (tmp_path / "worse.mp4").write_bytes(b"x" * 1000)
-    rows = [Row(write(tmp_path / "good.mp4", n=8)), *(Row(str(tmp_path / f"{name}.mp4")) for name in ("bad", "worse"))]
-    with pytest.raises(ValueError, match="bad.mp4: Invalid.*2 of 3.*max_unreadable.*0.1"):
-        build_frame_cache(rows, DataConfig(), str(tmp_path))
-    with pytest.raises(ValueError, match="1 of 1"):                         # all of them is too many at any setting
-        build_frame_cache(rows[1:2], DataConfig(max_unreadable=1), str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == ["bad.mp4", "good.mp4", "worse.mp4"]
-    with pytest.raises(ValueError, match="nowhere: .*--data.no-frame-cache"):
-        build_frame_cache(rows[:1], DataConfig(), str(tmp_path / "nowhere"))
-
-
-def test_cache_remembers_why_a_video_is_missing(rows, tmp_path):
-    rows.append(Row(str(tmp_path / "none.mp4"), "rows.json, row 3"))
-    rows.append(Row(cut(write(tmp_path / "cut.mp4"), 0.2), "rows.json, row 4"))
-    cache = build_frame_cache(rows, replace(CFG, max_unreadable=0.5), str(tmp_path))    # 2 of 4 files: just allowed
-    for each in (cache, FrameCache(cache.path), pickle.loads(pickle.dumps(cache))):
-        assert len(each[rows[0].video]) == 10 and len(each[rows[1].video]) == 6
-        for row, reason in ((rows[3], "no such file"), (rows[4], "Invalid data")):
-            with pytest.raises(ValueError, match=f"{row.video}: .*{reason}"):
-                each[row.video]
-    before = set(os.listdir(tmp_path))
-    with pytest.raises(ValueError, match="rows.json, row 3: .*none.mp4.*2 of 4.*0.4") as error:
-        build_frame_cache(rows, replace(CFG, max_unreadable=0.4), str(tmp_path))        # checked for an old cache too
-    assert "\n" not in str(error.value) and set(os.listdir(tmp_path)) == before
-    (tmp_path / "fresh").mkdir()
-    with pytest.raises(ValueError, match="rows.json, row 4: .*cut.mp4.*2 of 4"):        # the first in the order of rows
-        build_frame_cache(rows[::-1], replace(CFG, max_unreadable=0.4), str(tmp_path / "fresh"))
-    assert os.listdir(tmp_path / "fresh") == []
-
-
-def test_a_repaired_video_is_decoded_again(rows, tmp_path):
-    path = str(tmp_path / "c.mp4")
-    cfg = replace(CFG, max_unreadable=0.5)
-    rows.append(Row(path))
-    with pytest.raises(ValueError, match="no such file"):
-        build_frame_cache(rows, cfg, str(tmp_path))[path]
-    write(path, n=7)
-    assert len(build_frame_cache(rows, cfg, str(tmp_path))[path]) == 7
