@@ -12,6 +12,7 @@ skipped; everywhere else an unreadable video is an error that names it.
 import math
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -24,10 +25,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from files import atomic_write_text, format_error, read_json, require
+from files import atomic_write_text, format_error, read_json, require, verify_tokenizer
+from frame_cache import DamagedCacheError, build_frame_cache
 from runtime import STAGES, RunContext
 from tasks import Annotation, Question, get_task
-from video import build_frame_cache, eval_transform, read_frames, resize, sample_frame_indices, train_transform
+from video import eval_transform, read_frames, resize, sample_frame_indices, train_transform
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
@@ -83,6 +85,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     kind = "vocab.txt" if path.endswith(".txt") else "tokenizer.json"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such {kind}")
+    if kind == "tokenizer.json":
+        verify_tokenizer(path)
     try:
         if kind == "vocab.txt":
             tokenizer = Tokenizer(models.WordPiece.from_file(path, unk_token="[UNK]"))
@@ -90,7 +94,9 @@ def load_tokenizer(path: str) -> Tokenizer:
             tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         else:
             tokenizer = Tokenizer.from_file(path)
-    except Exception as error:                     # the library raises plain Exception
+    except BaseException as error:      # the library raises plain Exception, and PanicException, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{path}: not a {kind} ({format_error(error)})") from None
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     missing = [token for token, i in ids.items() if i is None]
@@ -100,6 +106,9 @@ def load_tokenizer(path: str) -> Tokenizer:
     require(ids["[PAD]"] == 0 and ids["[MASK]"] == max(ids.values()), path, "the order of its special tokens",
             "[PAD], id 0, first and [MASK] last", ids)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    size, largest_id = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values())
+    require(largest_id == size - 1, path, "its largest id", f"{size - 1}, as it has {size} different entries",
+            largest_id)
     config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
     options = read_json(config) if os.path.isfile(config) else {}
     if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
@@ -318,6 +327,8 @@ class ClipDataset(torch.utils.data.Dataset):
         caption = annotation.captions[rng.integers(len(annotation.captions))]
         try:
             frames = self.load_frames(annotation, "random", rng)
+        except DamagedCacheError:                   # no fault of the video
+            raise
         except (ValueError, OSError) as error:
             raise UnreadableError(annotation, error) from None
         video = train_transform(frames, cfg.image_size, cfg.min_crop_scale, cfg.hflip, rng, cfg.resize_on_device)
@@ -330,7 +341,7 @@ class ClipDataset(torch.utils.data.Dataset):
             return read_frames(annotation.video, num_frames, strategy, rng, seconds=self.cfg.max_seconds)
         frames = self.cache[annotation.video]
         indices = sample_frame_indices(num_frames, len(frames), strategy, rng)
-        return torch.from_numpy(np.asarray(frames[indices]))
+        return torch.from_numpy(frames[indices])
 
     def make_sample(self, index: int, view_id: int, video: Tensor, caption: str) -> Sample:
         annotation = self.annotations[index]
@@ -487,7 +498,7 @@ def iterate_micro_batches(run: RunContext, dataset: ClipDataset | MixedDataset, 
     batches = [range(first(s, i), first(s, i) + micro_batch) for s in range(step, steps) for i in local]
     loader = iter(DataLoader(
         dataset, batch_sampler=batches, num_workers=cfg.data.num_workers, pin_memory=run.device.type == "cuda",
-        worker_init_fn=ignore_sigterm, collate_fn=partial(
+        worker_init_fn=ignore_stop_signals, collate_fn=partial(
             collate, tokenizer=tokenizer, max_length=cfg.text.max_length, seed=0,
             max_answer_length=get_task(cfg.task).max_answer_length if cfg.task else 0),
     ))
@@ -512,6 +523,20 @@ def iterate_micro_batches(run: RunContext, dataset: ClipDataset | MixedDataset, 
             loader._shutdown_workers()              # they ignore SIGTERM, and the exit of this process waits for them
 
 
-def ignore_sigterm(_):
-    """Loader worker initialiser. On SIGTERM training finishes its step, for which it needs the workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_stop_signals(_):
+    """Loader worker initialiser. On SIGTERM or Ctrl-C training finishes its step, for which it needs the workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def init_loader_worker(_):
+    """
+    Initialise a loader process. Ctrl-C is answered by the main process, which may then leave data unread: that these
+    connections break is no error of the worker, which ends with the main process.
+    """
+    def print_other_errors(kind, error, traceback):
+        if not isinstance(error, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, error, traceback)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = print_other_errors

@@ -17,12 +17,8 @@ list of answers, and generates one. Captioning decodes greedily and by beam sear
 tokens that the mask selects.
 """
 
-import contextlib
-import io
 import json
 import os
-import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,9 +34,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import metrics
 import tasks
-from data import ClipDataset, DataConfig, decode_ids, encode_answers, require_finite, require_readable
-from files import atomic_write_text, config_from_dict, read_json
+from data import (
+    ClipDataset,
+    DataConfig,
+    decode_ids,
+    encode_answers,
+    init_loader_worker,
+    require_finite,
+    require_readable,
+)
+from files import atomic_write_text, config_from_dict, escape_control, read_json
 from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, VideoToText, load_model
 from runtime import all_gather_lists, all_reduce_sum, bf16_autocast, rank_and_world, run_cli, select_device
@@ -108,81 +113,6 @@ class Protocol:
     unreadable: list[tuple[str, str]] = field(default_factory=list)     # (video, reason)
 
 
-# Metrics
-
-def best_ranks(scores: Tensor, positives: Tensor) -> Tensor:
-    """
-    scores (Q, M), positives (Q, M) bool -> (Q,), the rank from 1 of each query's best positive.
-
-    A negative of equal score ranks before it, so a model that gives every item the same score is last, not first; so
-    is one whose scores are NaN, because no score is below NaN or NaN below it.
-    """
-    best = scores.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
-    return 1 + (~(scores < best) & ~positives).sum(1)
-
-
-def recall_metrics(rank: Tensor) -> dict[str, float]:
-    """rank (Q,) -> R@1, R@5, R@10 in per cent, median and mean rank."""
-    recalls = {f"R@{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
-    return {**recalls, "median": float(np.median(rank.cpu().numpy())), "mean": rank.double().mean().item()}
-
-
-def rerank(scores: Tensor, k: int, match: Callable) -> Tensor:
-    """
-    scores (Q, M) -> (Q, M): the top k of each row come first, ordered by `match`; the others follow in their old order.
-
-    match(query (P,), item (P,)) -> (P,) is called with the P = Q min(k, M) pairs.
-    """
-    Q, M = scores.shape
-    top = scores.topk(min(k, M), 1).indices                                     # (Q, k)
-    query = torch.arange(Q, device=scores.device)[:, None].expand_as(top)
-    matched = match(query.flatten(), top.flatten()).view_as(top)
-    below = matched.amin() - 1 - scores.amax()
-    return (scores + below).scatter(1, top, matched)
-
-
-def dual_softmax(similarity: Tensor, temp: float) -> Tensor:
-    """
-    similarity (Q, M) -> (Q, M): s softmax(s) with s = similarity / temp and the softmax over the queries (Cheng et al.,
-    arXiv 2109.04290, equation 5). It down-weights items that match every query, and needs the whole set of queries.
-    """
-    s = similarity / temp
-    return s * s.softmax(0)
-
-
-def caption_scores(references: dict[str, list[str]], predictions: dict[str, str],
-                   cider_only: bool = False) -> dict[str, float]:
-    """
-    References and predictions by id -> CIDEr, BLEU-4, ROUGE-L, METEOR, times 100, by pycocoevalcap.
-
-    Its tokenizer and METEOR need Java. Without Java, METEOR is left out, words are split by a regular expression, and
-    the names of the scores say so. White space of every kind becomes one space first: the tokenizer takes a caption to
-    be a line, and any line end of Unicode within it would shift all captions behind it.
-    """
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    has_java = shutil.which("java") is not None
-    texts = ({("reference", i): captions for i, captions in references.items()}
-             | {("prediction", i): [caption] for i, caption in predictions.items()})
-    texts = {i: [" ".join(caption.split()) for caption in captions] for i, captions in texts.items()}
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):      # the scorers print
-        if has_java:
-            texts = PTBTokenizer().tokenize({i: [{"caption": c} for c in captions] for i, captions in texts.items()})
-        else:
-            texts = {i: [" ".join(re.findall(r"\w+", c.lower())) for c in captions] for i, captions in texts.items()}
-        gts, res = ({i: texts[part, i] for i in predictions} for part in ("reference", "prediction"))
-        scores = {"CIDEr": Cider().compute_score(gts, res)[0]}
-        if not cider_only:
-            scores["BLEU-4"] = Bleu(4).compute_score(gts, res, verbose=0)[0][3]
-            scores["ROUGE-L"] = Rouge().compute_score(gts, res)[0]
-        if has_java and not cider_only:
-            scores["METEOR"] = Meteor().compute_score(gts, res)[0]
-    return {name if has_java else f"{name} (simple tokenizer)": 100 * float(x) for name, x in scores.items()}
-
-
 # Encoding videos and captions
 
 def encode_videos(model, dataset: ClipDataset, indices: Sequence[int], tokenizer, protocol: Protocol):
@@ -193,6 +123,7 @@ def encode_videos(model, dataset: ClipDataset, indices: Sequence[int], tokenizer
     rank, world = rank_and_world()
     device = next(model.parameters()).device
     loader = DataLoader(data.ReadableClips(dataset, indices[rank::world]), protocol.batch, num_workers=protocol.workers,
+                        worker_init_fn=init_loader_worker,
                         collate_fn=partial(data.collate_readable, tokenizer, protocol.max_text_length))
     for batch_indices, batch, errors in tqdm(loader, "videos", mininterval=1, leave=False, disable=rank > 0):
         if errors and not protocol.skip_unreadable:
@@ -289,35 +220,28 @@ def match_topk(model, ids: Tensor, states: Tensor, similarity: Tensor, videos: E
 def retrieval(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Protocol) -> dict:
     """T2V and V2T of all videos against all captions. A video of several annotations counts once."""
     videos = encode_unique_videos(model, dataset, tokenizer, protocol)
-    captions, caption_columns = tasks.readable_captions(dataset.annotations, videos.columns)
+    captions, caption_columns = metrics.readable_captions(dataset.annotations, videos.columns)
     ids, states, text_features = encode_captions(model, tokenizer, captions, protocol.max_text_length)
     similarity = text_features @ videos.features.T
     M, V = similarity.shape
 
-    positives = torch.zeros(M, V, dtype=torch.bool)
-    for m, columns in enumerate(caption_columns):
-        positives[m, columns] = True
-    positives = positives.to(similarity.device)
-    # For V2T, an equal caption of another video is as correct as the video's own, with which it ties.
-    groups = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    group = torch.tensor([groups[caption] for caption in captions], device=similarity.device)       # (M,)
-    counts = torch.zeros(len(groups), V, device=similarity.device).index_add_(0, group, positives.float())
-    text_positives = counts[group] > 0                                                              # (M, V)
+    positives, text_positives = (x.to(similarity.device) for x in metrics.positive_pairs(captions, caption_columns, V))
 
     def both_ways(t2v: Tensor, v2t: Tensor) -> dict:
         require_finite(t2v, captions, "the scores of the caption")
-        rank_pairs = ("T2V", best_ranks(t2v, positives)), ("V2T", best_ranks(v2t, text_positives.T))
-        return {way: recall_metrics(rank) for way, rank in rank_pairs}
+        rank_pairs = ("T2V", metrics.best_ranks(t2v, positives)), ("V2T", metrics.best_ranks(v2t, text_positives.T))
+        return {way: metrics.recall_metrics(rank) for way, rank in rank_pairs}
 
     temp = model.temp.item()
     scores = {"similarity": both_ways(similarity, similarity.T),
-              "similarity, dual softmax": both_ways(dual_softmax(similarity, temp), dual_softmax(similarity.T, temp))}
+              "similarity, dual softmax": both_ways(metrics.dual_softmax(similarity, temp),
+                                                    metrics.dual_softmax(similarity.T, temp))}
     if k := protocol.rerank_topk:
         logits = match_topk(model, ids, states, similarity, videos, k)
         require_finite(logits, captions, "the matching scores of the caption")      # one NaN would spoil all re-ranked
-        scores[f"match, top {k}"] = both_ways(rerank(similarity, k, lambda m, v: logits[m, v]),
-                                              rerank(similarity.T, k, lambda v, m: logits[m, v]))
-    scores["chance"] = {"T2V": recall_metrics(torch.arange(1, V + 1)), "V2T": recall_metrics(torch.arange(1, M + 1))}
+        scores[f"match, top {k}"] = both_ways(metrics.rerank(similarity, k, lambda m, v: logits[m, v]),
+                                              metrics.rerank(similarity.T, k, lambda v, m: logits[m, v]))
+    scores["chance"] = {way: metrics.recall_metrics(torch.arange(1, n + 1)) for way, n in (("T2V", V), ("V2T", M))}
     return {"videos": V, "captions": M, "scores": scores}
 
 
@@ -420,14 +344,9 @@ def question_answering(model: VideoToText, dataset: ClipDataset, tokenizer, prot
     """Score the best listed and the generated answer: accuracy in per cent, over all questions and by question type."""
     predictions = answer_questions(model, dataset, tokenizer, protocol)
     require_readable(len(predictions), len(dataset))
-    types = Counter(p["type"] for p in predictions)
-    type_names = sorted(types.keys() - {""})
+    types = [p["type"] for p in predictions]
+    accuracies = [metrics.accuracy_by_type([p["correct"][method] for p in predictions], types) for method in range(2)]
     listed, unlisted = set(protocol.answers), []
-
-    def accuracy(method: int) -> dict[str, float]:
-        by_type = {"all": predictions} | {name: [p for p in predictions if p["type"] == name] for name in type_names}
-        return {name: 100 * float(np.mean([p["correct"][method] for p in rows])) for name, rows in by_type.items()}
-
     for prediction in predictions:
         source = prediction.pop("source")
         if not listed & set(prediction["expected"]):
@@ -435,8 +354,8 @@ def question_answering(model: VideoToText, dataset: ClipDataset, tokenizer, prot
     topk = min(protocol.rerank_topk or len(listed), len(listed))
     return {"videos": len({p["row"] for p in predictions}), "questions": len(predictions),
             "answers": len(protocol.answers), "answers not in the list": unlisted,
-            "question_types": dict(types) if type_names else {},
-            "scores": {f"ranking, top {topk}": accuracy(0), "generation": accuracy(1)}, "predictions": predictions}
+            "question_types": dict(Counter(types)) if any(types) else {},
+            "scores": {f"ranking, top {topk}": accuracies[0], "generation": accuracies[1]}, "predictions": predictions}
 
 
 @torch.no_grad()
@@ -455,31 +374,13 @@ def captioning(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Pr
     predictions = sorted(all_gather_lists(predictions), key=lambda prediction: prediction["row"])
     require_readable(len(predictions), len(dataset))
     references = {str(p["row"]): dataset.annotations[p["row"]].captions for p in predictions}
-    scores = {name: caption_scores(references, {str(p["row"]): p[name] for p in predictions}, protocol.cider_only)
-              for name in beams}
+    texts = {name: {str(p["row"]): p[name] for p in predictions} for name in beams}
+    scores = {name: metrics.caption_scores(references, texts[name], protocol.cider_only) for name in beams}
     return {"videos": len(predictions), "captions": sum(map(len, references.values())), "scores": scores,
             "predictions": predictions}
 
 
-def majority_caption(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
-    """Score, on `test`, the most frequent training caption of all: caption metrics."""
-    (caption, _), = Counter(caption for annotation in train for caption in annotation.captions).most_common(1)
-    references = {str(i): annotation.captions for i, annotation in enumerate(test)}
-    return caption_scores(references, dict.fromkeys(references, caption))
-
-
 EVALUATORS = {"retrieval": retrieval, "choice": multiple_choice, "qa": question_answering, "caption": captioning}
-
-
-def selection_metric(kind: str, scores: dict) -> tuple[str, float]:
-    """Return the name and value of the one number by which checkpoints of a kind of task are selected."""
-    if kind == "retrieval":
-        row = next((name for name in scores if name.startswith("match")), "similarity")
-        mean = np.mean([scores[row][way][f"R@{k}"] for way in ("T2V", "V2T") for k in (1, 5, 10)])
-        return f"mean R@1/5/10 by {row}", float(mean)
-    row = list(scores)[-1 if kind == "caption" else 0]      # the widest beam; the combined scores; the ranking
-    metric = next(iter(scores[row]))
-    return f"{metric} by {row}", scores[row][metric]
 
 
 def evaluate(model, task: Task, annotations: list[Annotation], data_cfg: DataConfig, tokenizer, protocol) -> dict:
@@ -494,27 +395,14 @@ def evaluate(model, task: Task, annotations: list[Annotation], data_cfg: DataCon
 
 # The report
 
-def format_table(kind: str, scores: dict) -> list[str]:
-    """Return the lines of a table with a row for each way of scoring."""
-    if kind == "retrieval":             # both directions in one row
-        scores = {name: {f"{way} {metric}": value for way in ("T2V", "V2T") for metric, value in ways[way].items()}
-                  for name, ways in scores.items()}
-    head = list(dict.fromkeys(metric for values in scores.values() for metric in values))
-    rows = {name: [values.get(metric, float("nan")) for metric in head] for name, values in scores.items()}
-    widths, left = [max(8, len(h) + 2) for h in head], max(map(len, rows)) + 1
-    return [" " * left + "".join(f"{h:>{w}}" for h, w in zip(head, widths, strict=True)),
-            *(f"{name:{left}}" + "".join(f"{x:{w}.1f}" for x, w in zip(values, widths, strict=True))
-              for name, values in rows.items())]
-
-
 def format_report(result: dict) -> str:
-    """Return the text that is printed."""
+    """Return the text that is printed. Names of files in it may hold control characters, which are escaped."""
     counts = ", ".join(f"{result[key]} {key}" for key in ("videos", "captions", "questions") if key in result)
     lines = [f"{result['task']}: {TASK_KINDS[result['kind']]}, {result['split']}: {counts}",
              f"  checkpoint: {result['checkpoint']}" + (f"; {result['chosen']}" if result["chosen"] else ""),
              f"  {result['frames']} frames of {result['size']} x {result['size']}, tokens: {result['tokens']}",
              f"  protocol: {', '.join(result['protocol'])}", *(f"  note: {note}" for note in result["notes"])]
-    return "\n".join([*lines, *format_table(result["kind"], result["scores"])])
+    return "\n".join(map(escape_control, [*lines, *metrics.format_table(result["kind"], result["scores"])]))
 
 
 def describe_protocol(task: Task, protocol: Protocol, max_seconds: float) -> list[str]:
@@ -597,7 +485,7 @@ def make_visible_fn(cfg: Config, run_config: dict, model, image_size: int,
     folder = cfg.teacher or find_teacher(cfg.checkpoint, run_config["teacher"])
     if not folder:
         raise ValueError(f"--teacher must be a SigLIP for --mask {cfg.mask}, got '': {cfg.checkpoint} names none")
-    teacher = SigLIP.from_pretrained(folder).to(device)
+    teacher = SigLIP.from_pretrained(folder, with_tokenizer=False).to(device)
     N = (image_size // model.vit_cfg.patch_size) ** 2
     on_average = " on average" if cfg.mask in CLIP_BUDGET else ""
 
@@ -635,8 +523,8 @@ def majority_baseline(task: Task, test: list[Annotation], data_root: str) -> tup
     except FileNotFoundError as error:
         return {}, [f"no baseline: {error}"]
     if task.kind == "qa":
-        return {"most frequent answer to that kind": tasks.majority_answers(train, test)}, []
-    return {"most frequent caption": majority_caption(train, test)}, []
+        return {"most frequent answer to that kind": metrics.majority_answers(train, test)}, []
+    return {"most frequent caption": metrics.majority_caption(train, test)}, []
 
 
 def result_file(cfg: Config, name: str) -> str:
@@ -655,7 +543,8 @@ def main(cfg: Config) -> dict:
     task = tasks.get_task(cfg.task)
     path, media_root = (cfg.data, cfg.data_root) if cfg.data else split_files(task, cfg.split, cfg.data_root)
     missing = [] if cfg.on_missing == "skip" else None      # annotations whose video file is absent
-    annotations = tasks.read_rows(task, path, media_root, train=False, missing=missing)
+    notes = []
+    annotations = tasks.read_rows(task, path, media_root, train=False, missing=missing, notes=notes)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -670,7 +559,7 @@ def main(cfg: Config) -> dict:
     unreadable = {}                     # video -> the reason of its first annotation
     for video, reason in [(a.video, f"{a.source}: no file {a.video}") for a in missing or []] + protocol.unreadable:
         unreadable.setdefault(video, reason)
-    notes = split_notes(cfg, task, path, annotations, missing or [], unreadable, results)
+    notes += split_notes(cfg, task, path, annotations, missing or [], unreadable, results)
     if run_config.get("finetune_masked") and not cfg.mask:
         notes.append(f"fine-tuned on masked clips only: --mask {run_config['mask']['name']} evaluates it on such clips")
     if task.kind in ("qa", "caption") and not cfg.data:
@@ -688,10 +577,12 @@ def main(cfg: Config) -> dict:
         "unreadable": list(unreadable.values()), "config": asdict(cfg), **results,
     }
     if rank_and_world()[0] == 0:
-        print(format_report(result))
         out = cfg.out or os.path.join(cfg.checkpoint, result_file(cfg, name))
-        atomic_write_text(out, json.dumps(result, indent=1))
-        print(f"written to {out}")
+        try:
+            atomic_write_text(out, json.dumps(result, indent=1))
+        finally:                        # a full disk does not lose the scores, nor a closed pipe the file
+            print(format_report(result))
+        print(f"written to {escape_control(out)}")
     return result
 
 

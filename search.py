@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -36,16 +37,22 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 import tyro
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from tyro.conf import arg
 
 import video
-from data import encode_texts, load_tokenizer, require_finite
-from files import atomic_write, format_error, read_json, require, resolve_checkpoint
+from data import encode_texts, init_loader_worker, load_tokenizer, require_finite
+from files import (
+    escape_control,
+    format_error,
+    read_json,
+    read_safetensors,
+    require,
+    resolve_checkpoint,
+    write_safetensors,
+)
 from model import ClusterSTM
 from runtime import bf16_autocast, num_cpus, run_cli, select_device
 from tasks import normalize_caption
@@ -84,6 +91,8 @@ class Config:
         for query in self.queries:
             if not normalize_caption(query):
                 raise ValueError(f"a query must have at least one word, got {query!r}")
+            if re.search("[\ud800-\udfff]", query):
+                raise ValueError(f"a query must be valid Unicode, got {query!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,13 +300,11 @@ class IndexEntry:
 def write_tensors(path: str, entries: dict[str, IndexEntry], **metadata):
     """Write features (n, E), start and end (n,) in seconds, and file (n,) int64, the index of its name in `entries`."""
     file = [i for i, entry in enumerate(entries.values()) for _ in entry.segments]
-    segments = [segment for entry in entries.values() for segment in entry.segments]
-    segments = torch.tensor(segments, dtype=torch.float64).view(-1, 2)
+    start, end = ([segment[edge] for entry in entries.values() for segment in entry.segments] for edge in (0, 1))
     features = [entry.features for entry in entries.values() if entry.segments]
     tensors = {"features": torch.cat(features) if features else torch.zeros(0, 0), "file": torch.tensor(file).long(),
-               "start": segments[:, 0].contiguous(), "end": segments[:, 1].contiguous()}
-    with atomic_write(path) as f:
-        f.write(save(tensors, {name: json.dumps(value) for name, value in metadata.items()}))
+               "start": torch.tensor(start, dtype=torch.float64), "end": torch.tensor(end, dtype=torch.float64)}
+    write_safetensors(path, tensors, {name: json.dumps(value) for name, value in metadata.items()})
 
 
 def write_index(path: str, entries: dict[str, IndexEntry], metadata: dict):
@@ -311,25 +318,24 @@ def read_index(path: str, metadata: dict) -> tuple[dict[str, IndexEntry], str]:
     if not os.path.isfile(path):
         return {}, ""
     try:
-        with safe_open(path, "pt") as f:
-            stored = f.metadata() or {}
-            if not {"about", "files"} <= stored.keys():
-                raise FileExistsError(f"{path} exists and is not an index of search.py: pass another --index")
-            if difference := describe_difference(json.loads(stored["about"]), metadata):
-                return {}, difference
-            features, start, end, file = map(f.get_tensor, ("features", "start", "end", "file"))
-            files, rows = json.loads(stored["files"]), defaultdict(list)
-            for row, i in enumerate(file.tolist()):
-                rows[i].append(row)
-            if not features.isfinite().all():
-                raise ValueError("its features must be finite")
-            if len(features) != len(file) or set(rows) != {i for i, (*_, error) in enumerate(files) if not error}:
-                raise ValueError("its files and features do not match")
-            segments = list(zip(start.tolist(), end.tolist(), strict=True))
-            return {name: IndexEntry(stamp, error, [segments[row] for row in rows[i]], features[rows[i]])
-                    for i, (name, stamp, error) in enumerate(files)}, ""
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"it is damaged ({format_error(error)})"
+        tensors, stored = read_safetensors(path)
+        if not {"about", "files"} <= stored.keys():
+            raise FileExistsError(f"{path} exists and is not an index of search.py: pass another --index")
+        if difference := describe_difference(json.loads(stored["about"]), metadata):
+            return {}, difference
+        features, start, end, file = (tensors[name] for name in ("features", "start", "end", "file"))
+        files, rows = json.loads(stored["files"]), defaultdict(list)
+        for row, i in enumerate(file.tolist()):
+            rows[i].append(row)
+        if not features.isfinite().all():
+            raise ValueError("its features must be finite")
+        if len(features) != len(file) or set(rows) != {i for i, (*_, error) in enumerate(files) if not error}:
+            raise ValueError("its files and features do not match")
+        segments = list(zip(start.tolist(), end.tolist(), strict=True))
+        return {name: IndexEntry(stamp, error, [segments[row] for row in rows[i]], features[rows[i]])
+                for i, (name, stamp, error) in enumerate(files)}, ""
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}, "it is damaged"
 
 
 def describe_difference(before: dict, now: dict) -> str:
@@ -358,7 +364,7 @@ def encode_segments(items, encode, batch: int, device: torch.device, bar):
             require_finite(features, [name for name, *_ in waiting], "the model's features of the video")
             for (name, segment, _), feature in zip(waiting, features, strict=True):
                 encoded[name].append((segment, feature))
-            bar.set_postfix_str(f"{waiting[-1][0]} to {format_time(waiting[-1][1][1])}")
+            bar.set_postfix_str(f"{escape_control(waiting[-1][0])} to {format_time(waiting[-1][1][1])}")
             waiting.clear()
         for name, error in finished:
             parts = encoded.pop(name, [])
@@ -383,7 +389,8 @@ def index_files(entries: dict[str, IndexEntry], names: list[str], stamps: dict, 
     """Index these files into `entries`. Call `save` from time to time, at the end, and when it is interrupted."""
     workers = min(len(names), min(num_cpus(), 8) if cfg.workers < 0 else cfg.workers)
     segments = SegmentDataset(cfg.folder, names, cfg.segment, num_frames, encoder.transform, workers)
-    loader = DataLoader(segments, batch_size=None, num_workers=workers, in_order=not workers)
+    loader = DataLoader(segments, batch_size=None, num_workers=workers, in_order=not workers,
+                        worker_init_fn=init_loader_worker)
     last_saved, count = time.monotonic(), 0
     try:
         with tqdm(total=len(names), desc="indexing", unit="file", disable=None) as bar:
@@ -453,7 +460,7 @@ def update_index(cfg: Config, index: str, stamps: dict[str, list[int]], encoder,
                 "frames": num_frames, "segment": cfg.segment, "size": encoder.image_size}
     old, reason = read_index(index, metadata)
     if reason:
-        print(f"{index}: {reason}; all videos are indexed again")
+        print(escape_control(f"{index}: {reason}; all videos are indexed again"))
     if old and not old.keys() & stamps.keys():
         raise ValueError(f"{index} is the index of another folder: none of its {len(old)} files is in {cfg.folder}; "
                          f"pass another --index or remove it")
@@ -489,10 +496,10 @@ def print_summary(cfg: Config, entries: dict[str, IndexEntry], new: list[str], n
         line += f"; {len(new)} new or changed, read in {seconds:.1f} s"
     if num_gone:
         line += f"; {num_gone} gone"
-    print(line)
+    print(escape_control(line))
     newly_failed = set(failed) & set(new)
     for name in failed if len(failed) <= 5 else sorted(newly_failed):
-        print(f"  not indexed: {name}: {entries[name].error}")
+        print(escape_control(f"  not indexed: {name}: {entries[name].error}"))
     if len(failed) > max(5, len(newly_failed)):
         print(f"  not indexed: {len(failed) - len(newly_failed)} that failed before and have not changed")
 
@@ -506,12 +513,12 @@ def answer_query(query: str, encoder, features: Tensor, rows: list[tuple], cfg: 
     scores = (features @ text.float()).cpu()
     require_finite(scores, rows, f"the score of the query {query!r} with the segment")
     hits = top_videos(scores, rows, cfg.top)
-    print(f"\n{query}  ({len(rows)} segments, {1000 * (time.monotonic() - started):.0f} ms)")
+    print(f"\n{escape_control(query)}  ({len(rows)} segments, {1000 * (time.monotonic() - started):.0f} ms)")
     if num_tokens > max_tokens:
         print(f"  the query was cut: it has {num_tokens} tokens, the model reads {max_tokens}")
     for rank, hit in enumerate(hits, 1):
         part = f"  {format_time(hit.start)}-{format_time(hit.end)}" if hit.parts > 1 else ""
-        print(f"{rank:3}  {hit.score:6.3f}  {os.path.join(cfg.folder, hit.name)}{part}")
+        print(escape_control(f"{rank:3}  {hit.score:6.3f}  {os.path.join(cfg.folder, hit.name)}{part}"))
     return hits
 
 
@@ -529,17 +536,14 @@ def main(cfg: Config) -> dict[str, list[Hit]]:
         raise ValueError(f"{cfg.folder}: none of its {len(entries)} files could be indexed")
     if cfg.export:
         write_tensors(cfg.export, indexed, files=list(indexed), **metadata)
-        print(f"features written to {cfg.export}")
+        print(escape_control(f"features written to {cfg.export}"))
     if not cfg.queries and not cfg.export:
-        print(f'to search: python search.py {cfg.folder} "what to look for"')
+        print(escape_control(f'to search: python search.py {cfg.folder} "what to look for"'))
     features = torch.cat([entry.features for entry in indexed.values()]).to(device)         # (n, E)
     rows = [(name, *segment, len(entry.segments)) for name, entry in indexed.items() for segment in entry.segments]
     return {query: answer_query(query, encoder, features, rows, cfg) for query in cfg.queries}
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # a file name may not be valid Unicode
-    try:
-        run_cli("search.py", lambda: main(tyro.cli(Config, prog="python search.py")))
-    except KeyboardInterrupt:
-        sys.exit("search.py: interrupted")
+    sys.stdout.reconfigure(errors="backslashreplace")       # what the terminal's encoding lacks
+    run_cli("search.py", lambda: main(tyro.cli(Config, prog="python search.py")))

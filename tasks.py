@@ -21,8 +21,9 @@ import mmap
 import os
 import re
 import sqlite3
-from array import array
-from collections import Counter, defaultdict
+import struct
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,8 @@ import ijson
 import numpy as np
 from tqdm import tqdm
 
-from files import atomic_write, atomic_write_text, read_json
+from files import atomic_write, escape_control, read_json, write_json
+from runtime import print0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotations
@@ -149,10 +151,9 @@ def check_annotation_file(path: str):
     folder = os.path.dirname(path) or "."
     if os.path.isdir(path):
         raise FileNotFoundError(f"{path}: must be an annotation file, got a folder")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{path}: there is no such annotation file, nor a folder {folder}")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: there is no such annotation file")
+        hint = "" if os.path.isdir(folder) else f", nor a folder {folder}"
+        raise FileNotFoundError(f"{path}: there is no such annotation file{hint}")
 
 
 def iter_annotations(path: str) -> Iterator:
@@ -203,24 +204,48 @@ def parse_file_names(entry: dict, source: str) -> list[str]:
     return names
 
 
-def parse_texts(entry: dict, key: str, source: str) -> list[str]:
-    """Return the list of texts under `key`, not normalised. Each must have a word left after normalisation."""
+def parse_texts(entry: dict, key: str, source: str, empty: list[str] | None = None) -> list[str]:
+    """
+    Return the list of texts under `key`, not normalised. A text without a word left after normalisation is an error; if
+    `empty` is a list, the text is left out and its source appended to the list.
+    """
     texts = entry.get(key)
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{source}: "{key}" must be a text or a list of texts, got {shorten(texts)}')
+    with_words = []
     for i, text in enumerate(texts):
-        if not normalize_caption(text):
-            place = f" as text {i + 1} of {len(texts)}" * (len(texts) > 1)
-            raise ValueError(f'{source}: "{key}" must have words, got {text!r}{place}; remove it from the file')
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError(f'{source}: "{key}" must be valid Unicode, got half a surrogate pair in {text!r}')
-    return texts
+        if normalize_caption(text):
+            with_words.append(text)
+        elif empty is not None:
+            empty.append(source)
+        else:
+            place = f" as text {i + 1} of {len(texts)}" * (len(texts) > 1)
+            raise ValueError(f'{source}: "{key}" must have words, got {text!r}{place}; remove it from the file')
+    return with_words
+
+
+def note_empty_captions(path: str, empty: list[str], count: int, notes: list[str] | None):
+    """
+    Append to `notes` how many captions of a file have no words, and in which rows; if `notes` is None, print it.
+    `empty` has the sources of these captions. `count` others are left; if there is none, that is a ValueError.
+    """
+    if not empty:
+        return
+    rows = list(dict.fromkeys(source.rpartition(", ")[2] for source in empty))
+    listed = ", ".join(rows[:20] + ["..."] * (len(rows) > 20))
+    if not count:
+        raise ValueError(f"{path}: no caption has words, got {len(empty)} without, in {listed}")
+    note = f"{path}: {len(empty)} of {len(empty) + count} captions have no words and are left out: {listed}"
+    print0(escape_control(note)) if notes is None else notes.append(note)
 
 
 def media_id(video: str) -> int:
     """Hash the absolute path to 63 bits. Two corpora may use one name for two files."""
-    return int.from_bytes(hashlib.blake2b(os.path.abspath(video).encode(), digest_size=8).digest(), "big") >> 1
+    path = os.path.abspath(video).encode(errors="surrogatepass")            # a name may not be valid Unicode
+    return int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big") >> 1
 
 
 def check_files_exist(annotations: list[Annotation], root: str):
@@ -242,55 +267,82 @@ def make_annotation(source: str, root: str, name: str, captions: list[str], fram
     return Annotation(video, captions, frame_caption, media_id(video), source=source, **fields)
 
 
-def iter_rows(path: str, root: str) -> Iterator[Annotation]:
+def iter_rows(path: str, root: str, notes: list[str] | None = None) -> Iterator[Annotation]:
     """
     Yield an Annotation for each row {"video" or "image": name under root, "caption": text or list of texts}, in order.
 
     This is the form of UMT's and VindLU's files. If the name is a list, the captions are true of each of these videos,
     and each gets an Annotation with the same source. Our own key "still" has a caption that is true of each frame.
+    Captions without words are left out and counted in `notes`: see note_empty_captions.
     """
+    empty, count = [], 0
     for source, entry in iter_objects(path):
-        captions = [normalize_caption(text) for text in parse_texts(entry, "caption", source)]
+        captions = [normalize_caption(text) for text in parse_texts(entry, "caption", source, empty)]
         still = normalize_caption(entry["still"]) if isinstance(entry.get("still"), str) else ""
-        for name in parse_file_names(entry, source):
+        count += len(captions)
+        for name in parse_file_names(entry, source) if captions else ():
             yield make_annotation(source, root, name, captions, frame_caption=still or None)
+    note_empty_captions(path, empty, count, notes)
 
 
-def read_annotations(path: str, root: str, check: bool = True) -> list[Annotation]:
-    """Read an annotation file whose videos are under root. check: raise an error if a video does not exist."""
-    annotations = list(iter_rows(path, root))
+def read_annotations(path: str, root: str, check: bool = True, notes: list[str] | None = None) -> list[Annotation]:
+    """Read an annotation file as iter_rows does. check: raise an error if a video does not exist."""
+    annotations = list(iter_rows(path, root, notes))
     if check:
         check_files_exist(annotations, root)
     return annotations
 
 
+ROWS_VERSION = 2       # of annotations_HASH.jsonl and its index
+INDEX_ENTRY = np.dtype([("end", "<i8"), ("crc", "<u4")])
+
+
+def row_checksum(name: str, i: int, line) -> int:
+    """CRC-32 of a line of annotations_HASH.jsonl, and of the file and row that it belongs to."""
+    return zlib.crc32(line, zlib.crc32(f"{name} {i}".encode()))
+
+
 class MappedAnnotations(Sequence):
     """
-    A sequence of annotations in a memory-mapped file. annotations[i] reads and parses entry i.
+    A sequence of annotations in a memory-mapped file. annotations[i] reads, verifies and parses entry i; a ValueError
+    says that the files are damaged and what to do.
 
-    A process that holds this has 8 bytes of page cache for each entry, shared with all other processes.
+    A process that holds this has 12 bytes of page cache for each entry, shared with all other processes.
     """
 
     def __init__(self, path: str):
-        self.path = path
-        self.digest = read_json(path + ".json")["digest"]                   # of all entries
-        self.text = np.memmap(path + ".jsonl", np.uint8, mode="r")
-        self.offsets = np.memmap(path + ".offsets", np.int64, mode="r")     # (N + 1,), entry i is [i] to [i + 1]
+        self.path, self.name = path, os.path.basename(path)
+        try:
+            about = read_json(path + ".json")
+        except ValueError:
+            raise self.damaged(".json", "it is not JSON, or its checksum is wrong") from None
+        expected = {"name": self.name, "digest": about.get("digest"), "notes": about.get("notes"),
+                    "sizes": [os.path.getsize(path + extension) for extension in (".jsonl", ".offsets")]}
+        if about != expected:
+            raise self.damaged(".json", "it does not belong to the other two files")
+        self.digest, self.notes = about["digest"], about["notes"]           # of all entries; lines to print
+        self.text = np.asarray(np.memmap(path + ".jsonl", np.uint8, mode="r"))
+        self.index = np.asarray(np.memmap(path + ".offsets", INDEX_ENTRY, mode="r"))        # (N,), of the entries
+
+    def damaged(self, extension: str, reason: str) -> ValueError:
+        """Make the error that says which file is damaged and how to mend it."""
+        return ValueError(f"{self.path}{extension} is damaged ({reason}): delete {self.path}.json, .jsonl and "
+                          ".offsets, which are made again from the annotation files")
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.index)
 
     def __getitem__(self, i: int) -> Annotation:
         if not -len(self) <= i < len(self):
             raise IndexError(f"index must be below {len(self)}, got {i}")
-        i %= len(self)
-        return Annotation(**json.loads(self.text[self.offsets[i]:self.offsets[i + 1]].tobytes()))
+        i = int(i) % len(self)
+        start, (end, crc) = int(self.index["end"][i - 1]) if i else 0, self.index[i].tolist()
+        if not 0 <= start < end <= len(self.text) or row_checksum(self.name, i, self.text[start:end]) != crc:
+            raise self.damaged(".jsonl or .offsets", f"the checksum of row {i} is wrong")
+        return Annotation(**json.loads(self.text[start:end].tobytes()))
 
     def __reduce__(self):                          # pickle the path only: another process maps the file again
         return MappedAnnotations, (self.path,)
-
-
-ROWS_VERSION = 1       # of the lines in annotations_HASH.jsonl
 
 
 def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str) -> MappedAnnotations:
@@ -309,30 +361,39 @@ def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str) -> Map
            for (path, root), s in zip(corpora, stats, strict=True)]
     name = "annotations_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
     out = os.path.join(folder, name)
-    if os.path.exists(out + ".json"):
-        return MappedAnnotations(out)
-    os.makedirs(folder, exist_ok=True)
-    offsets, digest = array("q", [0]), hashlib.blake2b(digest_size=16)
+    if not all(os.path.exists(out + extension) for extension in (".json", ".jsonl", ".offsets")):
+        os.makedirs(folder, exist_ok=True)
+        write_mapped_annotations(corpora, out)
+    annotations = MappedAnnotations(out)
+    for note in annotations.notes:
+        print0(escape_control(note))
+    return annotations
+
+
+def write_mapped_annotations(corpora: list[tuple[str, str]], out: str):
+    """Write the three files of MappedAnnotations."""
+    index, digest, notes, end = bytearray(), hashlib.blake2b(digest_size=16), [], 0
     with atomic_write(out + ".jsonl") as f:
         for path, root in corpora:
-            for annotation in tqdm(iter_rows(path, root), path, unit=" rows", mininterval=1, disable=None):
+            rows = iter_rows(path, root, notes)
+            for annotation in tqdm(rows, escape_control(path), unit=" rows", mininterval=1, disable=None):
                 line = json.dumps(vars(annotation), default=vars).encode() + b"\n"
                 digest.update(line)
                 f.write(line)
-                offsets.append(offsets[-1] + len(line))
+                end += len(line)
+                row = len(index) // INDEX_ENTRY.itemsize
+                index += struct.pack("<qI", end, row_checksum(os.path.basename(out), row, line))
     with atomic_write(out + ".offsets") as f:
-        f.write(offsets)
+        f.write(index)
     # Written last: it exists only if the other two are complete.
-    atomic_write_text(out + ".json", json.dumps({"digest": digest.hexdigest()}))
-    return MappedAnnotations(out)
+    write_json(out + ".json", {"name": os.path.basename(out), "digest": digest.hexdigest(), "notes": notes,
+                               "sizes": [end, len(index)]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of benchmarks
 
-TASK_KINDS = {
-    "retrieval": "retrieval", "qa": "question answering", "choice": "multiple choice", "caption": "captioning",
-}
+TASK_KINDS = dict(retrieval="retrieval", qa="question answering", choice="multiple choice", caption="captioning")
 
 
 @dataclass(frozen=True)
@@ -467,9 +528,9 @@ def find_file(names: str, root: str) -> str:
     for candidate in candidates:
         if os.path.isfile(os.path.join(root, candidate)):
             return os.path.join(root, candidate)
-    has_folder = os.path.isdir(os.path.join(root, "anno_downstream"))
-    raise FileNotFoundError(f"{root} has neither {candidates[0]} nor {names.split('|')[0]}.json"
-                            f"{'' if has_folder else ', nor a folder anno_downstream'}; docs/data.md shows the layout")
+    hint = "" if os.path.isdir(os.path.join(root, "anno_downstream")) else ", nor a folder anno_downstream"
+    raise FileNotFoundError(f"{root} has neither {candidates[0]} nor {names.split('|')[0]}.json{hint}; docs/data.md "
+                            "shows the layout")
 
 
 def find_media(task: Task, root: str) -> str:
@@ -503,23 +564,24 @@ def split_files(task: Task, split: str, root: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Readers of the annotation files of a benchmark
 
-def read_rows(task: Task, path: str, root: str, train: bool, missing: list | None = None) -> list[Annotation]:
+def read_rows(task: Task, path: str, root: str, train: bool, missing: list | None = None,
+              notes: list[str] | None = None) -> list[Annotation]:
     """
     Read an annotation file of the task's kind; the videos are under root.
 
     For training, an Annotation has one caption, or up to task.texts_per_clip questions. For evaluation it has all texts
     of a video. If `missing` is a list, annotations whose video does not exist are moved into it; otherwise they are an
-    error. If no video at all exists, that is always an error.
+    error. If no video at all exists, that is always an error. `notes`: see note_empty_captions.
     """
     texts_per_clip = task.texts_per_clip if train else 0
     if task.kind == "qa":
         annotations = read_questions(path, root, texts_per_clip)
     elif task.kind == "caption":
-        annotations = read_captions(path, root, texts_per_clip)
+        annotations = read_captions(path, root, texts_per_clip, notes)
     elif task.kind == "choice" and not train:
         annotations = read_choices(path, root)
     else:
-        annotations = read_retrieval(path, root, task.paragraph, train)
+        annotations = read_retrieval(path, root, task.paragraph, train, notes)
     if missing is not None:
         exists = {video: os.path.isfile(video) for video in {a.video for a in annotations}}
         missing += [a for a in annotations if not exists[a.video]]
@@ -536,13 +598,13 @@ def single_file(entry: dict, source: str) -> str:
     return names[0]
 
 
-def read_retrieval(path: str, root: str, paragraph: bool, train: bool) -> list[Annotation]:
+def read_retrieval(path: str, root: str, paragraph: bool, train: bool, notes: list | None = None) -> list[Annotation]:
     """
     Read {"video": name, or list of names that the captions are true of, "caption": text, or list of texts}.
 
     paragraph: join the captions of a row to one. train: return one Annotation for each caption.
     """
-    annotations = read_annotations(path, root, check=False)
+    annotations = read_annotations(path, root, check=False, notes=notes)
     if paragraph:
         annotations = [replace(a, captions=[" ".join(a.captions)]) for a in annotations]
     return [replace(a, captions=[caption]) for a in annotations for caption in a.captions] if train else annotations
@@ -558,8 +620,7 @@ def read_choices(path: str, root: str) -> list[Annotation]:
             raise ValueError(f'{source}: "caption" must be a list of two texts or more, got one text')
         if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < len(captions):
             raise ValueError(f'{source}: "answer" must be 0 to {len(captions) - 1}, got {correct!r}')
-        name = single_file(entry, source)
-        annotations.append(make_annotation(source, root, name, captions, correct_index=correct))
+        annotations.append(make_annotation(source, root, single_file(entry, source), captions, correct_index=correct))
     return annotations
 
 
@@ -593,15 +654,17 @@ def read_questions(path: str, root: str, texts_per_clip: int) -> list[Annotation
             for source, name, questions in group_by_clip(items, texts_per_clip)]
 
 
-def read_captions(path: str, root: str, texts_per_clip: int) -> list[Annotation]:
+def read_captions(path: str, root: str, texts_per_clip: int, notes: list[str] | None = None) -> list[Annotation]:
     """
     Read {"video": name, "caption": text or list of texts} for captioning. A video may have several rows.
 
     Each Annotation has up to texts_per_clip captions of one video, as the answers of a question without text. If
     texts_per_clip is 0, it has all of them, not normalised, because the captioning metrics have their own tokenizer.
     """
+    empty = []
     items = [(source, single_file(entry, source), text) for source, entry in iter_objects(path)
-             for text in parse_texts(entry, "caption", source)]
+             for text in parse_texts(entry, "caption", source, empty)]
+    note_empty_captions(path, empty, len(items), notes)
     annotations = []
     for source, name, captions in group_by_clip(items, texts_per_clip):
         captions = [normalize_caption(text) for text in captions] if texts_per_clip else captions
@@ -621,9 +684,8 @@ def group_by_clip(items: list[tuple], texts_per_clip: int) -> list[tuple]:
     groups = []
     for name, members in clips.items():
         size = texts_per_clip or len(members)
-        for i in range(0, len(members), size):
-            group = members[i:i + size]
-            groups.append((group[0][0], name, [item for _, item in group]))
+        chunks = (members[i:i + size] for i in range(0, len(members), size))
+        groups += [(chunk[0][0], name, [item for _, item in chunk]) for chunk in chunks]
     return groups
 
 
@@ -633,38 +695,6 @@ def read_answers(path: str) -> list[str]:
     for i, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"{path}, row {i}: an answer must be a text, got {shorten(answer)}")
-    duplicates = [answer for answer, n in Counter(answers).items() if n > 1]
-    if duplicates:
+    if duplicates := [answer for answer, n in Counter(answers).items() if n > 1]:
         raise ValueError(f"{path}: the answers must be unique, got {duplicates[0]!r} twice")
     return answers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts of an evaluation
-
-def readable_captions(annotations: list[Annotation], columns: dict[int, int]) -> tuple[list[str], list[list[int]]]:
-    """List the M captions that have a readable video, and the columns of each caption's readable videos."""
-    groups = {}                         # Annotations that share their `source` share its captions: one query each.
-    for i, annotation in enumerate(annotations):
-        for c, caption in enumerate(annotation.captions):
-            _, caption_columns = groups.setdefault((annotation.source or i, c), (caption, []))
-            if annotation.media_id in columns:
-                caption_columns.append(columns[annotation.media_id])
-    readable = [group for group in groups.values() if group[1]]
-    return [caption for caption, _ in readable], [caption_columns for _, caption_columns in readable]
-
-
-def majority_answers(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
-    """Score, on `test`, the most frequent training answer to each type of question: accuracy in per cent."""
-    counts = defaultdict(Counter)
-    for annotation in train:
-        for q in annotation.questions:
-            counts[q.question_type].update(q.answers)
-    overall = sum(counts.values(), Counter())
-    correct = defaultdict(list)
-    for annotation in test:
-        for q in annotation.questions:
-            (answer, _), = (counts[q.question_type] or overall).most_common(1)
-            for name in {"all", q.question_type} - {""}:
-                correct[name].append(answer in q.answers)
-    return {name: 100 * float(np.mean(correct[name])) for name in ("all", *sorted(correct.keys() - {"all"}))}

@@ -1,18 +1,23 @@
 """Annotation files of each form: what is read, that long lists are streamed, what is refused, and the mapped file."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import sqlite3
 import tracemalloc
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
+from helpers.damage import damaged_copies
 
+import files
 import tasks
+from data import ClipDataset, DataConfig
 from tasks import build_mapped_annotations, iter_annotations, read_annotations
 
 ENTRY = '{"video": "a.mp4", "caption": "x"}'
@@ -72,9 +77,7 @@ def test_a_media_id_belongs_to_a_file_and_not_to_a_name(tmp_path, monkeypatch):
     ([{"video": "a.mp4", "caption": "x"}, {"video": "a.mp4"}], 'row 1.*"caption".*None'),
     ([{"video": "a.mp4", "caption": ["x", 3]}], r"row 0.*\['x', 3\]"),
     ([{"video": "a.mp4", "caption": []}], r"row 0.*\[\]"),
-    ([{"video": "a.mp4", "caption": ["x", " ?! "]}], r"row 0.*' \?! ' as text 2 of 2"),
-    ([{"video": "a.mp4", "caption": "x"}] * 5 + [{"video": "a.mp4", "caption": ""}], r"row 5.*''; remove"),
-    ([{"video": "a.mp4", "caption": ["x"] * 7 + ["", ""]}], r"row 0.*'' as text 8 of 9"),
+    ([{"video": "a.mp4", "caption": ["x", "", None]}], r"row 0.*\['x', '', None\]"),
     ([{"video": "a.mp4", "caption": "x", "start": 3.5, "end": 7}], r'row 0.*"start".*whole.*3\.5'),
     ([{"video": "a.mp4", "caption": "x", "start": 0}], r'row 0.*"start".*0'),
     ([{"video": "a.mp4", "caption": "x", "start": None, "end": "0:07"}], r"""row 0.*"end".*'0:07'"""),
@@ -86,6 +89,65 @@ def test_a_bad_row_is_named_in_one_line(tmp_path, rows, match):
     with pytest.raises((ValueError, FileNotFoundError), match=f"rows.json, {match}") as error:
         read_annotations(path, str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+ROWS_WITH_EMPTY = [
+    {"video": "a.mp4", "caption": ["x", " ?! ", ""]}, {"video": ["b.mp4", "c.mp4"], "caption": "..."},
+    {"video": "a.mp4", "caption": "Y"}, {"video": ["b.mp4", "c.mp4"], "caption": ["", "z"]}]
+NOTE = "rows.json: 4 of 7 captions have no words and are left out: row 0, row 1, row 3"
+
+
+def test_captions_without_words_are_left_out_counted_and_listed(tmp_path, capsys):
+    path = written(tmp_path / "rows.json", ROWS_WITH_EMPTY)
+    expected = [("a.mp4", ["x"]), ("a.mp4", ["y"]), ("b.mp4", ["z"]), ("c.mp4", ["z"])]
+    rows = lambda annotations: [(os.path.basename(a.video), a.captions) for a in annotations]
+    assert rows(read_annotations(path, str(tmp_path), check=False)) == expected
+    assert capsys.readouterr().out == f"{tmp_path}/{NOTE}\n"
+    notes = []
+    assert rows(read_annotations(path, str(tmp_path), check=False, notes=notes)) == expected
+    assert notes == [f"{tmp_path}/{NOTE}"] and capsys.readouterr().out == ""
+    for _ in range(2):                                                      # in a run, and when it begins again
+        assert rows(build_mapped_annotations([(path, str(tmp_path))], str(tmp_path / "out"))) == expected
+        assert capsys.readouterr().out == f"{tmp_path}/{NOTE}\n"
+    path = written(tmp_path / "many.json", [{"video": "a.mp4", "caption": "x" * (i == 7)} for i in range(99)])
+    assert len(read_annotations(path, str(tmp_path), check=False)) == 1
+    out = capsys.readouterr().out
+    assert "98 of 99" in out and out.endswith("row 19, row 20, ...\n") and len(out.splitlines()) == 1
+
+
+def test_a_file_whose_captions_have_no_words_at_all_is_refused(tmp_path):
+    path = written(tmp_path / "rows.json", ROWS_WITH_EMPTY[1:2] * 30)
+    for read in (lambda: read_annotations(path, str(tmp_path), check=False),
+                 lambda: build_mapped_annotations([(path, str(tmp_path))], str(tmp_path / "out"))):
+        with pytest.raises(ValueError, match="rows.json: no caption has words, got 30 without, in row 0, ") as error:
+            read()
+        assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path / "out") == []
+
+
+HOSTILE = "\x1b[31m\n\r\u202e"
+
+
+def test_hostile_names_are_printed_escaped_and_read(tmp_path, monkeypatch, capsys):
+    """Of the annotation file, of its folder, and of videos, one of which is not valid Unicode."""
+    monkeypatch.chdir(tmp_path)
+    root = f"videos{HOSTILE}\udcff"
+    os.mkdir(root)
+    names = [f"{HOSTILE}.mp4", "\udcfe.mp4", "plain.mp4"]
+    for name in names:
+        open(os.path.join(root, name), "w").close()
+    rows = [{"video": name, "caption": f"clip {i}"} for i, name in enumerate(names)] + [{"video": "x", "caption": ""}]
+    path = f"rows{HOSTILE}\udcfd.jsonl"
+    with open(path, "w") as f:
+        f.write("\n".join(map(json.dumps, rows)))
+    annotations = read_annotations(path, root)
+    assert [a.video for a in annotations] == [os.path.join(root, name) for name in names]
+    assert list(build_mapped_annotations([(path, root)], "out")) == annotations
+    assert len({a.media_id for a in annotations}) == 3
+    out, err = capsys.readouterr()
+    assert "rows\\x1b[31m\\n\\r\\u202e\\udcfd.jsonl: 1 of 4 captions" in out and len(out.splitlines()) == 2
+    for character in "\x1b\u202e\udcfd":
+        assert character not in out + err
 
 
 def test_a_missing_file_or_folder_is_named(tmp_path):
@@ -382,7 +444,116 @@ def test_a_corpus_that_cannot_be_read_is_named_and_nothing_is_left(corpora, tmp_
         build_mapped_annotations([corpora[0], (corpora[1][0], str(tmp_path / "nowhere"))], str(out))
     assert not out.exists() or not os.listdir(out)
     with open(corpora[1][0], "a") as f:
-        f.write('\n{"video": "a.mp4", "caption": " ?! "}\n')
-    with pytest.raises(ValueError, match="lines.jsonl, row 50.*' [?]! '"):
+        f.write('\n{"video": "a.mp4", "caption": 7}\n')
+    with pytest.raises(ValueError, match="lines.jsonl, row 50.*7"):
         build_mapped_annotations(corpora, str(out))
     assert os.listdir(out) == []
+
+
+EXTENSIONS = [".json", ".jsonl", ".offsets"]
+
+
+def read_rows_of(path):
+    """All that a run takes from the three files."""
+    mapped = tasks.MappedAnnotations(path)
+    return mapped.digest, mapped.notes, [mapped[i] for i in range(len(mapped))]
+
+
+def assert_damage_is_named(path, read):
+    """read() fails with one line that names the files and what to do."""
+    name = r"annotations_\w+\.(json|jsonl or \.offsets)"
+    with pytest.raises(ValueError, match=rf"{name} is damaged \(.*\): delete ") as error:
+        read()
+    assert str(error.value).count(path) == 2 and "\n" not in str(error.value)
+    return True
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_each_damage_of_a_mapped_file_is_named(corpora, tmp_path, extension):
+    written(tmp_path / "empty.json", ROWS_WITH_EMPTY)
+    corpora.append((str(tmp_path / "empty.json"), str(tmp_path)))
+    path = build_mapped_annotations(corpora, str(tmp_path / "out")).path
+    expected, detected = read_rows_of(path), 0
+    assert expected[1] and len(expected[2]) == 61
+    with open(path + extension, "rb") as f:
+        content = f.read()
+    for damaged in damaged_copies(content, 40):
+        with open(path + extension, "wb") as f:
+            f.write(damaged)
+        try:
+            assert read_rows_of(path) == expected
+        except ValueError:
+            detected += assert_damage_is_named(path, lambda: read_rows_of(path))
+    assert detected >= 70 if extension == ".json" else detected == 80       # white space of JSON does not count
+    with open(path + extension, "wb") as f:
+        f.write(content)
+    assert read_rows_of(path) == expected
+
+
+def test_files_of_other_annotations_are_not_mixed(corpora, tmp_path):
+    """Not even if they have as many rows of as many bytes."""
+    rows = [[{"video": f"{i}.mp4", "caption": f"{word} {i}"} for i in range(9)] for word in ("one", "two")]
+    paths = [build_mapped_annotations([(written(tmp_path / f"{i}.json", content), str(tmp_path))],
+                                      str(tmp_path / "out")).path for i, content in enumerate(rows)]
+    one, two = paths
+    for extension in EXTENSIONS:
+        shutil.copy(two + extension, tmp_path / f"kept{extension}")
+    for moved in ([".json"], [".jsonl"], [".offsets"], [".jsonl", ".offsets"], EXTENSIONS):
+        for extension in EXTENSIONS:
+            shutil.copy(one + extension if extension in moved else tmp_path / f"kept{extension}", two + extension)
+        assert_damage_is_named(two, lambda: read_rows_of(two))
+    for extension in EXTENSIONS:
+        shutil.copy(tmp_path / f"kept{extension}", two + extension)
+    with open(two + ".jsonl", "rb") as f:                                   # two rows of one file change places
+        lines = f.readlines()
+    index = np.fromfile(two + ".offsets", tasks.INDEX_ENTRY)
+    index["crc"][[3, 4]], lines[3:5] = index["crc"][[4, 3]], lines[4:2:-1]
+    index["end"] = np.cumsum([len(line) for line in lines])
+    index.tofile(two + ".offsets")
+    with open(two + ".jsonl", "wb") as f:
+        f.writelines(lines)
+    assert_damage_is_named(two, lambda: tasks.MappedAnnotations(two)[3])
+    assert tasks.MappedAnnotations(two)[5].captions == ["two 5"]
+
+
+def test_a_damaged_row_stops_the_run_and_is_no_unreadable_video(tmp_path):
+    (tmp_path / "videos").mkdir()
+    rows = [{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(20)]
+    mapped = build_mapped_annotations([(written(tmp_path / "rows.json", rows), str(tmp_path / "videos"))],
+                                      str(tmp_path / "out"))
+    dataset = ClipDataset(mapped, DataConfig(frame_cache=False, max_unreadable=1.0))
+    with pytest.raises(ValueError, match="neither can the 9 videos"):       # of intact rows: no video exists
+        dataset[0]
+    with open(mapped.path + ".jsonl", "r+b") as f:
+        f.write(b"x" * os.path.getsize(mapped.path + ".jsonl"))
+    assert_damage_is_named(mapped.path, lambda: dataset[0])
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_a_full_disk_is_named_and_what_is_there_is_not_used(corpora, tmp_path, monkeypatch, extension):
+    expected, atomic_write = read_all(corpora), files.atomic_write
+
+    class FullDisk:
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def full_disk(path):
+        with atomic_write(path) as f:
+            yield FullDisk() if path.endswith(extension) else f
+
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "atomic_write", full_disk)
+        patch.setattr(files, "atomic_write", full_disk)
+        with pytest.raises(files.WriteError, match=rf"annotations_\w+{extension} .*No space left") as error:
+            build_mapped_annotations(corpora, out)
+    assert "\n" not in str(error.value) and not [name for name in os.listdir(out) if name.endswith((".tmp", ".json"))]
+    assert list(build_mapped_annotations(corpora, out)) == expected
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_a_mapped_file_that_was_deleted_is_made_again(corpora, tmp_path, extension):
+    mapped = build_mapped_annotations(corpora, str(tmp_path / "out"))
+    os.remove(mapped.path + extension)
+    assert list(build_mapped_annotations(corpora, str(tmp_path / "out"))) == read_all(corpora)

@@ -10,6 +10,7 @@ import pytest
 from helpers.benchmarks import NAMES, as_list, assert_refused, eval_config, load_json, write_json
 
 import eval as evaluation
+import metrics
 from tasks import TASK_KINDS, TASKS, find_media
 
 METHODS = {
@@ -205,8 +206,8 @@ def test_the_most_frequent_caption(models, benchmarks_copy, no_java):
             for row in load_json(f"{folder}/msvd_cap_test.json")]
     write_json(f"{folder}/msvd_cap_test.json", rows)
     result = evaluation.main(eval_config(models, benchmarks_copy, "msvd-caption", beams=1))
-    expected = evaluation.caption_scores({row["video"]: row["caption"] for row in rows},
-                                         {row["video"]: "a dog runs" for row in rows})
+    expected = metrics.caption_scores({row["video"]: row["caption"] for row in rows},
+                                      {row["video"]: "a dog runs" for row in rows})
     assert list(result["scores"]) == ["greedy", "most frequent caption"]
     assert result["scores"]["most frequent caption"] == pytest.approx(expected) and max(expected.values()) > 1
 

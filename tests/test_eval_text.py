@@ -20,6 +20,7 @@ from helpers.benchmarks import (
 from helpers.evaluation import evaluate_task, load_clip
 
 import eval as evaluation
+import metrics
 from data import encode_texts
 from tasks import normalize_caption
 
@@ -179,7 +180,7 @@ def test_captioning_equals_a_loop(models, benchmarks_copy, no_java, mask):
     for name, expected in captions.items():
         assert [(p["video"], p[name]) for p in results["predictions"]] == [
             (os.path.basename(video), caption) for video, caption in expected.items()]
-        assert results["scores"][name] == pytest.approx(evaluation.caption_scores(references, expected))
+        assert results["scores"][name] == pytest.approx(metrics.caption_scores(references, expected))
     assert len(set(captions["greedy"].values())) > 2 and captions["greedy"] != captions["beam 3"]
 
 
@@ -222,26 +223,26 @@ def meteor():
 
 
 def test_caption_scores_without_java_are_those_of_pycocoevalcap(no_java, capfd):
-    scores = evaluation.caption_scores(REFERENCES, PREDICTIONS)
+    scores = metrics.caption_scores(REFERENCES, PREDICTIONS)
     assert capfd.readouterr() == ("", "")
     expected = pycocoevalcap_scores(REFERENCE_WORDS, PREDICTION_WORDS)
     assert scores == pytest.approx({f"{name} (simple tokenizer)": value for name, value in expected.items()})
     assert all(5 < value < 200 for value in scores.values())
-    assert list(evaluation.caption_scores(REFERENCES, PREDICTIONS, cider_only=True)) == ["CIDEr (simple tokenizer)"]
+    assert list(metrics.caption_scores(REFERENCES, PREDICTIONS, cider_only=True)) == ["CIDEr (simple tokenizer)"]
 
 
 def test_caption_scores_are_highest_for_references_and_0_without_overlap(no_java):
     references = {i: captions[:1] for i, captions in REFERENCES.items()}
-    scores = evaluation.caption_scores(references, {i: captions[0] for i, captions in references.items()})
+    scores = metrics.caption_scores(references, {i: captions[0] for i, captions in references.items()})
     assert scores == pytest.approx({"CIDEr (simple tokenizer)": 1000, "BLEU-4 (simple tokenizer)": 100,
                                     "ROUGE-L (simple tokenizer)": 100})
-    scores = evaluation.caption_scores(REFERENCES, dict.fromkeys(REFERENCES, NOTHING_IN_COMMON))
+    scores = metrics.caption_scores(REFERENCES, dict.fromkeys(REFERENCES, NOTHING_IN_COMMON))
     assert all(0 <= value < 1e-3 for value in scores.values())
 
 
 def test_a_repeated_reference_counts_as_often_as_it_is_there(no_java):
     name = "CIDEr (simple tokenizer)"
-    cider = lambda captions: evaluation.caption_scores({**REFERENCES, "d": captions}, PREDICTIONS)[name]
+    cider = lambda captions: metrics.caption_scores({**REFERENCES, "d": captions}, PREDICTIONS)[name]
     assert cider(REFERENCES["d"]) != pytest.approx(cider(REFERENCES["d"][:2]), rel=1e-3)
 
 
@@ -260,10 +261,10 @@ def with_line_end(texts, old, new):
 @pytest.mark.parametrize("old, new", PLACES, ids=[repr(new) for _, new in PLACES])
 def test_a_line_end_in_a_caption_changes_no_score_without_java(no_java, old, new):
     perfect = {i: captions[0] for i, captions in REFERENCES.items()}
-    expected = evaluation.caption_scores(REFERENCES, perfect)
+    expected = metrics.caption_scores(REFERENCES, perfect)
     for end in LINE_ENDS:
-        assert evaluation.caption_scores(with_line_end(REFERENCES, old, new.format(end)), perfect) == expected, end
-        assert evaluation.caption_scores(REFERENCES, with_line_end(perfect, old, new.format(end))) == expected, end
+        assert metrics.caption_scores(with_line_end(REFERENCES, old, new.format(end)), perfect) == expected, end
+        assert metrics.caption_scores(REFERENCES, with_line_end(perfect, old, new.format(end))) == expected, end
 
 
 # The last tests: by now METEOR has started.
@@ -275,15 +276,15 @@ def test_a_line_end_in_a_caption_changes_no_score_with_java(meteor, monkeypatch)
     from pycocoevalcap.meteor import meteor as module
     monkeypatch.setattr(module, "Meteor", lambda: meteor)
     perfect = {i: captions[0] for i, captions in REFERENCES.items()}
-    expected = evaluation.caption_scores(REFERENCES, perfect)
+    expected = metrics.caption_scores(REFERENCES, perfect)
     assert expected["CIDEr"] > 400 and expected["METEOR"] == pytest.approx(100)
     ends = "".join(LINE_ENDS)
     for old, new in PLACES:
         for end in [ends] if new != "A{}man" else [*LINE_ENDS, ends]:
-            assert evaluation.caption_scores(with_line_end(REFERENCES, old, new.format(end)), perfect) == expected, end
-    assert evaluation.caption_scores(REFERENCES, with_line_end(perfect, "A man", f"A{ends}man")) == expected
+            assert metrics.caption_scores(with_line_end(REFERENCES, old, new.format(end)), perfect) == expected, end
+    assert metrics.caption_scores(REFERENCES, with_line_end(perfect, "A man", f"A{ends}man")) == expected
     spaces = "".join(chr(c) for c in range(0x3001) if chr(c).isspace())     # others too, of which none is a line end
-    assert evaluation.caption_scores(with_line_end(REFERENCES, "A man", f"A{spaces}man"), perfect) == expected
+    assert metrics.caption_scores(with_line_end(REFERENCES, "A man", f"A{spaces}man"), perfect) == expected
 
 
 
@@ -298,11 +299,11 @@ def test_caption_scores_with_java_are_those_of_pycocoevalcap(meteor, monkeypatch
         return PTBTokenizer().tokenize({i: [{"caption": c} for c in captions] for i, captions in texts.items()})
 
     references, predictions = split_words(REFERENCES), split_words({i: [c] for i, c in PREDICTIONS.items()})
-    scores = evaluation.caption_scores(REFERENCES, PREDICTIONS)
+    scores = metrics.caption_scores(REFERENCES, PREDICTIONS)
     assert scores == pytest.approx(pycocoevalcap_scores(references, predictions, meteor))
     assert set(scores) == {"CIDEr", "BLEU-4", "ROUGE-L", "METEOR"} and 5 < scores["METEOR"] < 100
     references = {i: captions[:1] for i, captions in REFERENCES.items()}
-    scores = evaluation.caption_scores(references, {i: captions[0] for i, captions in references.items()})
+    scores = metrics.caption_scores(references, {i: captions[0] for i, captions in references.items()})
     assert scores == pytest.approx({"CIDEr": 1000, "BLEU-4": 100, "ROUGE-L": 100, "METEOR": 100})
-    scores = evaluation.caption_scores(REFERENCES, dict.fromkeys(REFERENCES, NOTHING_IN_COMMON))
+    scores = metrics.caption_scores(REFERENCES, dict.fromkeys(REFERENCES, NOTHING_IN_COMMON))
     assert all(0 <= value < 1e-3 for value in scores.values())

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.benchmarks import write_json
+from helpers.damage import damaged_copies
+from helpers.evaluation import run_interrupted
 from helpers.models import seeded, shaken
 from helpers.runs import assert_one_line, command
 from helpers.videos import break_packets, cut, write, write_blocks
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import search
 import video
@@ -398,23 +402,55 @@ def test_a_damaged_index_is_replaced_and_another_file_is_not(cfg, decoded, capsy
     expected = main(cfg)
     cut(INDEX, 0.7)
     assert main(cfg) == expected and len(decoded) == 24
-    assert f"{INDEX}: it is damaged (SafetensorError" in capsys.readouterr().out
+    assert f"{INDEX}: it is damaged; all videos" in capsys.readouterr().out
     with safe_open(INDEX, "pt") as f:
         tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    checksum = metadata.pop("checksum")
     for damage in (dict(tensors, file=tensors["file"] + 1), dict(tensors, features=tensors["features"][1:])):
         save_file(damage, INDEX, metadata)
-        assert main(cfg) == expected and "it is damaged (ValueError" in capsys.readouterr().out
-    save_file(tensors, INDEX, {**metadata, "about": "[]"})
-    assert main(cfg) == expected and "it is damaged" in capsys.readouterr().out
+        assert main(cfg) == expected and f"{INDEX}: it is damaged; all videos" in capsys.readouterr().out
+    for damage in (dict(about="[]"), dict(about="[" * 10 ** 5), dict(files="{}"), dict(checksum=checksum[::-1])):
+        save_file(tensors, INDEX, metadata | damage)
+        assert main(cfg) == expected and f"{INDEX}: it is damaged; all videos" in capsys.readouterr().out
     save_file(tensors, INDEX)
     with pytest.raises(FileExistsError, match=INDEX):
         main(cfg)
-    save_file(tensors, INDEX, metadata)
+    decoded.clear()
+    save_file(tensors, INDEX, metadata)                                     # written before there were checksums
+    assert main(cfg) == expected and not decoded
     os.mkdir("others")
     write_video("others/other.mp4", np.zeros((4, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=f"{INDEX}.* 12 files .*others"):
         main(replace(cfg, folder="others", index=INDEX))
     assert main(cfg) == expected
+
+
+def test_each_damage_of_an_index_is_noticed(tmp_path):
+    """40 changed bytes and 40 cuts. It is a random index of 30 files, of which one was not read and one is long."""
+    g, path, metadata = seeded(), str(tmp_path / INDEX), {"version": 1, "checkpoint": "out/a", "weights": "0"}
+    entries = {}
+    for i in range(30):
+        n = {3: 0, 5: 7}.get(i, 1)
+        entries[f"{i}\udcff.mp4"] = search.IndexEntry([i, 10 ** 18 + i], "" if n else "has no frames", [
+            (k / 3, k + 1) for k in range(n)], torch.randn(n, 8, generator=g) if n else torch.zeros(0, 0))
+    search.write_index(path, entries, metadata)
+
+    def read():
+        read_entries, reason = search.read_index(path, metadata)
+        return {name: (e.stamp, e.error, e.segments, e.features.tolist()) for name, e in read_entries.items()}, reason
+
+    intact = read()
+    expected = {name: (e.stamp, e.error, e.segments, e.features.tolist()) for name, e in sorted(entries.items())}
+    assert intact == (expected | {"3\udcff.mp4": ([3, 10 ** 18 + 3], "has no frames", [], [])}, "")
+    with open(path, "rb") as f:
+        content = f.read()
+    noticed = 0
+    for damaged in damaged_copies(content, 40):
+        with open(path, "wb") as f:
+            f.write(damaged)
+        noticed += (result := read()) == ({}, "it is damaged")
+        assert result in (({}, "it is damaged"), intact)                    # a name in the header may not matter
+    assert noticed >= 78
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -436,6 +472,7 @@ def test_an_index_with_nan_is_damaged(cfg, decoded, capsys):
     with safe_open(INDEX, "pt") as f:
         tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata()       # noqa: SIM118
     tensors["features"][2, 1] = float("nan")
+    del metadata["checksum"]
     save_file(tensors, INDEX, metadata)
     decoded.clear()
     assert scores_by_name(main(cfg)) == expected and len(decoded) == len(FILES)
@@ -480,13 +517,88 @@ def test_queries_are_normalised_and_a_truncated_query_is_reported(cfg, checkpoin
     assert out.count("query was cut") == 1 and re.search(r"query was cut: .*\b50\b", out)
 
 
-def test_file_names_that_are_not_unicode_are_searched(cfg, capsys):
-    for name, source in ((b"\xff.mp4", "odd.avi"), (b"\xfe.mp4", "notes.txt")):
-        shutil.copy(f"clips/{source}", os.fsencode("clips/") + name)
-    args = ["clips", "a ring", "--checkpoint", cfg.checkpoint, "--top", "99"]
+HOSTILE = "\x1b[31m\r\n\u202e\udcff"                                          # the last is the byte ff
+ESCAPED = r"\x1b[31m\r\n\u202e\udcff"
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_hostile_file_names_are_searched_and_printed_escaped(cfg, capsys, monkeypatch, workers):
+    """Those of videos that are read and not read, of the folder, the index, the export and the query."""
+    folder = f"clips{HOSTILE}"
+    os.mkdir(folder)
+    shutil.copy("clips/odd.avi", f"{folder}/{HOSTILE}.mp4")
+    for name in ("\udcfe.mp4", f"bad{HOSTILE}.mkv"):
+        shutil.copy("clips/notes.txt", f"{folder}/{name}")
+    args = [folder, f"a ring{HOSTILE[:-1]}", "--checkpoint", cfg.checkpoint, "--workers", workers, "--export",
+            f"e{HOSTILE}.safetensors"]
     for _ in range(2):
         code, out, err = command("search.py", args, capsys)
-        assert code == 0 and "clips/\\udcff.mp4\n" in out and "not indexed: \\udcfe.mp4: Invalid data" in out, err
+        assert code == 0 and not any(c in out + err for c in "\x1b\u202e\udcff\udcfe") and "\r" not in out, err
+        assert f"clips{ESCAPED}/{ESCAPED}.mp4\n" in out and f"\na ring{ESCAPED[:-6]}  (1 segments" in out
+        assert f"features written to e{ESCAPED}.safetensors\n" in out
+        for name in (r"\udcfe.mp4", f"bad{ESCAPED}.mkv"):
+            assert f"  not indexed: {name}: Invalid data" in out
+        assert len(out.splitlines()) == 7, out
+    os.rename(f"e{HOSTILE}.safetensors", "e.safetensors")                  # safetensors opens no other name
+    with safe_open("e.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["files"]) == [f"{HOSTILE}.mp4"]
+    assert os.path.isfile(f"clips{HOSTILE}.index.safetensors")
+    with monkeypatch.context() as patch:                                    # as on a terminal
+        patch.setattr(search, "tqdm", lambda **options: tqdm(**{**options, "disable": False, "mininterval": 0}))
+        main(replace(cfg, folder=folder, segment=1.0))
+    out, err = capsys.readouterr()
+    assert f"{ESCAPED}.mp4 to 0:0" in err and not any(c in out + err for c in "\x1b\u202e\udcff\udcfe")
+    code, out, _ = command("search.py", [*args, "--segment", "5"], capsys)
+    assert code == 0 and out.startswith(f"{os.getcwd()}/clips{ESCAPED}.index.safetensors: it was made with segment")
+    code, _, err = command("search.py", [f"gone{HOSTILE}", "x", "--checkpoint", cfg.checkpoint], capsys)
+    assert_one_line("search.py", code, err, re.escape(f"gone{ESCAPED}: no such folder"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_indexing_with_one_line(cfg, monkeypatch, workers):
+    """A terminal sends it to the decoding processes too."""
+    calls, encode_video = [], search.StudentEncoder.encode_video
+
+    def interrupted(self, x):
+        calls.append(x)
+        if len(calls) == 3:
+            os.killpg(0, signal.SIGINT)
+        return encode_video(self, x)
+
+    monkeypatch.setattr(search.StudentEncoder, "encode_video", interrupted)
+    code, out, err = run_interrupted("search.py", lambda: main(replace(cfg, workers=workers, batch=1)))
+    assert code == 1 and not out and re.fullmatch(r"search.py: interrupted; \d of 12 .*\n", err), err
+    assert len(search.read_index(INDEX, {})[0]) == int(err.split()[2])
+
+
+def test_decoding_processes_ignore_ctrl_c(cfg, monkeypatch):
+    """The main process answers it. It may do so later."""
+    expected, main_process, iter_frames = main(replace(cfg, index="whole.safetensors")), os.getpid(), video.iter_frames
+
+    def interrupted(path, select):
+        if os.getpid() != main_process:
+            os.kill(os.getpid(), signal.SIGINT)
+        return iter_frames(path, select)
+
+    monkeypatch.setattr(video, "iter_frames", interrupted)
+    assert scores_by_name(main(replace(cfg, workers=2))) == {
+        query: pytest.approx(scores, abs=1e-5) for query, scores in scores_by_name(expected).items()}
+
+
+def test_a_full_disk_is_named_and_the_index_before_is_kept(cfg, monkeypatch, capsys):
+    main(cfg)
+    before = open(INDEX, "rb").read()
+    shutil.copy("clips/odd.avi", "clips/new.avi")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    args = ["clips", "x", "--checkpoint", cfg.checkpoint, "--workers", "0", "--export", "f.safetensors"]
+    full = "could not be written .No space left on device."
+    code, _, err = command("search.py", args, capsys)
+    assert_one_line("search.py", code, err, f"{INDEX} {full}; the file that was there is unchanged$")
+    assert open(INDEX, "rb").read() == before and sorted(os.listdir()) == ["clips", INDEX]
+    os.remove("clips/new.avi")
+    code, _, err = command("search.py", args, capsys)
+    assert_one_line("search.py", code, err, f"f.safetensors {full}$")
+    assert sorted(os.listdir()) == ["clips", INDEX]
 
 
 @pytest.mark.parametrize("args, message", [
@@ -495,6 +607,7 @@ def test_file_names_that_are_not_unicode_are_searched(cfg, capsys):
     (["bad", "x"], "bad: none of its 1 files"),
     (["clips", "a dog", " ?! "], "query .*' [?]! '"),
     (["clips", ""], "query .*''"),
+    (["clips", "a dog", "b\udcff"], r"query must be valid Unicode, got 'b\\udcff'"),
     (["clips", "x", "--top", "0"], "top .*1.*0"),
     (["clips", "x", "--segment", "nan"], "segment .*0.*nan"),
     (["clips", "x", "--batch", "0"], "batch .*1.*0"),

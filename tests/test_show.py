@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 
 import av
 import numpy as np
 import pytest
 import torch
+from helpers.damage import damaged_copies
 from helpers.runs import assert_one_line, command
 from PIL import Image, ImageDraw
 
@@ -392,3 +394,47 @@ def test_a_folder_without_a_log_is_one_line(tmp_path, monkeypatch, capsys):
     write_log("empty", [])
     code, _, err = command("tools.show", ["run", "empty"], capsys)
     assert_one_line("tools.show", code, err, "empty")
+
+
+def test_a_damaged_row_of_a_log_is_left_out_and_named(tmp_path, monkeypatch, capsys, figures):
+    """40 changed bytes and 40 cuts of a log: the rows that are read are rows of it, up to a changed digit."""
+    monkeypatch.chdir(tmp_path)
+    write_log("run", [("pretrain", 6, ("vtc", "vtm")), ("unmasked", 2, ("vtc",))])
+    with open("run/log.jsonl", "rb") as f:
+        content = f.read()
+    intact = show.read_log("run")
+    for damaged in [*damaged_copies(content, 40), content + b"\0" * 99,
+                    content + b'{"stage": "pretrain", "step": 7, "vtc": "x"}\n', content + b'{"vtc": 1}\n[]\n7\n']:
+        with open("run/log.jsonl", "wb") as f:
+            f.write(damaged)
+        capsys.readouterr()
+        rows, out = show.read_log("run"), capsys.readouterr().out
+        kept = sum(row in intact for row in rows)
+        assert len(intact) - kept <= 2 or len(damaged) < len(content)
+        assert re.fullmatch(r"(run/log.jsonl, line \d+ is damaged and left out\n)*", out)
+        assert out or len(damaged) < len(content) or len(rows) == len(intact)
+    show.plot_losses({"run": "run"}, "l.png")
+    assert kept == 8 and out.count("left out") == 3
+
+
+def test_names_of_runs_are_drawn_as_they_are(tmp_path, monkeypatch, figures, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["_first", r"a$\frac{$b", "c\x1b[31m\u202e\udcff", "$5"]
+    for name in names:
+        write_log(name, [("pretrain", 2, ("vtc",))])
+    show.main(show.RunCommand(tuple(names), "l\u202e.png"))
+    assert capsys.readouterr().out == "written to l\\u202e.png\n"
+    texts = [t.get_text() for t in figures[0].axes[0].get_legend().get_texts()]
+    assert texts == [" _first", r"a\$\frac{\$b", r"c\x1b[31m\u202e\udcff", r"\$5"]         # \$ is drawn as $
+
+
+@pytest.mark.parametrize("command_line", [["run", "a"], ["mask", "VIDEO", "--mask", "tube"]], ids=["run", "mask"])
+def test_a_picture_that_cannot_be_written_is_one_line(teacher, video, tmp_path, monkeypatch, capsys, command_line):
+    write_log("a", [("pretrain", 2, ("vtc",))])
+    args = [video(32, 32, 3) if a == "VIDEO" else a for a in command_line]
+    args += ["--teacher", teacher] if "mask" in args else []
+    code, _, err = command("tools.show", [*args, "--out", "/proc/no/x.png"], capsys)
+    assert_one_line("tools.show", code, err, "/proc/no")
+    os.symlink("/dev/full", "full.png")
+    code, _, err = command("tools.show", [*args, "--out", "full.png"], capsys)
+    assert_one_line("tools.show", code, err, "No space left")

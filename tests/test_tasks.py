@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from helpers.benchmarks import as_list, assert_refused, load_json, write_json
+from helpers.benchmarks import as_list, assert_refused, eval_config, load_json, write_json
 from helpers.runs import assert_one_line, command
 
 import eval as evaluation
@@ -137,6 +137,36 @@ def test_answers_are_not_normalized(tmp_path):
     assert read_answers(str(tmp_path / "answers.json")) == ["Dog", "dog", "a dog."]
 
 
+@pytest.mark.parametrize("task, left", [("msvd", [["a dog"], ["b", "c"]]), ("didemo", [["a dog"], ["b c"]]),
+                                        ("msvd-caption", [["A dog."], ["b", "c"]])])
+def test_captions_without_words_are_left_out_and_noted(read, benchmarks_copy, capsys, task, left):
+    rows = [{"video": "v0.mp4", "caption": ["A dog.", "..."]}, {"video": "v1.mp4", "caption": ["b", "", "c"]},
+            {"video": "v2.mp4", "caption": " ! "}]
+    assert [a.captions for a in read(task, rows)] == left
+    note = "rows.json: 3 of 6 captions have no words and are left out: row 0, row 1, row 2"
+    assert capsys.readouterr().out == note + "\n"
+    notes = []
+    read_rows(TASKS[task], "rows.json", f"{benchmarks_copy}/videos", False, notes=notes)
+    assert notes == [note] and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="rows.json: no caption has words, got 4 without, in row 0, row 1$"):
+        read(task, [{"video": "v0.mp4", "caption": ["...", "?", ""]}, {"video": "v1.mp4", "caption": ""}])
+
+
+@pytest.mark.parametrize("task", ["msvd", "msvd-caption"])
+def test_results_say_which_captions_were_left_out(models, benchmarks_copy, no_java, capsys, task):
+    path, _ = split_files(TASKS[task], "test", benchmarks_copy)
+    rows = load_json(path)
+    expected = evaluation.main(eval_config(models, benchmarks_copy, task))
+    write_json(path, [{**row, "caption": [*as_list(row["caption"]), "?!"] if i else row["caption"]}
+                      for i, row in enumerate(rows[:3])] + rows[3:])
+    capsys.readouterr()
+    result, out = evaluation.main(eval_config(models, benchmarks_copy, task)), capsys.readouterr().out
+    note, = [note for note in result["notes"] if "no words" in note]
+    assert note.startswith(f"{path}: 2 of ") and note.endswith(" left out: row 1, row 2") and f"note: {note}" in out
+    assert (result["scores"], result["captions"]) == (expected["scores"], expected["captions"])
+    assert load_json("result.json") == result
+
+
 def test_missing_videos_are_moved_to_a_list(benchmarks_copy):
     root = f"{benchmarks_copy}/videos"
     write_json("rows.json", [{"video": f"{name}.mp4", "caption": name} for name in ("v0", "gone", "v1", "gone")])
@@ -233,12 +263,10 @@ def change_row_1(path, changes):
     ("msvd-qa", {"video": "gone.mp4"}, "gone.mp4"),
     ("msrvtt-mc", {"video": "gone.mp4"}, "gone.mp4"),
     ("msvd-caption", {"video": "gone.mp4"}, "gone.mp4"),
-    ("msvd", {"caption": ["a dog", " ?! "]}, "caption.*' [?]! '"),
     ("msvd", {"caption": []}, r"caption.*\[\]"),
     ("msvd", {"caption": None}, "caption.*None"),
     ("msvd", {"video": None}, "video"),
     ("msvd", {"video": 7}, "video.*7"),
-    ("didemo", {"caption": ["fine", ","]}, "caption.*','"),
     ("msvd-qa", {"question_id": 200}, "question_id.*200.*row 0"),
     ("msvd-qa", {"question_id": [1]}, r"question_id.*\[1"),
     ("msvd-qa", {"question": "?"}, "question.*'[?]'"),
@@ -252,7 +280,8 @@ def change_row_1(path, changes):
     ("msrvtt-mc", {"answer": True}, "answer.*True"),
     ("msrvtt-mc", {"answer": None}, "answer.*None"),
     ("msrvtt-mc", {"caption": ["a"]}, "caption.*one"),
-    ("msvd-caption", {"caption": ["a", "..."]}, "caption.*'[.]{3}'"),
+    ("msvd-qa", {"answer": ["a", "..."]}, "answer.*'[.]{3}'"),
+    ("msrvtt-mc", {"caption": ["a", "..."], "answer": 0}, "caption.*'[.]{3}'"),         # of which one is chosen
 ])
 def test_a_bad_row_is_named(benchmarks_copy, task, changes, match):
     task = TASKS[task]
@@ -266,8 +295,8 @@ def test_a_bad_row_is_named(benchmarks_copy, task, changes, match):
 def test_a_bad_file_ends_a_command_with_one_line(models, benchmarks_copy, capsys):
     path = f"{benchmarks_copy}/anno_downstream/msvd_ret_test"
     write_lines(load_json(f"{path}.json"), f"{path}.jsonl")
-    change_row_1(f"{path}.json", {"caption": "?"})
-    assert_refused(models, benchmarks_copy, "msvd", capsys, "msvd_ret_test.json, row 1.*caption.*'[?]'")
+    change_row_1(f"{path}.json", {"caption": 7})
+    assert_refused(models, benchmarks_copy, "msvd", capsys, "msvd_ret_test.json, row 1.*caption.*7")
     os.remove(f"{path}.json")
     with open(f"{path}.jsonl", "a") as f:
         f.write("\n{")

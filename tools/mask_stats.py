@@ -37,8 +37,9 @@ import torch
 import tyro
 from torch import Tensor
 
+from config import PRESETS
 from data import ClipDataset, DataConfig
-from files import atomic_write_text
+from files import atomic_write_text, escape_control
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
 from masking import MASKS, MaskConfig, keep_count, log_attention
@@ -46,9 +47,8 @@ from runtime import run_cli
 from tasks import read_annotations
 from teacher import SigLIP
 from tools.demo import objects_at, objects_kept
-from tools.sprites import SIZE
+from tools.sprites import SIZE, read_boxes
 from tools.tables import banner, print_header, print_row, try_or_message
-from train import PRESETS
 
 PRESET = PRESETS["sprites"].mask
 QUANTILES = (0.02, 0.1, 0.5, 0.8, 0.9, 0.95, 0.98)
@@ -185,7 +185,7 @@ def load_clips(cfg: Masks) -> ClipSet:
     if not 1 <= cfg.count <= len(annotations):
         raise ValueError(f"--count must be 1 to {len(annotations)}, the {cfg.split} clips of {cfg.clips}, "
                          f"got {cfg.count}")
-    boxes = np.load(f"{cfg.clips}/sprites_boxes.npz")[cfg.split][:cfg.count]            # (B, T, objects, 4)
+    boxes = read_boxes(cfg.clips, cfg.split)[:cfg.count]                                # (B, T, objects, 4)
     vision = teacher.cfg.vision_config
     dataset = ClipDataset(annotations, DataConfig(num_frames=boxes.shape[1], image_size=vision.image_size,
                                                   frame_cache=False), train=False)
@@ -281,7 +281,7 @@ def main(cfg: Masks):
     if cfg.out:
         settings = {k: v for k, v in vars(cfg).items() if k not in ("out", "mask", "ratio")}
         atomic_write_text(cfg.out, json.dumps({**settings, "frames": T, "tokens": N, "rows": rows}, indent=1) + "\n")
-        print(f"written to {cfg.out}")
+        print(escape_control(f"written to {cfg.out}"))
     if failed := [row[names[0]] for row in rows if "failed" in row]:
         raise ValueError(f"{', '.join(map(str, dict.fromkeys(failed)))} failed: see the tables")
 

@@ -25,6 +25,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from files import escape_control
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
 from masking import MASK_INPUTS, MASKS, MaskConfig, keep_count, log_attention
@@ -342,13 +343,29 @@ def sample_moments(path: str, count: int, size: int) -> tuple[Tensor, list[float
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
+def is_log_row(row) -> bool:
+    """Say whether a value can be a row of log.jsonl: a stage, a step, and numbers, or null for NaN and infinity."""
+    return (isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
+            and all(x is None or isinstance(x, (int, float)) for key, x in row.items() if key != "stage"))
+
+
 def read_log(folder: str) -> list[dict]:
-    """Read the rows of a run's log.jsonl."""
+    """Read the rows of a run's log.jsonl. A damaged row is left out, and printed."""
     path = os.path.join(folder, "log.jsonl")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; {folder} is not a run of train.py")
-    with open(path) as f:
-        return [json.loads(line) for line in f]
+    rows = []
+    with open(path, errors="replace") as f:
+        for i, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if is_log_row(row):
+                rows.append(row)
+            else:
+                print(escape_control(f"{path}, line {i} is damaged and left out"))
+    return rows
 
 
 LOSSES = ("sigmoid", "mrm", "align", "pixels", "vtc", "vtm", "mlm", "lm")
@@ -379,7 +396,8 @@ def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
             first = dict(zip(steps, accumulate(steps.values(), initial=0), strict=False))
             logged = [row for row in log if name in row]
             values = [float("nan") if row[name] is None else row[name] for row in logged]       # None: not finite
-            axis.plot([row["step"] + first[row["stage"]] for row in logged], values, label=title, linewidth=1)
+            steps = [row["step"] + first[row["stage"]] for row in logged]
+            axis.plot(steps, values, label=as_label(title), linewidth=1)
             for step in list(first.values())[1:]:
                 axis.axvline(step, color="grey", linewidth=0.6, linestyle=":")
         axis.set(title=TITLES.get(name, name.upper()), xlabel="step")
@@ -391,6 +409,11 @@ def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
         axis.set_visible(False)
     axes[0, 0].legend(fontsize=8)
     save(figure, out)
+
+
+def as_label(name: str) -> str:
+    """Escape what matplotlib would not draw as it is: formulas between $, a leading _, control characters."""
+    return " " * name.startswith("_") + escape_control(name).replace("$", r"\$")
 
 
 def save(figure, path: str):
@@ -411,14 +434,14 @@ def run_mask_command(cfg: MaskCommand):
     folder = os.path.dirname(cfg.out) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"--out {cfg.out}: no such folder {folder}")
-    teacher = SigLIP.from_pretrained(cfg.teacher)
+    teacher = SigLIP.from_pretrained(cfg.teacher, with_tokenizer=bool(cfg.caption))
     image_size, patch_size = teacher.cfg.vision_config.image_size, teacher.cfg.vision_config.patch_size
     if cfg.size and (cfg.size < patch_size or cfg.size % patch_size):
         raise ValueError(f"--size must be a multiple of the teacher's patch size {patch_size}, got {cfg.size}")
     side = (cfg.size or image_size) // patch_size
     video, seconds = sample_moments(cfg.video, cfg.frames, max(480, side * patch_size))
     if len(video) < cfg.frames:
-        print(f"{cfg.video} has only {len(video)} frames; --frames is {cfg.frames}")
+        print(escape_control(f"{cfg.video} has only {len(video)} frames; --frames is {cfg.frames}"))
     clusters = MaskConfig("cluster_stm", cfg.ratio, quantile=cfg.quantile)
     result = compute_masks(video, teacher, configs, clusters, (side, side), cfg.caption, cfg.seed)
     side_by_side(video, seconds, result, configs, cfg.out)
@@ -435,7 +458,7 @@ def run_plot_command(cfg: RunCommand):
 
 def main(cfg: MaskCommand | RunCommand):
     (run_plot_command if isinstance(cfg, RunCommand) else run_mask_command)(cfg)
-    print(f"written to {cfg.out}")
+    print(escape_control(f"written to {cfg.out}"))
 
 
 def cli():

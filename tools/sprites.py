@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from data import build_wordpiece
-from files import atomic_write_text
+from files import WriteError, atomic_write, atomic_write_text, escape_control, format_error, read_json, write_json
 from runtime import parallel_map, run_cli
 from tasks import normalize_caption
 from video import write_video
@@ -517,7 +517,8 @@ def write_files(folder: str, settings: dict, set_spec: SetSpec):
                 files[f"sprites{form}_{split}"] += form_rows
         for i, row in enumerate(files[f"sprites_qa_{split}"]):
             row["question_id"] = i
-    np.savez_compressed(os.path.join(folder, "sprites_boxes.npz"), **boxes)
+    with atomic_write(os.path.join(folder, "sprites_boxes.npz")) as f:
+        np.savez_compressed(f, **boxes)
     files["sprites_qa_answer_list"] = answer_list(set_spec)
     for name, rows in files.items():
         lines = ",\n".join(map(json.dumps, rows))
@@ -525,7 +526,30 @@ def write_files(folder: str, settings: dict, set_spec: SetSpec):
     texts = [normalize_caption(row["question"]) for row in files["sprites_qa_train"]]
     build_wordpiece([row["caption"] for row in files["sprites_train"]], os.path.join(folder, "tokenizer.json"),
                     extra_texts=[*texts, *answer_list(set_spec)])
-    atomic_write_text(os.path.join(folder, "sprites.json"), json.dumps(settings))
+    write_json(os.path.join(folder, "sprites.json"), settings)
+
+
+def read_boxes(folder: str, split: str) -> np.ndarray:
+    """Read the true boxes of a split of a set, (clips, T, objects, 4). A .npz has checksums, which NumPy verifies."""
+    path = os.path.join(folder, "sprites_boxes.npz")
+    try:
+        with np.load(path) as boxes:
+            return boxes[split]
+    except FileNotFoundError:
+        raise
+    except Exception as error:                     # a reader of zip files can raise anything if a byte is wrong
+        raise ValueError(f"{path} is damaged ({format_error(error)}): delete {folder} and write it again") from None
+
+
+def read_settings(out: str) -> dict:
+    """Read the settings of the set in an existing folder."""
+    path = os.path.join(out, "sprites.json")
+    if not os.path.isfile(path):
+        raise FileExistsError(f"--out must be a new folder or a set of sprites, got {out}, which exists")
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{out} is damaged: delete it and write it again ({error})") from None
 
 
 def write_sprites(out: str, seed: int = 0, train: int = 4096, test: int = 512, val: int = 128,
@@ -559,14 +583,10 @@ def write_sprites(out: str, seed: int = 0, train: int = 4096, test: int = 512, v
     settings = {"version": VERSION, "seed": seed, "train": train, "test": test, "val": val}
     settings |= {"kind": kind} if kind != "sprites" else {}
     if os.path.lexists(out):
-        try:
-            with open(os.path.join(out, "sprites.json")) as f:
-                existing = json.load(f)
-        except (OSError, ValueError):
-            raise FileExistsError(f"--out must be a new folder or a set of sprites, got {out}, which exists") from None
+        existing = read_settings(out)
         if existing != settings:
             raise FileExistsError(f"{out}: the settings of this set must be {settings}, got {existing}")
-        print(f"{out} exists with the same settings")
+        print(escape_control(f"{out} exists with the same settings"))
         return
 
     parent, name = os.path.split(os.path.abspath(out))
@@ -576,10 +596,12 @@ def write_sprites(out: str, seed: int = 0, train: int = 4096, test: int = 512, v
         write_files(folder, settings, SETS[kind])
         os.chmod(folder, 0o755)
         os.rename(folder, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, WriteError):        # of a video, in another process
+            raise WriteError(out, error) from None
         raise
-    print(f"{out}: {train} + {test} + {val} clips")
+    print(escape_control(f"{out}: {train} + {test} + {val} clips"))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ ANSWERS = ["dog", "cat", "yes", "a red ball", "pizza", "zebra crossing", "snow",
 # Files
 
 def write_json(path, content):
+    """Write JSON as a person who edits it: without the checksum that a loaded file has."""
+    content = {key: x for key, x in content.items() if key != "checksum"} if isinstance(content, dict) else content
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as f:
         json.dump(content, f)
@@ -220,8 +222,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def no_java(monkeypatch):
     """Java is not found, so caption metrics take no time."""
-    import eval as evaluation
-    monkeypatch.setattr(evaluation.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
 def eval_config(models, root, task, **changes):

@@ -1,5 +1,9 @@
 """Oracles of eval.py: a loop over videos and texts, one at a time."""
 
+import multiprocessing
+import os
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from data import Sample, collate, encode_texts, load_tokenizer
 from helpers.benchmarks import NAMES, as_list, eval_config, load_json
 from masking import MaskConfig
 from model import load_model
+from runtime import run_cli
 from targets import compute_targets
 from tasks import TASKS, normalize_caption, split_files
 from teacher import SigLIP
@@ -98,3 +103,25 @@ def evaluate_task(models, root, task, **changes):
         assert visible_ids(NAMES[0]).shape == (1, 2 * results["frames"])
         assert results["tokens"] == "cluster_stm, 2 of 4 a frame"
     return results, model, tokenizer, load_json(path), folder, visible_ids
+
+
+def run_interrupted(name, function):
+    """
+    run_cli(name, function) in a process group of its own, as a terminal's, to which the function may send SIGINT.
+    -> exit code, what is written to stdout and stderr by all of its processes.
+    """
+    def main():
+        os.setsid()
+        for descriptor, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"interrupted.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+        run_cli(name, function)
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join(60)
+    texts = []
+    for stream in ("out", "err"):
+        with open(f"interrupted.{stream}") as f:
+            texts.append(f.read())
+    return process.exitcode, *texts
