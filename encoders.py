@@ -10,7 +10,6 @@ models/bert/modeling_bert.py). As in UMT (multi_modality/models/backbones/bert/x
 only and its last layers also attend to the video.
 """
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, fields
@@ -23,15 +22,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from files import (
-    atomic_write_text,
     config_from_dict,
     load_state_dict_strict,
     read_checkpoint,
     require,
     resolve_checkpoint,
     save_weights,
+    write_json,
 )
 from kernels import to_device
+from runtime import print0
 from video import patchify
 
 
@@ -205,6 +205,9 @@ class ViT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # BERT
 
+MAX_PADDING = 1024       # a vocabulary is padded by fewer entries; one that is larger is that of another tokenizer
+
+
 @dataclass
 class BertConfig:
     """Names and defaults of Hugging Face's BertConfig, and the size of the fusion layers."""
@@ -235,8 +238,9 @@ def read_bert_config(values: dict, path: str, **changes) -> BertConfig:
     """
     Build a BertConfig from a config.json of Hugging Face. Absent keys have the published defaults.
 
-    changes replace what does not affect the pretrained weights: dropout and fusion. Any other change must equal the
-    value in the file. A ValueError names the file and the field of whatever this BERT does not support.
+    changes replace what does not affect the pretrained weights: dropout and fusion. vocab_size may be less than in the
+    file, by fewer than MAX_PADDING entries: then that of the file is padded. Any other change must equal the value in
+    the file. A ValueError names the file and the field of whatever this BERT does not support.
     """
     values = {k: v for k, v in values.items() if v is not None}
     model_type = values.get("model_type", "bert")
@@ -249,15 +253,21 @@ def read_bert_config(values: dict, path: str, **changes) -> BertConfig:
         value = values.get(key, expected)
         require(value == expected, path, key, repr(expected), value)
     settings = asdict(config_from_dict(BertConfig, values, path, strict=False))
+    for f in fields(BertConfig):
+        value = settings[f.name]
+        require(isinstance(value, (int, f.type)), path, f.name, f"of type {f.type.__name__}", value)
+        may_be_zero = f.name in ("hidden_dropout_prob", "fusion_layers", "is_decoder")
+        require(value > 0 or may_be_zero and value == 0, path, f.name, "positive", value)
+    padded_size = settings["vocab_size"]
+    vocab_size = changes.get("vocab_size", padded_size)
+    require(vocab_size <= padded_size < vocab_size + MAX_PADDING, path, "vocab_size",
+            f"{vocab_size}, the number of entries of the tokenizer, or up to {MAX_PADDING - 1} more", padded_size)
     for key, value in changes.items():
-        may_change = key in ("hidden_dropout_prob", "fusion_layers", "encoder_width")
+        may_change = key in ("hidden_dropout_prob", "fusion_layers", "encoder_width", "vocab_size")
         require(may_change or settings.get(key) == value, path, key, repr(value), settings.get(key))
     cfg = BertConfig(**{**settings, **changes})
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        require(isinstance(value, (int, f.type)), path, f.name, f"of type {f.type.__name__}", value)
     heads, layers = cfg.num_attention_heads, cfg.num_hidden_layers
-    require(heads > 0 and cfg.hidden_size % heads == 0, path, "hidden_size",
+    require(cfg.hidden_size % heads == 0, path, "hidden_size",
             f"a multiple of num_attention_heads ({heads})", cfg.hidden_size)
     require(0 <= cfg.fusion_layers <= layers, path, "fusion_layers", f"0 to num_hidden_layers ({layers})",
             cfg.fusion_layers)
@@ -483,7 +493,8 @@ class Bert(nn.Module):
         Load a folder in Hugging Face's layout, or a hub id: config.json, model.safetensors or its shards. In eval mode.
 
         Every weight must be present and fit, except that the cross-attention of a fusion layer and the MLM head may be
-        absent as a whole. They are then initialised and listed in missing_keys. changes: see read_bert_config.
+        absent as a whole. They are then initialised and listed in missing_keys. changes: see read_bert_config. If
+        vocab_size is less than in the file, whose vocabulary is padded, the entries beyond it are dropped.
         """
         folder = resolve_checkpoint(name, "a BERT")
         require_safetensors(folder)
@@ -491,6 +502,8 @@ class Bert(nn.Module):
         path = os.path.join(folder, "model*.safetensors")
         model = cls(read_bert_config(config, os.path.join(folder, "config.json"), **changes))
         weights = untie_mlm_head(rename_bert_weights(weights), path)
+        weights = drop_padding_entries(weights, config.get("vocab_size") or BertConfig.vocab_size,
+                                       model.cfg.vocab_size, folder)
         present = {optional_part(key) for key in weights} | {None}
         missing = {key: value for key, value in model.state_dict().items() if optional_part(key) not in present}
         load_state_dict_strict(model, missing | weights, path)
@@ -501,7 +514,7 @@ class Bert(nn.Module):
         """Write config.json and model.safetensors. The weights come last: if they are there, the folder is complete."""
         os.makedirs(folder, exist_ok=True)
         config = {"model_type": "bert", **asdict(self.cfg)}
-        atomic_write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
+        write_json(os.path.join(folder, "config.json"), config)
         save_weights(self, folder)
 
 
@@ -526,6 +539,17 @@ def untie_mlm_head(weights: dict[str, Tensor], path: str) -> dict[str, Tensor]:
         if value is not None and not torch.equal(value, weights.setdefault(original, value)):
             raise ValueError(f"{path}: {copy} must equal {original}, as the two are tied here, got other values")
     return weights
+
+
+def drop_padding_entries(weights: dict[str, Tensor], padded_size: int, vocab_size: int,
+                         folder: str) -> dict[str, Tensor]:
+    """Cut the word embeddings and the bias of the MLM head from padded_size entries to vocab_size, and print so."""
+    if padded_size == vocab_size:
+        return weights
+    print0(f"{folder} has {padded_size} word embeddings and its tokenizer {vocab_size} entries: the last "
+           f"{padded_size - vocab_size} embeddings are dropped")
+    words = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+    return {key: x[:vocab_size].clone() if key in words and len(x) == padded_size else x for key, x in weights.items()}
 
 
 def optional_part(key: str) -> str | None:

@@ -10,7 +10,7 @@ differ only in their tokenizer. E, the width of the joint space of images and te
 MAP head pools an image into it, and a linear head projects a text's last token into it.
 """
 
-import json
+import math
 import os
 import re
 import string
@@ -31,6 +31,8 @@ from files import (
     require,
     resolve_checkpoint,
     save_weights,
+    verify_tokenizer,
+    write_json,
 )
 from kernels import to_device
 from kernels.window_attention import window_attention
@@ -41,7 +43,16 @@ ACTIVATIONS = {
     "gelu": nnf.gelu,
     "relu": nnf.relu,
 }
-PLAIN_TOKENIZER_CLASS = "PreTrainedTokenizerFast"       # a tokenizer.json of this class is used unchanged
+# A tokenizer.json of these classes is used unchanged. Versions of transformers from 5 on write the last name; some of
+# version 4 write the first, even for a fast tokenizer.
+PLAIN_TOKENIZER_CLASSES = "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"
+
+# The image processors that are supported, and which of their settings must have which value. Those in HARMLESS_SETTINGS
+# change no pixel here: frames are RGB, and the size is explicit.
+IMAGE_PROCESSORS = "SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"
+FIXED_SETTINGS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "do_pad": False}
+HARMLESS_SETTINGS = ("do_convert_rgb", "processor_class", "_valid_processor_keys", "data_format", "default_to_square",
+                     "disable_grouping", "checksum")
 
 
 @dataclass
@@ -411,22 +422,23 @@ class SigLIP(nn.Module):
         processor["size"] = dict(zip(("height", "width"), processor["size"], strict=True))
         config["text_config"]["projection_size"] = self.cfg.vision_config.hidden_size
         files = {"config.json": config,
-                 "preprocessor_config.json": {"image_processor_type": "SiglipImageProcessor", **processor}}
+                 "preprocessor_config.json": {"image_processor_type": IMAGE_PROCESSORS[0], **processor}}
         if self.tokenizer is not None:
             atomic_write_text(os.path.join(folder, "tokenizer.json"), self.tokenizer.to_str(pretty=True))
             pad = self.tokenizer.id_to_token(self.cfg.text_config.pad_token_id)
-            files["tokenizer_config.json"] = {"tokenizer_class": PLAIN_TOKENIZER_CLASS, "pad_token": pad}
+            files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
         for name, value in files.items():
-            atomic_write_text(os.path.join(folder, name), json.dumps(value, indent=1))
+            write_json(os.path.join(folder, name), value)
         save_weights(self, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> "SigLIP":
+    def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32, with_tokenizer: bool = True) -> "SigLIP":
         """
         Load a folder in Hugging Face's layout, or a hub id. The model is frozen and in eval mode.
 
-        config.json and model.safetensors (or its shards) must exist, and every weight must fit;
-        preprocessor_config.json, tokenizer.json and tokenizer_config.json are optional.
+        config.json, model.safetensors (or its shards) and preprocessor_config.json (or processor_config.json) must
+        exist, and every weight must fit; tokenizer_config.json is optional. tokenizer.json must exist unless
+        with_tokenizer is False, for uses without captions: then no tokenizer is loaded.
         """
         folder = resolve_checkpoint(folder, "a SigLIP")
         config, weights = read_checkpoint(folder, "a SigLIP")
@@ -438,16 +450,22 @@ class SigLIP(nn.Module):
                            image_processor=read_image_processor(folder))
         with torch.device("meta"):          # the checkpoint replaces all weights: allocate and initialize none
             model = cls(cfg)
-        model.tokenizer = load_siglip_tokenizer(folder, cfg.text_config)
+        if with_tokenizer:
+            model.tokenizer = load_siglip_tokenizer(folder, cfg.text_config)
         for tower in ("vision_model", "text_model"):        # old checkpoints contain this buffer
             weights.pop(f"{tower}.embeddings.position_ids", None)
         load_state_dict_strict(model, weights, os.path.join(folder, "model*.safetensors"), assign=True)
         return model.to(dtype).eval().requires_grad_(False)
 
 
-def load_teacher(folder: str, device: torch.device, fp8: bool = False) -> SigLIP:
-    """Load a frozen SigLIP: in bf16 on a GPU, in fp32 on a CPU; with fp8 the layers of its image tower are in fp8."""
-    teacher = SigLIP.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+def load_teacher(folder: str, device: torch.device, fp8: bool = False, with_tokenizer: bool = True) -> SigLIP:
+    """
+    Load a frozen SigLIP: in bf16 on a GPU, in fp32 on a CPU; with fp8 the layers of its image tower are in fp8.
+
+    with_tokenizer: see SigLIP.from_pretrained.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    teacher = SigLIP.from_pretrained(folder, dtype, with_tokenizer).to(device)
     if fp8:
         require_fp8(device)
         use_fp8(teacher)
@@ -522,6 +540,8 @@ def read_tower_config(cls: type, config: dict, part: str, path: str) -> VisionCo
     for f in fields(cls):
         value = values.get(f.name, f.default)
         require(isinstance(value, (int, f.type)), path, f"{part}.{f.name}", f"of type {f.type.__name__}", value)
+        require(f.type is str or value > 0 or f.name == "pad_token_id" and value == 0, path, f"{part}.{f.name}",
+                "positive", value)
     cfg = config_from_dict(cls, values, path, strict=False)
     require(cfg.hidden_size % cfg.num_attention_heads == 0, path, f"{part}.hidden_size",
             f"a multiple of num_attention_heads, {cfg.num_attention_heads}", cfg.hidden_size)
@@ -529,43 +549,78 @@ def read_tower_config(cls: type, config: dict, part: str, path: str) -> VisionCo
 
 
 def read_image_processor(folder: str) -> ImageProcessorConfig:
-    """Read a folder's preprocessor_config.json. If there is none, SigLIP's defaults hold."""
-    path = os.path.join(folder, "preprocessor_config.json")
-    values = {k: v for k, v in read_json(path).items() if v is not None} if os.path.isfile(path) else {}
-    for key in ("do_resize", "do_rescale", "do_normalize"):
-        require(values.get(key, True), path, key, "true", values.get(key))
-    if "size" in values:
-        size = values["size"]
-        require(isinstance(size, dict) and {"height", "width"} <= size.keys(), path, "size", "height and width", size)
-        values["size"] = size["height"], size["width"]
+    """
+    Read how a folder's images are resized and normalized: from processor_config.json if that says it, as transformers 5
+    writes it, else from preprocessor_config.json. Settings that the files lack have transformers' defaults.
+    """
+    path, values = os.path.join(folder, "processor_config.json"), None
+    if os.path.isfile(path):
+        values = read_json(path).get("image_processor")
+        require(values is None or isinstance(values, dict), path, "image_processor", "an object", values)
+    if values is None:
+        path = os.path.join(folder, "preprocessor_config.json")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{folder} has neither preprocessor_config.json nor an image_processor in processor_config.json, so "
+                "its preprocessing is unknown: copy one from the SigLIP that it comes from, for example: "
+                f"hf download google/siglip-base-patch16-224 preprocessor_config.json --local-dir {folder}")
+        values = read_json(path)
+    values = {"size": {"height": 224, "width": 224}} | {k: v for k, v in values.items() if v is not None}
+    kind = values.pop("image_processor_type", IMAGE_PROCESSORS[0])
+    require(kind in IMAGE_PROCESSORS, path, "image_processor_type", " or ".join(IMAGE_PROCESSORS), kind)
+    for key, expected in FIXED_SETTINGS.items():
+        value = values.pop(key, expected)
+        require(value is expected, path, key, str(expected).lower(), value)
+    names = [f.name for f in fields(ImageProcessorConfig)]
+    for key in values:
+        require(key in names or key in HARMLESS_SETTINGS, path, key, "absent, as this setting is not supported",
+                values[key])
+    return parse_image_processor(values, path)
+
+
+def parse_image_processor(values: dict, path: str) -> ImageProcessorConfig:
+    """Build the config from the settings in the file at `path`."""
+    def is_number(value):
+        return type(value) in (int, float) and math.isfinite(value)
+
+    size = values["size"]
+    is_size = isinstance(size, dict) and all(type(size.get(k)) is int and size[k] > 0 for k in ("height", "width"))
+    require(is_size, path, "size", "height and width in pixels", size)
+    values["size"] = size["height"], size["width"]
     for key in ("image_mean", "image_std"):
         if key in values:
             value = values[key]
-            require(isinstance(value, (list, tuple)) and len(value) == 3, path, key, "3 numbers", value)
+            require(isinstance(value, list) and len(value) == 3 and all(map(is_number, value)), path, key, "3 numbers",
+                    value)
             values[key] = tuple(value)
     cfg = config_from_dict(ImageProcessorConfig, values, path, strict=False)
-    require(cfg.resample in RESAMPLE_MODES, path, "resample", f"one of {RESAMPLE_MODES}", cfg.resample)
+    require(min(cfg.image_std) > 0, path, "image_std", "positive", cfg.image_std)
+    require(is_number(cfg.rescale_factor) and cfg.rescale_factor > 0, path, "rescale_factor", "a positive number",
+            cfg.rescale_factor)
+    require(type(cfg.resample) is int and cfg.resample in RESAMPLE_MODES, path, "resample",
+            f"one of {RESAMPLE_MODES}", cfg.resample)
     return cfg
 
 
-def load_siglip_tokenizer(folder: str, cfg: TextConfig) -> Tokenizer | None:
+def load_siglip_tokenizer(folder: str, cfg: TextConfig) -> Tokenizer:
     """
     Load a folder's tokenizer.json and make it do what the checkpoint's processor does. Sets cfg.pad_token_id.
-    None if the folder has no tokenizer.json.
 
     SigLIP (sentencepiece, a Unigram model): lower case, no punctuation, single spaces; </s> ends and pads.
     SigLIP 2 (Gemma's, a BPE model): lower case; no <bos>, <eos> ends, <pad> pads. Others are used unchanged.
     """
     path, config_path = (os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer_config.json"))
-    if not os.path.isfile(path):
-        return None
+    require_tokenizer(folder)
+    verify_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_file(path)
-    except Exception as error:                  # the library raises plain Exception
+    except BaseException as error:      # the library raises plain Exception, and PanicException, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{path} must be a tokenizer of the tokenizers library, got {format_error(error)}") from None
     options = read_json(config_path) if os.path.isfile(config_path) else {}
     lower, steps, end, pad = options.get("do_lower_case", True), [], None, None
-    if options.get("tokenizer_class") == PLAIN_TOKENIZER_CLASS and "do_lower_case" not in options:
+    if options.get("tokenizer_class") in PLAIN_TOKENIZER_CLASSES and "do_lower_case" not in options:
         pass
     elif isinstance(tokenizer.model, models.Unigram) and tokenizer.token_to_id("</s>") is not None:
         # SigLIP's processor calls Python's lower(), which maps a capital sigma at the end of a word to a final sigma.
@@ -592,3 +647,16 @@ def load_siglip_tokenizer(folder: str, cfg: TextConfig) -> Tokenizer | None:
     require(largest_id < cfg.vocab_size, path, "its largest id",
             f"below text_config.vocab_size, {cfg.vocab_size}, of config.json", largest_id)
     return tokenizer
+
+
+def require_tokenizer(folder: str):
+    """Raise a FileNotFoundError that says how to get a tokenizer.json if a folder has none."""
+    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        return
+    advice = "copy it from the SigLIP that these weights come from"
+    if os.path.isfile(os.path.join(folder, "spiece.model")):        # all that transformers saves of SigLIP's tokenizer
+        advice = ("spiece.model is not read; convert it in that folder (pip install transformers sentencepiece "
+                  'protobuf): python -c "from transformers import SiglipTokenizer; from '
+                  "transformers.convert_slow_tokenizer import SpmConverter; "
+                  "SpmConverter(SiglipTokenizer('spiece.model')).converted().save('tokenizer.json')\"")
+    raise FileNotFoundError(f"{folder} has no tokenizer.json, which captions need: {advice}")

@@ -33,6 +33,7 @@ from bench.operations import (
     probe_fp32_out,
 )
 from bench.timing import is_deterministic, measure_roofline, peak_memory, ratio, roofline_ms, time_interleaved, time_ms
+from config import PRESETS
 from kernels.bandwidth import bandwidth_ref
 from kernels.density_peaks import density_peaks
 from masking import MaskConfig, cluster_stm, keep_count, select_tokens_ref, select_tokens_triton
@@ -40,7 +41,6 @@ from runtime import num_cpus, select_device
 from teacher import SigLIP, SigLIPConfig
 from tools.sprites import render
 from tools.tables import banner, print_header, print_row, try_or_message
-from train import PRESETS
 
 SHAPES = ((1024, 196, 768), (512, 256, 1152), (256, 729, 1152))     # B/16 at 224, L/16 at 256, So400m/14 at 384
 CPU_SHAPE = (64, 196, 768)
@@ -269,7 +269,7 @@ def agreement(ids: torch.Tensor, ids_ref: torch.Tensor, tokens: int) -> tuple[fl
 @torch.no_grad()
 def teacher_features(folder: str, clips: int, device: str, dtype: torch.dtype) -> Tensor:
     """Features (B, T, N, C) that the SigLIP in a folder gives of held-out embedded clips, computed in `dtype`."""
-    teacher = SigLIP.from_pretrained(folder, dtype).to(device)
+    teacher = SigLIP.from_pretrained(folder, dtype, with_tokenizer=False).to(device)
     frames = torch.stack([torch.from_numpy(render(0, "test", i).frames) for i in range(clips)])     # (B, T, H, W, 3)
     video = frames.permute(0, 1, 4, 2, 3).to(device)
     return torch.stack([teacher.encode_image(teacher.normalize(clip, teacher.patch_grid))[0] for clip in video])

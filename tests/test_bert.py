@@ -225,8 +225,51 @@ def test_only_dropout_and_fusion_can_be_changed(tmp_path):
     write(tmp_path)
     model = Bert.from_pretrained(tmp_path, hidden_dropout_prob=0.0, vocab_size=40, hidden_size=12, **FUSION)
     assert model.cfg == BertConfig(**SIZES, **FUSION, hidden_dropout_prob=0.0)
-    assert_refused(tmp_path, r"config\.json: vocab_size .*2000.*\b40", vocab_size=2000)
+    assert_refused(tmp_path, r"config\.json: vocab_size .*41, .*tokenizer.*\b40$", vocab_size=41)
     assert_refused(tmp_path, r"config\.json: layers .*\b2\b.*None", layers=2)
+
+
+@pytest.mark.parametrize("form", ["as saved", "old names"])
+def test_a_vocabulary_padded_beyond_the_tokenizer_is_cut_with_a_word(tmp_path, form, capsys):
+    theirs, ids = write(tmp_path), padded_ids()
+    if form == "old names":
+        edit_weights(tmp_path, old_names)
+    model = Bert.from_pretrained(tmp_path, vocab_size=37, **FUSION)
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path} has 40 word embeddings and its tokenizer 37 entries: the last 3 ")
+    assert model.cfg == BertConfig(**{**SIZES, "vocab_size": 37}, **FUSION) and model.missing_keys == tuple(
+        key for key in model.state_dict() if "crossattention" in key)
+    ids[ids >= 37] = 5
+    with torch.no_grad():
+        logits = theirs(ids, attention_mask=(ids != 0).long()).logits[..., :37]
+        torch.testing.assert_close(model.lm_logits(encode(model, ids)), logits, **TOL)
+    masked, _ = encoders.mask_tokens(ids.repeat(200, 1), model.cfg.vocab_size, 4, seeded())
+    assert masked.max() == 36                               # all words of the tokenizer are drawn, and no padding
+    Bert.from_pretrained(tmp_path, vocab_size=40, **FUSION)
+    assert not capsys.readouterr().out
+    model.save_pretrained(tmp_path / "again")
+    again = Bert.from_pretrained(tmp_path / "again", vocab_size=37, **FUSION)
+    assert all(torch.equal(x, again.state_dict()[key]) for key, x in model.state_dict().items())
+
+
+def test_a_padded_encoder_without_a_head_gets_a_head_of_the_tokenizers_size(tmp_path):
+    theirs = write(tmp_path, "BertModel")
+    model = Bert.from_pretrained(tmp_path, vocab_size=37, **FUSION)
+    assert model.cls.predictions.bias.shape == (37,) and "cls.predictions.bias" in model.missing_keys
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, theirs.embeddings.word_embeddings.weight[:37])
+
+
+def test_the_tokenizer_of_another_model_is_not_taken_for_padding(tmp_path):
+    write(tmp_path, vocab_size=2000)
+    assert_refused(tmp_path, r"config\.json: vocab_size .*976, .*tokenizer.* 1023 more, got 2000$", vocab_size=976)
+    assert Bert.from_pretrained(tmp_path, vocab_size=977, **FUSION).cfg.vocab_size == 977
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_attention_heads", "layer_norm_eps"])
+def test_sizes_of_0_are_refused(tmp_path, field):
+    write(tmp_path)
+    edit_config(tmp_path, **{field: 0})
+    assert_refused(tmp_path, rf"config\.json: {field} must be positive, got 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

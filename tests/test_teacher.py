@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from helpers.models import hugging_face, seeded
-from helpers.siglip import WORDS, random_clips, tiny_siglip, word_tokenizer
+from helpers.siglip import (
+    WORDS,
+    edit_json,
+    image_processor_class,
+    random_clips,
+    sentencepiece_tokenizer,
+    tiny_siglip,
+    to_hugging_face,
+    word_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -20,16 +29,6 @@ from video import RESAMPLE_MODES, resize_like_pillow
 
 GRIDS = [(3, 3), (2, 5), (5, 2), (1, 4), (4, 1), (1, 1)]
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def to_hugging_face(model):
-    """transformers' SigLIP with the same weights, which are loaded strictly by name."""
-    hf, c = hugging_face(), model.cfg
-    text = {**vars(c.text_config), "projection_size": c.vision_config.hidden_size}
-    config = hf.SiglipConfig(text_config=text, vision_config=vars(c.vision_config), attn_implementation="sdpa")
-    other = hf.SiglipModel(config).double().eval()
-    other.load_state_dict(model.state_dict())
-    return other
 
 
 def random_tokens(F, grid):
@@ -140,7 +139,8 @@ def test_transformers_loads_what_save_pretrained_writes(tmp_path, text_width):
 def test_from_pretrained_loads_what_transformers_writes(tmp_path):
     model = tiny_siglip(20)
     to_hugging_face(model).save_pretrained(tmp_path)
-    again = SigLIP.from_pretrained(tmp_path, torch.float64)
+    image_processor_class()(size={"height": 12, "width": 12}).save_pretrained(tmp_path)
+    again = SigLIP.from_pretrained(tmp_path, torch.float64, with_tokenizer=False)
     assert again.tokenizer is None and again.cfg == model.cfg
     assert all(torch.equal(a, again.state_dict()[name]) for name, a in model.state_dict().items())
 
@@ -235,14 +235,13 @@ def preprocess(model, frames):
 @pytest.mark.parametrize("resample", [2, 3], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(9, 31), (7, 11), (30, 90), (20, 28), (50, 13), (24, 24)], ids=str)
 def test_resize_and_normalize_match_the_image_processor(tmp_path, resample, shape):
-    hf, model = hugging_face(), tiny_siglip()
-    pytest.importorskip("PIL")
+    model = tiny_siglip()
     model.cfg.image_processor = ImageProcessorConfig((0.48, 0.45, 0.4), (0.27, 0.26, 0.28), resample=resample,
                                                      size=(20, 28))
     model.float().save_pretrained(tmp_path)
     again = SigLIP.from_pretrained(tmp_path)
     assert again.cfg == model.cfg
-    processor = hf.models.siglip.image_processing_pil_siglip.SiglipImageProcessorPil.from_pretrained(tmp_path)
+    processor = image_processor_class().from_pretrained(tmp_path)
     g = torch.Generator().manual_seed(0)        # noise, black and white noise, one edge
     images = torch.randint(0, 256, (3, 3, *shape), generator=g, dtype=torch.uint8)
     images[1:] = (images[1:] > 127) * 255
@@ -255,6 +254,46 @@ def test_resize_and_normalize_match_the_image_processor(tmp_path, resample, shap
     assert found.dtype == torch.float32 and found.shape == expected.shape == (3, 3, 20, 28)
     assert levels.max() < 1.01
     assert torch.equal(preprocess(again, images[:1]), found[:1])
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_settings_that_change_no_pixel_are_accepted(tmp_path, name):
+    """Both files: what any version of transformers has written of a SigLIP's image processor."""
+    model = tiny_siglip()
+    model.save_pretrained(tmp_path)
+    settings = {"image_processor_type": "SiglipImageProcessorFast", "do_convert_rgb": None, "crop_size": None,
+                "data_format": "channels_first", "default_to_square": False, "device": None, "do_center_crop": None,
+                "do_pad": False, "pad_size": None, "_valid_processor_keys": ["images"], "do_resize": True,
+                "processor_class": "SiglipProcessor", "rescale_factor": 0.5, "resample": 2, "image_mean": [0.1, 0.2, 0],
+                "size": {"height": 8, "width": 16}}
+    (tmp_path / name).write_text(json.dumps({"image_processor": settings} if name[:4] == "proc" else settings))
+    expected = ImageProcessorConfig((0.1, 0.2, 0), (0.5,) * 3, 0.5, 2, (8, 16))
+    assert SigLIP.from_pretrained(tmp_path).cfg.image_processor == expected
+    (tmp_path / name).write_text("{}" if name[:4] == "prep" else '{"processor_class": "SiglipProcessor"}')
+    cfg = SigLIP.from_pretrained(tmp_path).cfg.image_processor      # transformers' defaults, and the other file's
+    defaults = image_processor_class()()
+    expected = (defaults.size["height"], defaults.size["width"]) if name[:4] == "prep" else (12, 12)
+    assert cfg == ImageProcessorConfig(size=expected) and cfg.resample == defaults.resample
+    assert list(cfg.image_mean) == list(defaults.image_mean) and list(cfg.image_std) == list(defaults.image_std)
+
+
+def test_unknown_preprocessing_is_refused(tmp_path):
+    tiny_siglip().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "other")
+    for content in (None, {"processor_class": "SiglipProcessor"}):
+        if content:
+            (tmp_path / "processor_config.json").write_text(json.dumps(content))
+        with pytest.raises(FileNotFoundError) as error:
+            SigLIP.from_pretrained(tmp_path)
+        line = str(error.value)
+        assert line.startswith(f"{tmp_path} has neither preprocessor_config.json nor an image_processor in processor_c")
+        command = "hf download google/siglip-base-patch16-224 preprocessor_config.json"
+        assert "\n" not in line and line.endswith(f"{command} --local-dir {tmp_path}")
+    for content, message in (([], r": image_processor .*object.* \[\]"),
+                             ({"image_processor_type": "ViTImageProcessor"}, ": image_processor_type .*Siglip.*'ViT")):
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+        with pytest.raises(ValueError, match=f"^{tmp_path}/processor_config.json{message}"):
+            SigLIP.from_pretrained(tmp_path)
 
 
 def test_normalize_resizes_frames_to_the_patches_of_a_grid():
@@ -342,21 +381,59 @@ def test_captions_keep_their_case_if_do_lower_case_is_false(tmp_path):
     assert torch.equal(again.tokenize(CAPTIONS), model.tokenize(CAPTIONS))
 
 
-def test_ids_match_transformers_siglip_tokenizer(tmp_path):
-    pytest.importorskip("google.protobuf")
-    sentencepiece, hf = pytest.importorskip("sentencepiece"), hugging_face()
-    from transformers.convert_slow_tokenizer import SpmConverter
-    corpus = [f"a {c} {o} moves {w}" for c in ("red", "blue", "green") for o in ("dog", "it", "its", "café", "square")
-              for w in ("left", "right", "up", "ός")] * 5
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "spiece"), vocab_size=60, hard_vocab_limit=False,
-        unk_id=2, eos_id=1, bos_id=-1, pad_id=-1, minloglevel=2)
-    slow = hf.SiglipTokenizer(str(tmp_path / "spiece.model"))
-    fast = SpmConverter(slow).converted()
-    model = SigLIP.from_pretrained(folder_of(tmp_path, fast, {"do_lower_case": True}))
-    for caption in [*CAPTIONS, "A BLUE Square; moves? (right)", "ﬁne ½ café", "日本語 a dog", "a\u00a0red"]:
+def check_ids(model, slow):
+    """The model's ids are those of transformers' SiglipTokenizer."""
+    captions = [*CAPTIONS, "A BLUE Square; moves? (right)", "ﬁne ½ café", "日本語 a dog", "a\u00a0red"]
+    if hugging_face().__version__ < "5":        # it lower-cases each letter by itself, so that a word never ends in ς
+        captions.remove("ΟΔΟΣ ΣΟ Σ")
+    for caption in captions:
         expected = slow(caption, padding="max_length", max_length=16, truncation=True).input_ids
         assert model.tokenize([caption]).tolist() == [expected], caption
+
+
+def test_ids_match_transformers_siglip_tokenizer(tmp_path):
+    slow = sentencepiece_tokenizer(tmp_path)
+    from transformers.convert_slow_tokenizer import SpmConverter
+    fast = SpmConverter(slow).converted()
+    model = SigLIP.from_pretrained(folder_of(tmp_path, fast, {"do_lower_case": True}))
+    check_ids(model, slow)
+
+
+def test_a_processors_folder_opens_once_its_tokenizer_is_converted(tmp_path, monkeypatch):
+    """The folder of a SigLIP and its processor, as transformers saves it: spiece.model and no tokenizer.json."""
+    hf, slow = hugging_face(), sentencepiece_tokenizer(tmp_path)
+    text = TextConfig(16, 20, 2, 4, len(slow), max_position_embeddings=16)
+    model = SigLIP(SigLIPConfig(tiny_siglip().cfg.vision_config, text)).double()
+    folder = tmp_path / "folder"
+    to_hugging_face(model).save_pretrained(folder)
+    processor = hf.SiglipProcessor(image_processor_class()(
+        size={"height": 20, "width": 28}, resample=2, image_mean=[0.4, 0.5, 0.6]), slow)
+    processor.save_pretrained(folder)
+    assert (folder / "processor_config.json" if hf.__version__ > "5" else folder / "preprocessor_config.json").exists()
+    assert not (folder / "tokenizer.json").exists() and (folder / "spiece.model").exists()
+    with pytest.raises(FileNotFoundError, match=f"^{folder} has no tokenizer.json, [^\n]*spiece.model[^\n]*$") as error:
+        SigLIP.from_pretrained(folder)
+    assert SigLIP.from_pretrained(folder, with_tokenizer=False).tokenizer is None
+    monkeypatch.chdir(folder)
+    exec(str(error.value).partition('python -c "')[2].removesuffix('"'), {})
+    again = SigLIP.from_pretrained(folder, torch.float64)
+    check_ids(again, slow)
+    assert all(torch.equal(a, again.state_dict()[name]) for name, a in model.state_dict().items())
+    images = torch.randint(64, 192, (3, 3, 30, 90), generator=seeded(), dtype=torch.uint8)
+    expected = torch.from_numpy(np.stack(
+        processor.image_processor([x.permute(1, 2, 0).numpy() for x in images]).pixel_values))
+    assert (preprocess(again, images) - expected).abs().max() * 255 / 2 < 1.01
+
+
+def test_a_folder_without_a_tokenizer_opens_for_frames_alone(tmp_path):
+    model = tiny_siglip().float()
+    model.tokenizer = None
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path} has no tokenizer.json, which captions need: copy "):
+        SigLIP.from_pretrained(tmp_path)
+    again = SigLIP.from_pretrained(tmp_path, with_tokenizer=False)
+    pixels = model.normalize(random_clips().video[:, 0])
+    assert torch.equal(again.forward_features(pixels), model.forward_features(pixels))
 
 
 def gemma(hf, kind):
@@ -395,6 +472,31 @@ def test_another_kind_of_tokenizer_is_used_unchanged(tmp_path):
     assert model.tokenize(["RED, red"])[0].tolist() == [2, 1, 1, 3] + [0] * 12
 
 
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_plain_tokenizer_is_used_unchanged(tmp_path, kind):
+    """The class names of transformers' versions 4.50, 4 and 5 for a tokenizer.json of no model's own class."""
+    tokenizer = unigram([*PIECES, "▁A"])
+    model = SigLIP.from_pretrained(folder_of(tmp_path, tokenizer, {"tokenizer_class": kind, "pad_token": "</s>"}))
+    expected = tokenizer.encode("A dog.").ids
+    assert expected[0] == len(PIECES)
+    assert model.tokenize(["A dog."])[0].tolist() == expected + [1] * (16 - len(expected))
+
+
+def test_what_transformers_saves_of_a_saved_teacher_has_the_same_ids_and_settings(tmp_path):
+    hf = hugging_face()
+    model = SigLIP.from_pretrained(folder_of(tmp_path / "a", unigram(), {"do_lower_case": True}))
+    model.save_pretrained(tmp_path / "b")
+    hf.AutoModel.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
+    hf.AutoTokenizer.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
+    image_processor_class().from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "b" / name).read_text())["checksum"]
+        edit_json(tmp_path / "c" / name)                            # transformers keeps the checksum of the old content
+    again = SigLIP.from_pretrained(tmp_path / "c")
+    assert again.cfg == model.cfg and torch.equal(again.tokenize(CAPTIONS), model.tokenize(CAPTIONS))
+    assert all(torch.equal(a, again.state_dict()[name]) for name, a in model.state_dict().items())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
 
@@ -417,6 +519,8 @@ def test_a_saved_teacher_loads_equal_frozen_and_in_eval_mode(tmp_path):
 
 def test_a_sharded_checkpoint_is_loaded(tmp_path):
     model = tiny_siglip(20)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     to_hugging_face(model).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
     again = SigLIP.from_pretrained(tmp_path, torch.float64)
@@ -441,8 +545,9 @@ def test_fields_missing_from_a_config_have_the_published_defaults(tmp_path):
         config[part] = {k: v for k, v in config[part].items() if v != getattr(default, k, None)}
         assert "layer_norm_eps" not in config[part] and "hidden_act" not in config[part]
         config[part] |= {"model_type": "siglip", "layer_norm_eps": None, "torch_dtype": "float32"}
+    del config["checksum"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 12, "width": 12}}')
     assert SigLIP.from_pretrained(tmp_path).cfg == expected
     assert expected.image_processor == ImageProcessorConfig(size=(12, 12))
 
@@ -456,18 +561,6 @@ def test_position_ids_of_old_checkpoints_are_ignored(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     again = SigLIP.from_pretrained(tmp_path, torch.float64)
     assert all(torch.equal(a, again.state_dict()[name]) for name, a in model.state_dict().items())
-
-
-def rewrite(path, **changes):
-    """A JSON file with these fields changed, deep in its parts; ... takes one away."""
-    values = json.loads(path.read_text())
-    for key, value in changes.items():
-        part, _, name = key.rpartition("__")
-        where = values[part] if part else values
-        where[name] = value
-        if value is ...:
-            del where[name]
-    path.write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize("file, changes, line", [
@@ -487,13 +580,25 @@ def rewrite(path, **changes):
     ("preprocessor_config.json", {"resample": 1}, r"resample .*bicubic.* 1"),
     ("preprocessor_config.json", {"size": {"shortest_edge": 9}}, r"size .*height.* {'shortest_edge': 9}"),
     ("preprocessor_config.json", {"image_std": [1, 1]}, r"image_std .* 3 .*\[1, 1\]"),
+    ("preprocessor_config.json", {"image_std": [1, 1, 0]}, r"image_std .*positive.* 0\)"),
+    ("preprocessor_config.json", {"image_mean": [1, 1, float("nan")]}, r"image_mean .* 3 numbers.* nan\]"),
+    ("preprocessor_config.json", {"rescale_factor": -1}, r"rescale_factor .*positive.* -1"),
+    ("preprocessor_config.json", {"rescale_factor": "1/255"}, r"rescale_factor .*number.* '1/255'"),
+    ("preprocessor_config.json", {"size": {"height": 12, "width": 0}}, r"size .*height.* {'height': 12, 'width': 0}"),
+    ("preprocessor_config.json", {"size": 12}, r"size .*height.* 12"),
     ("preprocessor_config.json", {"do_normalize": False}, r"do_normalize .* true.* False"),
+    ("preprocessor_config.json", {"do_center_crop": True}, r"do_center_crop .* false.* True"),
+    ("preprocessor_config.json", {"do_pad": True}, r"do_pad .* false.* True"),
+    ("preprocessor_config.json", {"do_sharpen": 1}, r"do_sharpen .*absent.* 1"),
+    ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"}, r"image_processor_type .*'CLIP\S*'"),
+    ("config.json", {"vision_config__num_attention_heads": 0}, r"vision_config.num_attention_heads .*positive.* 0"),
     ("tokenizer_config.json", {"pad_token": 5}, r"pad_token .* 5"),
     ("tokenizer.json", {"model": 5}, r"tokenizer.json .*"),
+    ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, r"tokenizer.json .*"),
 ], ids=str)
 def test_an_invalid_field_is_rejected_with_its_file_name_and_value(tmp_path, file, changes, line):
     tiny_siglip().save_pretrained(tmp_path)
-    rewrite(tmp_path / file, **changes)
+    edit_json(tmp_path / file, **changes)
     with pytest.raises(ValueError, match=rf"^{tmp_path}[^\n]*{line}$") as error:
         SigLIP.from_pretrained(tmp_path)
     assert "\n" not in str(error.value) and (file in str(error.value) or "model*.safetensors" in str(error.value))
@@ -560,8 +665,7 @@ def test_a_missing_file_is_rejected_by_name(tmp_path, name):
 @pytest.mark.parametrize("kind", ["siglip2", "clip", None])
 def test_another_model_type_is_rejected_by_name(tmp_path, kind):
     tiny_siglip().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    edit_json(tmp_path / "config.json", model_type=kind)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/config.json: model_type .*'siglip'.* {kind!r}$") as error:
         SigLIP.from_pretrained(str(tmp_path))
     assert ("NaFlex" in str(error.value)) == (kind == "siglip2")

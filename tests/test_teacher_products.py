@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from helpers.kernels import needs_cuda, seeded
-from helpers.siglip import WORDS, tiny_siglip
+from helpers.siglip import WORDS, tiny_siglip, word_tokenizer
 from torch import nn
 
 import teacher
@@ -143,7 +143,8 @@ def test_fp8_is_for_the_layers_of_the_image_tower(monkeypatch, tmp_path):
         teacher.use_fp8(model)
     torch.manual_seed(0)
     model = SigLIP(SigLIPConfig(VisionConfig(32, 64, 2, 2, image_size=12, patch_size=4),
-                                TextConfig(16, 32, 2, 2, len(WORDS), max_position_embeddings=6, pad_token_id=0)))
+                                TextConfig(16, 32, 2, 2, len(WORDS), max_position_embeddings=6, pad_token_id=0)),
+                   word_tokenizer())
     model.save_pretrained(tmp_path)
     plain = teacher.load_teacher(str(tmp_path), torch.device("cpu"))
     with pytest.raises(ValueError, match="teacher_fp8"):
@@ -163,8 +164,8 @@ def test_a_teacher_is_loaded_in_bf16_on_a_gpu_and_in_fp32_on_a_cpu(monkeypatch):
     load = Mock()
     monkeypatch.setattr(SigLIP, "from_pretrained", load)
     for device, dtype in ((torch.device("cuda"), torch.bfloat16), (torch.device("cpu"), torch.float32)):
-        assert teacher.load_teacher("folder", device) is load("folder", dtype).to(device)
-        assert load.call_args_list[-2:] == [call("folder", dtype)] * 2
+        assert teacher.load_teacher("folder", device) is load("folder", dtype, True).to(device)
+        assert load.call_args_list[-2:] == [call("folder", dtype, True)] * 2
         assert load.return_value.to.call_args_list[-2:] == [call(device)] * 2
 
 

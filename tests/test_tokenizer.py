@@ -229,8 +229,9 @@ def test_tokenizer_json_is_preferred_to_vocab_txt(tmp_path):
     (["[UNK]", "[CLS]"], r"lacks \[PAD\], \[SEP\], \[MASK\];"),
     (["a", *WORDS], r"special tokens.*'\[PAD\]': 1,"),
     ([*WORDS[:3], "[MASK]", "[CLS]", "[SEP]"], r"special tokens.*'\[MASK\]': 3"),
+    ([*WORDS, "red", "blue", "red"], r"largest id must be 7, as it has 8 different entries, got 8"),
 ])
-def test_vocabularies_with_unusable_special_tokens_are_refused(tmp_path, words, message):
+def test_unusable_vocabularies_are_refused(tmp_path, words, message):
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     with pytest.raises(ValueError, match=rf"^{tmp_path}/vocab\.txt: .*{message}") as error:
         load_tokenizer(str(tmp_path))
@@ -239,6 +240,10 @@ def test_vocabularies_with_unusable_special_tokens_are_refused(tmp_path, words, 
 
 @pytest.mark.parametrize("name, content, message", [
     ("tokenizer.json", b"{}", r"tokenizer\.json: not a tokenizer\.json"),
+    ("tokenizer.json", b'{"version": "1.0", "added_tokens": [], "normalizer": {"type": "Precompiled", '
+                       b'"precompiled_charsmap": "AAAA"}, "model": {"type": "WordPiece", "vocab": {}, "unk_token": "", '
+                       b'"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}',
+     r"tokenizer\.json: not a tokenizer\.json \(PanicException"),
     ("vocab.txt", b"[PAD]\n\xff\xfe\n", r"vocab\.txt: not a vocab\.txt"),
     ("tokenizer_config.json", b'{"do_lower_case": "yes"}', r"tokenizer_config\.json: do_lower_case .*'yes'"),
 ])

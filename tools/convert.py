@@ -13,12 +13,14 @@ ClusterSTM, or as a VideoToText if the file answers questions. A stage-1 file gi
 the wrong shape.
 """
 
-import json
 import os
 import pickle
 import re
+import tarfile
 import tempfile
+import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Annotated
@@ -28,13 +30,13 @@ import tyro
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
+from config import PRESETS
 from data import load_tokenizer
 from encoders import ViT
-from files import atomic_write_text, save_weights
+from files import atomic_write_text, escape_control, save_weights, write_json
 from model import ClusterSTM, VideoToText
 from runtime import run_cli
 from tasks import TASK_KINDS, TASKS, get_task
-from train import PRESETS
 
 MASK_ID = 103           # id of [MASK] in bert-base-uncased and bert-large-uncased
 SEED = 0                # of the weights that the file does not have
@@ -141,7 +143,10 @@ SAFE_NAMES = ("collections.OrderedDict", "torch.Size", "torch._utils._rebuild_te
 
 def inert_pickle(replaced: set[str]) -> SimpleNamespace:
     """A pickle module for torch.load that imports only what tensors need. Other names are added to `replaced`."""
-    class Unpickler(pickle.Unpickler):
+    # This is the unpickler in Python: that in C allocates as much memory as a hostile file says.
+    class Unpickler(pickle._Unpickler):
+        dispatch = {op: load for op, load in pickle._Unpickler.dispatch.items() if op != pickle.BYTEARRAY8[0]}
+
         def find_class(self, module, name):
             is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
             if f"{module}.{name}" in SAFE_NAMES or is_dtype:
@@ -153,13 +158,53 @@ def inert_pickle(replaced: set[str]) -> SimpleNamespace:
                            load=lambda f, **options: Unpickler(f, **options).load())
 
 
+class UnsafeArchiveError(ValueError):
+    """torch.load would run code of the file, write files or need far more memory than the file's size."""
+
+
+def check_archive(file: str):
+    """Raise an UnsafeArchiveError unless the file is as torch.save writes it, a zip archive or a pickle."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UnsafeArchiveError(f"{file} must be a file, got a folder or a device")
+    with open(file, "rb") as f:
+        is_zip = f.read(4) == b"PK\3\4"
+    if is_zip:
+        reader = torch._C.PyTorchFileReader(file)           # torch.load reads the file with the same class
+        names = reader.get_all_records()
+        if any(name == "constants.pkl" or name.startswith("code/") for name in names):
+            raise UnsafeArchiveError(f"{file} is a TorchScript archive, which runs code when it is opened: it is not "
+                                     "read, with --trust neither; UMT's files are written by torch.save")
+        size, claimed = os.path.getsize(file), sum(map(reader.get_record_size, names))
+        if claimed > size:
+            raise UnsafeArchiveError(f"{file}: its records must be uncompressed, as torch.save writes them; they have "
+                                     f"{claimed} bytes, the file {size}")
+        return
+    with suppress(tarfile.TarError), tarfile.open(file, "r:"):
+        raise UnsafeArchiveError(f"{file} is a tar archive, as torch.save wrote before PyTorch 0.2: it is not read")
+
+
+def check_weights(weights: dict, file: str):
+    """Raise a ValueError unless all are dense tensors whose elements are in the file."""
+    for key, x in weights.items():
+        if not isinstance(x, Tensor):
+            raise mismatch(file, key, "a tensor", f"a {type(x).__name__}")
+        if x.layout != torch.strided or x.is_meta or x.is_quantized or x.is_complex():
+            raise mismatch(file, key, "a dense tensor of real numbers", f"{x.layout}, {x.device}, {x.dtype}")
+        if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise mismatch(file, key, "a tensor whose elements are all in the file", f"{tuple(x.shape)} with strides "
+                           f"{x.stride()}")
+
+
 def read(file: str, trust: bool, report: list[str]) -> tuple[dict[str, Tensor], str, Family]:
     """Read a file whose tensors are at the top or under "model" -> (tensors by key, title of the family, family)."""
     replaced = set()
     options = {"weights_only": False, "pickle_module": inert_pickle(replaced)} if trust else {"weights_only": True}
     try:
-        content = torch.load(file, map_location="cpu", **options)
-    except OSError:
+        check_archive(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # of old or odd files; what matters is said below
+            content = torch.load(file, map_location="cpu", **options)
+    except (OSError, UnsafeArchiveError):
         raise
     except Exception as error:          # an unpickler can raise anything if a file is no pickle
         if not trust and (name := re.search(r"GLOBAL ([\w.]+)", str(error))):
@@ -170,19 +215,19 @@ def read(file: str, trust: bool, report: list[str]) -> tuple[dict[str, Tensor], 
                          f"{reason!r:.120}") from None
     if not isinstance(content, dict):
         raise mismatch(file, "the content", "a dict of tensors", f"a {type(content).__name__}")
+    for part in (content, content.get("model")):
+        if isinstance(part, dict) and (others := [key for key in part if not isinstance(key, str)]):
+            raise mismatch(file, "each key", "a text", f"a {type(others[0]).__name__}")
     report += [f"replaced {name} by an object that does nothing" for name in sorted(replaced)]
     if isinstance(content.get("model"), dict):
         report += [f"ignored  {key}: outside of the model" for key in content if key != "model"]
         content = content["model"]
-    weights = {str(key): x for key, x in content.items()}
     for title, family in FAMILIES.items():
-        if all(any(match_rule({pattern: ""}, key) is not None for key in weights) for pattern in family.signature):
-            for key, x in weights.items():
-                if not isinstance(x, Tensor):
-                    raise mismatch(file, key, "a tensor", f"a {type(x).__name__}")
-            return weights, title, family
+        if all(any(match_rule({pattern: ""}, key) is not None for key in content) for pattern in family.signature):
+            check_weights(content, file)
+            return content, title, family
     raise mismatch(file, "its family", f"one of {', '.join(FAMILIES)}",
-                   f"the keys {', '.join([*weights][:4]) or 'of an empty dict'}, ...")
+                   f"the keys {', '.join([*content][:4]) or 'of an empty dict'}, ...")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +284,10 @@ def infer_configs(family: Family, shapes: dict[str, tuple], file: str, key_rules
         return shape
 
     def layers(pattern):
-        return {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
+        numbers = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
+        if max(numbers, default=0) >= len(shapes):
+            raise mismatch(file, "the number of a layer", f"less than the number of keys, {len(shapes)}", max(numbers))
+        return numbers
 
     C, *_, patch_size = find_shape("vit.patch_embed.weight", 5, 0)
     preset = PRESETS["large" if C >= 1024 else "base"]
@@ -317,10 +365,10 @@ def write_folder(out: str, config: dict, report: list[str], model: nn.Module, to
     """Write the folder `out`, complete or not at all."""
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=os.path.basename(out) + ".", dir=os.path.dirname(out)) as folder:
-        atomic_write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
+        write_json(os.path.join(folder, "config.json"), config)
         atomic_write_text(os.path.join(folder, "report.txt"), "\n".join(report) + "\n")
         if tokenizer:
-            tokenizer.save(os.path.join(folder, "tokenizer.json"))
+            atomic_write_text(os.path.join(folder, "tokenizer.json"), tokenizer.to_str(pretty=True))
         save_weights(model, folder)
         os.chmod(folder, 0o755)                     # temporary folders are private
         os.replace(folder, out)
@@ -353,6 +401,7 @@ def main(cfg: Config):
                       f"or call eval.py --frames {family.num_frames}")
     if not (tokenizer or family.vit_only):
         report.append("tokenizer.json is missing, which eval.py needs: --tokenizer adds that of bert-base-uncased")
+    report = [escape_control(line) for line in report]          # a file's keys and names may hold anything
     config = {"model_type": "clusterstm" + "-vit" * family.vit_only, "source": f"{title}: {os.path.basename(cfg.file)}",
               **{part: asdict(values) for part, values in configs.items()}, "new": family.new_prefixes,
               "data": {"num_frames": family.num_frames, "image_size": 224}, "mask": {"name": "umt", "ratio": 0.8},

@@ -1,11 +1,13 @@
-"""A tiny SigLIP with a word-level tokenizer, and batches for it."""
+"""A tiny SigLIP with a word-level tokenizer, and batches for it; what transformers has for a SigLIP's folder."""
 
+import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from helpers.models import shaken
+from helpers.models import hugging_face, shaken
 from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
 
 WORDS = "[PAD] [UNK] a red blue square circle moves left right".split()
@@ -32,3 +34,48 @@ def random_clips(seed=0, B=3, T=2, size=12):
     captions = [" ".join(WORDS[i] for i in torch.randint(2, 10, (1 + b,), generator=g)) for b in range(B)]
     return SimpleNamespace(video=torch.randint(0, 256, (B, T, 3, size, size), generator=g, dtype=torch.uint8),
                            captions=captions, seed=11)
+
+
+def edit_json(path, **changes):
+    """Change a JSON file as a person would, without a checksum: a__b is field b of part a; ... takes a field away."""
+    values = json.loads(path.read_text())
+    values.pop("checksum", None)
+    for key, value in changes.items():
+        part, _, name = key.rpartition("__")
+        where = values[part] if part else values
+        where[name] = value
+        if value is ...:
+            del where[name]
+    path.write_text(json.dumps(values))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers
+
+def to_hugging_face(model):
+    """transformers' SigLIP with the same weights, which are loaded strictly by name."""
+    hf, c = hugging_face(), model.cfg
+    text = {**vars(c.text_config), "projection_size": c.vision_config.hidden_size}
+    config = hf.SiglipConfig(text_config=text, vision_config=vars(c.vision_config), attn_implementation="sdpa")
+    other = hf.SiglipModel(config).double().eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def image_processor_class():
+    """transformers' image processor of SigLIP that resizes with Pillow."""
+    hf = hugging_face()
+    pytest.importorskip("PIL")
+    return hf.SiglipImageProcessorPil if hasattr(hf, "SiglipImageProcessorPil") else hf.SiglipImageProcessor
+
+
+def sentencepiece_tokenizer(folder):
+    """transformers' tokenizer of SigLIP, with a small vocabulary."""
+    pytest.importorskip("google.protobuf")
+    sentencepiece, hf = pytest.importorskip("sentencepiece"), hugging_face()
+    corpus = [f"a {c} {o} moves {w}" for c in ("red", "blue", "green") for o in ("dog", "it", "its", "café", "square")
+              for w in ("left", "right", "up", "ός")] * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=f"{folder}/trained", vocab_size=60, hard_vocab_limit=False,
+        unk_id=2, eos_id=1, bos_id=-1, pad_id=-1, minloglevel=2)
+    return hf.SiglipTokenizer(f"{folder}/trained.model")
