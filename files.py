@@ -28,8 +28,9 @@ from torch import Tensor, nn
 class WriteError(OSError):
     """A file could not be written, as the disk is full, the name is too long or writing is not permitted."""
 
-    def __init__(self, path: str, error: OSError):
-        kept = "; the file that was there is unchanged" if os.path.isfile(path) else ""
+    def __init__(self, path: str, error: OSError, kept: bool = False):
+        """kept: whether the write would have replaced the file as a whole, so that an older one is unchanged."""
+        kept = "; the file that was there is unchanged" if kept and os.path.isfile(path) else ""
         super().__init__(f"{path} could not be written ({error.strerror or error}){kept}")
 
 
@@ -40,7 +41,7 @@ def atomic_write(path: str):
     try:
         descriptor, temp = tempfile.mkstemp(".tmp", name[:40] + ".", folder or ".")
     except OSError as error:
-        raise WriteError(path, error) from None
+        raise WriteError(path, error, kept=True) from None
     try:
         with open(descriptor, "wb") as f:
             yield f
@@ -53,7 +54,7 @@ def atomic_write(path: str):
         with suppress(FileNotFoundError):
             os.remove(temp)
         if isinstance(error, OSError) and error.filename in (None, temp):       # not an error of what the caller reads
-            raise WriteError(path, error) from None
+            raise WriteError(path, error, kept=True) from None
         raise
 
 
@@ -79,6 +80,16 @@ def append_line(path: str, values: dict):
             f.write(json.dumps(values) + "\n")
     except OSError as error:
         raise WriteError(path, error) from None
+
+
+def write_all(f, content: bytes, offset: int | None = None):
+    """Write all bytes to an open file, at its end or at an offset, without a buffer. A WriteError names the file."""
+    try:
+        while content:                      # a disk that fills up takes a part first
+            count = os.write(f.fileno(), content) if offset is None else os.pwrite(f.fileno(), content, offset)
+            content, offset = content[count:], None if offset is None else offset + count
+    except OSError as error:
+        raise WriteError(f.name, error) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +185,7 @@ def resolve_checkpoint(name: str, what: str) -> str:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "vocab.txt", "model*.safetensors"])
+        return snapshot_download(name, allow_patterns=["*.json", "vocab.txt", "spiece.model", "model*.safetensors"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise FileNotFoundError(
@@ -195,7 +206,8 @@ def read_checkpoint(folder: str, what: str) -> tuple[dict, dict[str, Tensor]]:
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.isfile(index) and not os.path.isfile(os.path.join(folder, files[0])):
         shards = read_json(index).get("weight_map")
-        require(isinstance(shards, dict), index, "weight_map", "an object: weight name -> file", shards)
+        require(isinstance(shards, dict) and all(isinstance(file, str) for file in shards.values()), index,
+                "weight_map", "an object: weight name -> file", shards)
         files = sorted(set(shards.values()))
     for name in files:
         weights |= read_safetensors(require_file(name))[0]
@@ -240,11 +252,21 @@ def verify_tokenizer(path: str):
 # Tensors
 
 def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]):
-    """Write tensors and texts, complete or not at all, with a checksum of both, which read_safetensors verifies."""
+    """
+    Write tensors and texts, complete or not at all, with a checksum of both, which read_safetensors verifies.
+
+    Equal contents give equal files: the library writes the texts in a random order, so the header is written again.
+    """
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    content = save(tensors, {**metadata, "checksum": hash_tensors(tensors, metadata)})
+    content = memoryview(save(tensors, {**metadata, "checksum": hash_tensors(tensors, metadata)}))
+    end = 8 + int.from_bytes(content[:8], "little")         # of the header, whose length is in the first 8 bytes
+    header = json.loads(bytes(content[8:end]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header = header.ljust(-len(header) // 8 * -8)           # tensors begin at a multiple of 8
     with atomic_write(path) as f:
-        f.write(content)
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.write(content[end:])
 
 
 def read_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -265,7 +287,8 @@ def read_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def open_safetensors(path: str):
     """Open a safetensors file for reading. A ValueError says that it is none."""
     try:
-        with safe_open(path, "pt") as f:
+        # By its number, as the library takes no name that is not UTF-8.
+        with open(path, "rb") as file, safe_open(f"/dev/fd/{file.fileno()}", "pt") as f:
             yield f
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {format_error(error)}") from None
@@ -276,7 +299,7 @@ def hash_tensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     content = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16)
     for name, x in sorted(tensors.items()):
         content.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        content.update(x.contiguous().view(-1).view(torch.uint8).numpy())
+        content.update(x.contiguous().reshape(-1).view(torch.uint8).numpy() if x.numel() else b"")
     return content.hexdigest()
 
 

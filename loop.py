@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Batch, ClipDataset, MixedDataset, iterate_micro_batches
-from files import atomic_write_text
+from files import append_line, atomic_write_text
 from runtime import (
     AsyncHostCopy,
     BadMediaLog,
@@ -86,6 +86,9 @@ def train_stage(run: RunContext, stage: Stage) -> nn.Module:
         flags = health.flags(losses, norm, batches)
         if health.resolve():                    # the flags of the step before
             stop_run(run, stage, step, save)
+        if health.take_save_request():          # the weights are still those after the step before
+            with log.paused():
+                save(step)
         update_weights(optimizer, norm, cfg.max_grad_norm, flags[0])
         health.push(step, flags, losses, norm, batches)
         step += 1
@@ -196,7 +199,7 @@ def save_stage(run: RunContext, stage: Stage, optimizer, counts: dict[str, int],
 
 
 def stop_run(run: RunContext, stage: Stage, step: int, save: Callable):
-    """End all ranks with exit code 0 after a SIGTERM to any of them, with a checkpoint."""
+    """End all ranks with exit code 0 after a SIGTERM or SIGINT to any of them, with a checkpoint."""
     save(step)
     run.barrier()
     if run.rank == 0:
@@ -242,9 +245,7 @@ class TrainLog:
                "clips/s": (step - self.first_step) * self.stage.batch / seconds, "data_wait": self.data_wait / seconds}
         row |= {name: count for name, count in counts.items() if count}
         if self.run.rank == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({k: v if isinstance(v, str) or math.isfinite(v) else None
-                                    for k, v in row.items()}) + "\n")
+            append_line(self.path, {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in row.items()})
         shown = (*losses, "clips/s", "data_wait", *counts)
         self.bar.set_postfix({k: f"{row[k]:.3g}" for k in shown if k in row}, refresh=False)
         self.reset(step)
@@ -252,7 +253,8 @@ class TrainLog:
 
 class Health:
     """
-    Count skipped steps and unreadable videos, and pass on requests to stop; the same on all ranks.
+    Count skipped steps and unreadable videos, pass on requests to stop, and ask for a checkpoint every
+    cfg.save_minutes; the same on all ranks.
 
     The flags of a step are summed over ranks on the device and copied to the host while the next step runs.
     """
@@ -261,13 +263,17 @@ class Health:
     def __init__(self, run: RunContext, stage: Stage, counts: dict[str, int], save: Callable):
         self.run, self.stage, self.counts, self.save = run, stage, counts, save
         self.pending = None     # arguments of `push` whose flags have not been read
+        self.last_save, self.save_requested = time.monotonic(), False
 
     def flags(self, losses: dict[str, Tensor], norm: Tensor, batches: list[Batch]) -> Tensor:
-        """Return (3,): not finite (0 or 1), number of ranks asked to stop, number of unreadable videos."""
+        """Return (4,): not finite (0 or 1), ranks asked to stop, unreadable videos, whether to save, by rank 0."""
         finite = torch.stack([*losses.values()]).float().isfinite().all() & norm.isfinite()
-        unreadable = sum(len(batch.skipped) for batch in batches)
-        flags = all_reduce_sum(torch.stack([(~finite).float(), norm.new_full((), self.run.stop.requested),
-                                            norm.new_full((), unreadable)]))
+        unreadable, minutes = sum(len(batch.skipped) for batch in batches), self.run.cfg.save_minutes
+        due = self.run.rank == 0 and minutes > 0 and time.monotonic() - self.last_save > 60 * minutes
+        if due:
+            self.last_save = time.monotonic()
+        counts = (self.run.stop.requested, unreadable, due)
+        flags = all_reduce_sum(torch.stack([(~finite).float(), *(norm.new_full((), count) for count in counts)]))
         flags[0].clamp_(max=1)
         return flags
 
@@ -283,7 +289,8 @@ class Health:
         if self.pending is None:
             return False
         (step, flags, losses, norm, batches), self.pending = self.pending, None
-        skipped, stop, unreadable = flags.tolist()
+        skipped, stop, unreadable, due = flags.tolist()
+        self.save_requested |= due > 0
         if skipped:
             message = report_nonfinite(self.run, self.stage, step, losses, norm, batches)
             if self.counts["skipped"] >= self.run.cfg.max_skipped_steps:
@@ -299,6 +306,11 @@ class Health:
             self.save(step + 1)
             raise
         return stop > 0
+
+    def take_save_request(self) -> bool:
+        """Return whether a checkpoint is due, once."""
+        requested, self.save_requested = self.save_requested, False
+        return requested
 
     def check_unreadable(self, samples: int):
         """Raise a ValueError if too large a share of the videos could not be read, of enough samples so far."""

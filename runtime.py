@@ -4,8 +4,8 @@ What a run needs besides the method: processes, collectives, random generators, 
 A run writes to one folder:
 
     out/NAME/lock                       locked while the run lasts
-    out/NAME/config.json, command.txt   its settings and its command line, written when it begins
-    out/NAME/run_state.json             what --resume must not change: micro-batch sizes, a digest of the annotations
+    out/NAME/run_state.json             what --resume goes on with: settings, micro-batch sizes, digests of the texts
+    out/NAME/config.json, command.txt   its resolved settings and its command line, written when it begins
     out/NAME/checkpoints/STAGE-STEP.pt  the newest training states; each is complete or absent
     out/NAME/log.jsonl                  losses
     out/NAME/bad_media.jsonl            videos that could not be read, with the reason
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from enum import IntEnum
@@ -35,14 +35,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from files import atomic_write, atomic_write_text, escape_control, format_error, read_json, write_json
+from files import (
+    WriteError,
+    atomic_write,
+    atomic_write_text,
+    escape_control,
+    format_error,
+    load_state_dict_strict,
+    read_json,
+    write_all,
+    write_json,
+)
 
 STAGES = ("teacher", "text", "pretrain", "unmasked", "finetune")
 
 # Settings that may differ when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
-    "resume", "stage", "device", "log_every", "save_every", "keep_checkpoints", "max_skipped_steps", "compile",
-    "activation_checkpointing", "data.num_workers", "data.frame_cache", "data.resize_on_device", "data.max_unreadable",
+    "resume", "stage", "device", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_skipped_steps",
+    "compile", "activation_checkpointing", "data.num_workers", "data.frame_cache", "data.resize_on_device",
+    "data.max_unreadable",
 )
 
 
@@ -55,9 +66,10 @@ def num_cpus() -> int:
 
 
 def init_worker():
-    """Initialise a pool worker: one torch thread, and the default SIGTERM handler instead of the trainer's."""
+    """Initialise a pool worker: one torch thread. SIGTERM ends it; the process that waits for it handles SIGINT."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def parallel_map(function, items, label: str):
@@ -179,15 +191,15 @@ def seeded_generator(batch, stream: Stream) -> torch.Generator:
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
-class SigtermHandler:
+class StopHandler:
     """
-    Handle SIGTERM. During a step the request is remembered: all ranks stop after the step and save a checkpoint.
-    Elsewhere the process exits at once. The exit code is 0 in both cases.
+    Handle SIGTERM and SIGINT (Ctrl-C). During a step the request is remembered: all ranks stop after the step and save
+    a checkpoint. Elsewhere the process exits at once. The exit code is 0 in both cases.
     """
 
     def __init__(self):
         self.requested = self.deferred = False
-        self.previous = signal.signal(signal.SIGTERM, self)
+        self.previous = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __call__(self, *_):
         self.requested = True
@@ -205,8 +217,9 @@ class SigtermHandler:
             sys.exit(0)
 
     def restore(self):
-        """Restore the handler of SIGTERM before this one."""
-        signal.signal(signal.SIGTERM, self.previous)
+        """Restore the handlers before this one."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -217,7 +230,7 @@ class RunContext:
     device: torch.device
     rank: int
     world: int
-    stop: SigtermHandler | None = None
+    stop: StopHandler | None = None
     exit_stack: ExitStack = field(default_factory=ExitStack)    # locks and loaders, closed when the run ends
     group: object = None                        # a gloo group for waits that may last days
     micro_batch_size: dict[str, int] = field(default_factory=dict)      # stage -> clips a rank holds at once
@@ -252,7 +265,7 @@ class RunContext:
         return result
 
     def close(self):
-        """Unlock the folders and restore the handler of SIGTERM."""
+        """Unlock the folders and restore the handlers of signals."""
         self.exit_stack.close()
         if self.stop:
             self.stop.restore()
@@ -297,7 +310,7 @@ def init_run(cfg, folders: list[str], device: torch.device) -> tuple[RunContext,
         if rank > 0:
             sys.exit(1)                         # rank 0 reports the error
         raise ValueError(errors[0])
-    run.stop = SigtermHandler()
+    run.stop = StopHandler()
     return run, resume
 
 
@@ -305,21 +318,20 @@ def _lock_folders(run: RunContext, folders: list[str], owner: str, restarts: int
     """Lock the folders for `owner` on rank 0 -> whether the run resumes. ValueError if they may not be written to."""
     locks = [run.exit_stack.enter_context(lock_folder(folder)) for folder in folders]
     resume = run.cfg.resume or bool(restarts) and all(lock.read() == owner for lock in locks)
-    existing = [path for f in folders[::-1] for path in (*list_checkpoints(f), f"{f}/model.safetensors")]
-    existing = list(filter(os.path.isfile, existing))
+    existing = [path for f in folders[::-1] for path in list_training_states(f)]
     if existing and not resume:
         raise ValueError(f"{existing[0]} belongs to an earlier run: --resume continues it, another --name starts a new "
                          "one")
     if resume and not existing:
         print(f"{folders[0]}: there is nothing to resume, the run begins", flush=True)
-    for folder in () if resume else folders:
-        for name in ("run_state.json", "bad_media.jsonl", "nonfinite.json"):
-            if os.path.isfile(f"{folder}/{name}"):          # left by a run that ended before its first checkpoint
-                os.remove(f"{folder}/{name}")
+    for folder in folders:
+        if not resume or not existing:          # files of a run that ended before its first checkpoint
+            for name in ("run_state.json", "bad_media.jsonl", "nonfinite.json"):
+                if os.path.isfile(f"{folder}/{name}"):
+                    os.remove(f"{folder}/{name}")
     for lock in locks:                          # written last: a run that was refused must not own the folder
-        lock.truncate(0)
-        lock.write(owner)
-        lock.flush()
+        os.truncate(lock.fileno(), 0)
+        write_all(lock, owner.encode())
     return resume
 
 
@@ -339,18 +351,47 @@ def lock_folder(folder: str):
 
 def pin_to_first_run(folder: str, run: RunContext, name: str, value):
     """Return the value of `name` in run_state.json, on all ranks. If it is absent, store rank 0's `value` first."""
-    path = os.path.join(folder, "run_state.json")
+    error = ""
     if run.rank == 0:
-        pinned = read_json(path) if os.path.isfile(path) else {}
-        if name not in pinned:
-            write_json(path, pinned | {name: value})
-        value = pinned.get(name, value)
-    return run.broadcast(value)
+        try:
+            pinned = read_run_state(folder)
+            if name not in pinned:
+                write_json(os.path.join(folder, "run_state.json"), pinned | {name: value})
+            value = pinned.get(name, value)
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    error, value = run.broadcast((error, value))
+    if error:
+        raise ValueError(error)
+    return value
 
 
-def describe_error(error: RuntimeError, run: RunContext) -> Exception:
-    """Turn a lost process or too little memory into a one-line OSError. Any other error is returned unchanged."""
-    text = format_error(error)
+def read_run_state(folder: str) -> dict:
+    """Read run_state.json of a run's folder. If it is absent, {}."""
+    path = os.path.join(folder, "run_state.json")
+    return read_json(path) if os.path.isfile(path) else {}
+
+
+def pin_config(folder: str, run: RunContext, config: dict):
+    """
+    Store the settings of a run in run_state.json. If it has them, ValueError on all ranks if one differs that may not
+    change. (A run that has trained nothing yet may begin again with other settings: init_run removes the file.)
+    """
+    path = os.path.join(folder, "run_state.json")
+    pinned = pin_to_first_run(folder, run, "config", config)
+    if (pinned["stage"] == "finetune") != (config["stage"] == "finetune"):
+        raise ValueError(f"{path}: stage must be {pinned['stage']!r} as when the run began, got {config['stage']!r}")
+    check_same_config(pinned, config, path)
+
+
+def describe_error(error: Exception, run: RunContext) -> Exception:
+    """
+    Turn a file that could not be written, a lost process or too little memory into a one-line OSError, which names the
+    step and the newest checkpoint. Any other error is returned unchanged.
+    """
+    text, folder = format_error(error), run.position.get("folder", run.folder)
+    if isinstance(error, WriteError):
+        return OSError(f"{error}; {resume_hint(folder)}")
     if isinstance(error, torch.OutOfMemoryError):
         message = f"the GPU has too little memory: choose a smaller --micro-batch ({text})"
     elif re.search("DataLoader worker.*(is killed by signal|exited unexpectedly)", text):
@@ -361,8 +402,7 @@ def describe_error(error: RuntimeError, run: RunContext) -> Exception:
         message = f"rank {run.rank} has lost another rank ({text})"
     else:
         return error
-    step, folder = run.position.get("step", run.folder), run.position.get("folder", run.folder)
-    return OSError(f"{step}: {message}; {resume_hint(folder)}")
+    return OSError(f"{run.position.get('step', folder)}: {message}; {resume_hint(folder)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,9 +413,15 @@ def list_checkpoints(folder: str) -> list[str]:
     checkpoints = []
     folder = os.path.join(folder, "checkpoints")
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        if match := re.fullmatch(r"(\w+)-(\d+)\.pt", name):
+        if match := re.fullmatch(rf"({'|'.join(STAGES)})-(\d+)\.pt", name):
             checkpoints.append((STAGES.index(match[1]), int(match[2]), os.path.join(folder, name)))
     return [path for *_, path in sorted(checkpoints, reverse=True)]
+
+
+def list_training_states(folder: str) -> list[str]:
+    """List what a run has trained: its checkpoints, newest first, and its models."""
+    models = [os.path.join(folder, name) for name in ("model.safetensors", "before_unmasked/model.safetensors")]
+    return [*list_checkpoints(folder), *filter(os.path.isfile, models)]
 
 
 def resume_hint(folder: str) -> str:
@@ -408,10 +454,11 @@ def save_checkpoint(run: RunContext, stage: str, step: int, model: nn.Module, op
             torch.save({"stage": stage, "step": step, "counts": counts, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict(), "config": asdict(run.cfg)}, writer)
             f.write(writer.hash.digest())       # a zip reader ignores what follows the archive
-    except (OSError, RuntimeError) as error:
-        while not isinstance(error, OSError) and error.__context__:     # torch's writer hides the OSError
-            error = error.__context__
-        raise OSError(f"{path} could not be written ({format_error(error)}); {resume_hint(run.folder)}") from None
+    except RuntimeError as error:
+        hidden = error
+        while hidden and not isinstance(hidden, OSError):       # torch's writer hides the OSError
+            hidden = hidden.__context__
+        raise WriteError(path, hidden) if hidden else error from None
     for path in list_checkpoints(run.folder)[run.cfg.keep_checkpoints:]:
         os.remove(path)
 
@@ -464,14 +511,29 @@ def load_checkpoint(run: RunContext, stage: str, model: nn.Module, optimizer) ->
     path = latest_checkpoint(run) if run.cfg.resume else ""
     if not path:
         return 0, {}
-    # Memory-mapped: the ranks of a host share one copy, and a GPU holds no second copy.
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = read_checkpoint_state(path)
     check_same_config(state["config"], asdict(run.cfg), path)
     if state["stage"] != stage:
         return 0, {}
-    model.load_state_dict(state["model"])
+    load_state_dict_strict(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["counts"]
+
+
+def read_checkpoint_state(path: str) -> dict:
+    """Read a checkpoint of save_checkpoint. ValueError if it holds anything but tensors, numbers, texts and dicts."""
+    try:
+        # Memory-mapped: the ranks of a host share one copy, and a GPU holds no second copy.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:                  # an unpickler can raise anything if a file is not what it should be
+        raise ValueError(f"{path} is not a checkpoint of train.py: {format_error(error):.200}") from None
+    kinds = {"stage": str, "step": int, "counts": dict, "model": dict, "optimizer": dict, "config": dict}
+    for key, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise ValueError(f"{path} is not a checkpoint of train.py: its {key!r} must be of type {kind.__name__}")
+    return state
 
 
 def check_same_config(before: dict, now: dict, path: str, prefix: str = ""):
@@ -483,17 +545,11 @@ def check_same_config(before: dict, now: dict, path: str, prefix: str = ""):
             continue
         if isinstance(value, dict):
             check_same_config(previous or {}, value, path, f"{prefix}{key}.")
+        elif key not in before:
+            raise ValueError(f"{path} has no {prefix}{key}: another version of train.py began the run, and this one "
+                             "cannot continue it")
         elif previous != value:
             raise ValueError(f"{path}: {prefix}{key} must be {previous!r} as when the run began, got {value!r}")
-
-
-def is_finished(folder: str, cfg) -> bool:
-    """Return whether a stage has written its model. ValueError if its newest checkpoint has another configuration."""
-    if not os.path.isfile(os.path.join(folder, "model.safetensors")):
-        return False
-    for path in [path for path in list_checkpoints(folder)[:1] if not verify_checkpoint(path)]:
-        check_same_config(torch.load(path, weights_only=True, mmap=True)["config"], asdict(cfg), path)
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -506,11 +562,14 @@ def truncate_log(path: str, stage: str, step: int):
         with open(path, errors="replace") as f:
             for i, line in enumerate(f, 1):
                 try:
-                    rows.append(json.loads(line))
-                except ValueError:              # cut by a kill, or zeros after a loss of power
-                    print(f"{path}, line {i} is not JSON and was dropped", flush=True)
-        before = [row for row in rows if (STAGES.index(row["stage"]), row["step"]) <= (STAGES.index(stage), step)]
-        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in before))
+                    row = json.loads(line)
+                    row_position = STAGES.index(row["stage"]), int(row["step"])
+                except (ValueError, KeyError, TypeError):       # cut by a kill, or zeros after a loss of power
+                    print(f"{path}, line {i} is damaged and was dropped", flush=True)
+                    continue
+                if row_position <= (STAGES.index(stage), step):
+                    rows.append(row)
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class BadMediaLog:
@@ -524,20 +583,28 @@ class BadMediaLog:
         new = {record["video"]: record for record in records if record["video"] not in self.seen}
         if not new:
             return
-        with open(self.path, "a+b") as f:
-            fcntl.lockf(f, fcntl.LOCK_EX)
-            f.seek(self.offset)                 # read what other ranks have written since
-            for line in f:
-                if not line.endswith(b"\n"):    # the process that wrote it was killed
-                    f.truncate(f.seek(-len(line), os.SEEK_CUR))
-                    break
+        try:
+            with open(self.path, "a+b") as f:
+                fcntl.lockf(f, fcntl.LOCK_EX)
+                self.read_new(f)
+                for video, record in new.items():
+                    if video not in self.seen:
+                        f.write(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+                        self.seen.add(video)
+                f.flush()
+                self.offset = f.tell()
+        except OSError as error:
+            raise WriteError(self.path, error) from None
+
+    def read_new(self, f):
+        """Read what other ranks have written since. A line that is damaged stays; its video may be listed again."""
+        f.seek(self.offset)
+        for line in f:
+            if not line.endswith(b"\n"):        # the process that wrote it was killed
+                f.truncate(f.seek(-len(line), os.SEEK_CUR))
+                break
+            with suppress(ValueError, KeyError, TypeError):
                 self.seen.add(json.loads(line)["video"])
-            for video, record in new.items():
-                if video not in self.seen:
-                    f.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                    self.seen.add(video)
-            f.flush()
-            self.offset = f.tell()
 
 
 class AsyncHostCopy:

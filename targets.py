@@ -10,24 +10,22 @@ first pass over all views; later passes read its targets from out/NAME/target_ca
 teacher. (On a GPU, reading fp16 targets can be slower than computing them again.)
 """
 
-import errno
-import json
 import math
 import os
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from files import atomic_write_text, read_json
+from files import write_all
 from kernels import to_device
 from masking import MaskConfig, keep_count, token_sizes
-from runtime import AsyncHostCopy, RunContext, Stream, check_same_config, print0, resume_hint, seeded_generator
+from runtime import AsyncHostCopy, RunContext, Stream, print0, seeded_generator
 from teacher import SigLIP, load_teacher
 
 if TYPE_CHECKING:
@@ -143,8 +141,7 @@ class TargetStore:
         for record_id, *arrays in zip(record_ids, token_targets, np.packbits(visible, 1), *others, strict=True):
             record = b"".join(array.tobytes() for array in arrays)
             record += self.checksum(record, record_id)
-            if os.pwrite(self.file.fileno(), record, record_id * self.record_bytes) < self.record_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_all(self.file, record, record_id * self.record_bytes)
 
     def read(self, record_ids: list[int], device: torch.device) -> TeacherTargets | None:
         """Read the targets of a batch. None if any record is missing or damaged."""
@@ -211,29 +208,25 @@ class TargetProvider:
     def open(self, num_clips: int):
         """Open the file. A resumed run continues with the one it has, a new run begins an empty one."""
         run, cfg = self.run, self.run.cfg
-        path, config_path = (os.path.join(self.folder, name) for name in ("targets.bin", "config.json"))
-        if cfg.resume and os.path.isfile(config_path):
-            check_same_config(read_json(config_path), asdict(cfg), config_path)
+        path = os.path.join(self.folder, "targets.bin")
+        is_new = run.rank == 0 and not (cfg.resume and os.path.isfile(path))
+        if is_new:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.makedirs(self.folder)
+            open(path, "wb").close()
         run.barrier()
         N, E = math.prod(self.grid), self.teacher.cfg.vision_config.hidden_size
-        if run.rank == 0:
-            if not (cfg.resume and os.path.isfile(config_path)):
-                shutil.rmtree(self.folder, ignore_errors=True)
-                os.makedirs(self.folder)
-            if not os.path.isfile(path):
-                open(path, "wb").close()
-        run.barrier()
         self.store = TargetStore(path, cfg.data.num_frames, N, keep_count(N, cfg.mask.ratio), E, cfg.model.proportional)
         run.exit_stack.enter_context(self.store.file)
-        if run.rank == 0 and not os.path.isfile(config_path):
+        if is_new:
             total, free = self.store.record_bytes * self.num_views * num_clips, shutil.disk_usage(self.folder).free
             if total > free:
+                shutil.rmtree(self.folder)
                 raise ValueError(f"{self.folder}: the disk must have {total / 1e9:.3g} GB free for the targets of "
                                  f"{self.num_views * num_clips} views, got {free / 1e9:.3g} GB; --data.num-views 0 "
                                  "turns the cache off")
             if total > 1e9:
                 print0(f"{self.folder} takes {total / 1e9:.3g} GB")
-            atomic_write_text(config_path, json.dumps(asdict(cfg)))
 
     def compute(self, batch: "Batch") -> TeacherTargets:
         """Run the teacher on a batch."""
@@ -272,12 +265,8 @@ class TargetProvider:
 
     def flush(self):
         """Write the pending records."""
-        try:
-            for record_ids, parts in self.pending:
-                self.store.write(record_ids, parts)
-        except OSError as error:
-            raise OSError(f"{self.store.file.name} could not be written ({error.strerror}); "
-                          f"{resume_hint(self.run.folder)}") from None
+        for record_ids, parts in self.pending:
+            self.store.write(record_ids, parts)
         self.pending = []
 
     def flush_all_ranks(self):
@@ -310,7 +299,7 @@ class VisibleIdCache:
         if not cfg.teacher:
             raise ValueError("--teacher must be a SigLIP for --finetune-masked, got '': config.json of --init-from "
                              "names none")
-        self.teacher = load_teacher(cfg.teacher, run.device, cfg.teacher_fp8)
+        self.teacher = load_teacher(cfg.teacher, run.device, cfg.teacher_fp8, with_tokenizer=False)
         self.teacher = wrap(self.teacher) if wrap else self.teacher
         self.mask, self.grid_fn, self.with_sizes = cfg.mask, grid_fn, cfg.model.proportional
         self.enabled = cfg.data.num_views > 0 and not cfg.mask.stochastic

@@ -20,16 +20,14 @@ the validation split after each epoch if there is one; the best epoch is kept an
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -39,37 +37,40 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval as evaluation
+from config import PRESETS, Config, batch_sizes, micro_batch_sizes, name_run, read_settings
 from data import Batch, ClipDataset, DataConfig, MixedDataset, load_tokenizer, resolve_tokenizer
 from encoders import Bert, BertLayer, Block, TextEncoderConfig, ViTConfig, bert_config, mask_tokens
 from files import (
     atomic_write_text,
     config_from_dict,
+    hash_json,
     load_state_dict_strict,
     read_checkpoint,
     read_json,
     resolve_checkpoint,
     save_weights,
+    write_json,
 )
 from loop import Stage, train_stage
-from masking import MASKS, MaskConfig, keep_count
-from model import ClusterSTM, ModelConfig, VideoToText
+from masking import MaskConfig
+from metrics import selection_metric
+from model import ClusterSTM, ModelConfig, VideoToText, load_model
 from runtime import (
     RunContext,
     Stream,
-    check_same_config,
     describe_error,
     init_run,
-    is_finished,
-    list_checkpoints,
+    list_training_states,
+    pin_config,
     pin_to_first_run,
     print0,
+    read_run_state,
     run_cli,
     seeded_generator,
     select_device,
 )
 from targets import TargetProvider, TeacherTargets, VisibleIdCache
 from tasks import (
-    TASKS,
     build_mapped_annotations,
     find_file,
     get_task,
@@ -80,117 +81,7 @@ from tasks import (
 )
 from teacher import EncoderLayer, SigLIP, VisionConfig, load_teacher, read_tower_config, require_fp8
 from tools.sprites import write_sprites
-from tools.toy_teacher import SigLIPTrainer, ToyConfig, build_toy_teacher, sample_single_frames
-
-
-@dataclass(frozen=True)
-class Config:
-    """
-    Train ClusterSTM. A preset may come first: `sprites` (the embedded run, the default), `base` or `large` (the paper's
-    sizes). All results are written to out/NAME.
-    """
-    name: str = ""                # name of the run; empty: the name of the annotation file without _train
-    # all: pretrain, after training the toy models that are needed; teacher, text: train only this toy model; finetune:
-    # fine-tune for --task
-    stage: Literal["all", "teacher", "text", "finetune"] = "all"
-    task: Annotated[str, tyro.conf.arg(help=f"finetune: a benchmark: {', '.join(TASKS)}")] = ""
-    data_root: str = ""           # finetune: folder with the benchmark's annotations and videos
-    # finetune: the split whose score chooses the epoch; last: the last epoch is taken; empty: val, or last without one
-    select_split: Literal["", "val", "test", "last"] = ""
-    epochs: float = 0             # finetune: passes over the training split; replaces --steps if above 0
-    finetune_masked: bool = False  # finetune: train and score on the tokens that the mask keeps, instead of all tokens
-    resume: bool = False          # continue the run in out/NAME from its newest checkpoint
-    teacher: str = ""             # folder or hub id of a SigLIP; empty: train a toy SigLIP on the data first
-    text_encoder: str = ""        # folder or hub id of a BERT; empty: train a toy text encoder on the captions first
-    init_from: str = ""           # folder that train.py or tools.convert wrote; empty: begin with random weights
-    tokenizer: str = ""           # tokenizer.json or vocab.txt; empty: the text encoder's, else built from the captions
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is a GPU
-    seed: int = 0                 # seed of all random draws
-    batch: int = 64               # clips per step, over all ranks
-    micro_batch: int = 0          # clips per rank and forward pass; 0: batch / number of ranks
-    steps: int = 560              # steps of masked pretraining (0: none), or of fine-tuning
-    unmasked_steps: int = 40      # steps of the unmasked stage, which sees all tokens
-    unmasked_batch: int = 32      # clips per step of the unmasked stage; 0: as --batch
-    lr: float = 1e-3              # peak learning rate, reached after warmup, followed by a cosine to 1 %
-    unmasked_lr_scale: float = 0.2      # peak learning rate of the unmasked stage, as a multiple of --lr
-    warmup_frac: float = 0.1      # share of a stage's steps that are warmup
-    weight_decay: float = 0.02    # weight decay of matrices; embeddings, norms, biases and the temperature have none
-    max_grad_norm: float = 3.0    # gradients are clipped to this norm; 0: no clipping
-    # how the teacher pools the 3x3 neighbourhood of a token: map: by its MAP head; mean: by a mean; token: not at all
-    target_pooling: Literal["map", "mean", "token"] = "map"
-    # compute the layers of the teacher's image tower in fp8, which changes masks and targets; needs a GPU with fp8
-    teacher_fp8: bool = False
-    compile: bool = False         # compile the layers of teacher and student with torch.compile
-    activation_checkpointing: bool = False      # recompute each layer's activations in the backward pass: saves memory
-    max_skipped_steps: int = 0    # steps of a stage that may be skipped because loss or gradient is not finite
-    log_every: int = 10           # steps between two rows of log.jsonl
-    save_every: int = 500         # steps between two checkpoints
-    keep_checkpoints: int = 2     # number of newest checkpoints that are kept
-    data: DataConfig = field(default_factory=DataConfig)
-    mask: Annotated[MaskConfig, tyro.conf.arg(help=f"Which tokens are visible. Masks: {', '.join(MASKS)}.")] = field(
-        default_factory=MaskConfig)
-    vit: ViTConfig = field(default_factory=ViTConfig)
-    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    toy: ToyConfig = field(default_factory=ToyConfig)
-
-    def __post_init__(self):
-        only_finetune = {name: getattr(self, name)
-                         for name in ("task", "data_root", "select_split", "epochs", "finetune_masked")}
-        if self.stage != "finetune" and any(only_finetune.values()):
-            name, value = next((name, value) for name, value in only_finetune.items() if value)
-            raise ValueError(f"{name} must be empty unless stage is finetune, got {name} {value!r} and stage "
-                             f"{self.stage!r}")
-        if self.micro_batch and self.batch % self.micro_batch:
-            raise ValueError(f"batch must be a multiple of micro_batch, got {self.batch} and {self.micro_batch}")
-        for name, least in (("batch", 1), ("log_every", 1), ("save_every", 1), ("keep_checkpoints", 1),
-                            ("steps", self.stage == "finetune"), ("unmasked_steps", 0), ("epochs", 0),
-                            ("max_skipped_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {int(least)}, got {getattr(self, name)}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The grid (h, w) of the student's patches in a frame."""
-        return (self.data.image_size // self.vit.patch_size,) * 2
-
-    def hides_tokens(self, ratio: float) -> bool:
-        """Return whether a mask of this ratio hides any token of a frame."""
-        N = math.prod(self.grid)
-        return keep_count(N, ratio) < N
-
-
-WEB_DATA = DataConfig(
-    train_file="data/webvid_cc3m_train.json", video_root="data/videos", num_frames=4, image_size=224,
-    min_crop_scale=0.5, hflip=True, num_views=0, frame_cache=False, num_workers=12, resize_on_device=True)
-PRESETS = {
-    # The embedded run: everything is small enough for two CPU cores.
-    "sprites": Config(
-        # So small a teacher gives nearly the same features to all background, and most pairs are background. 0.95 is
-        # the quantile at which sprites stand out, chosen on training clips (docs/log.md).
-        mask=MaskConfig(quantile=0.95),
-        vit=ViTConfig(patch_size=8, width=96, depth=4, heads=3, drop_path=0.0, pos_embed="3d"),
-        text=TextEncoderConfig(width=96, depth=3, heads=3, fusion_layers=1, dropout=0.0, max_length=36),
-        model=ModelConfig(embed_dim=96, decoder_width=96, decoder_depth=1, decoder_heads=3),
-    ),
-    # UMT's stage 2 (its exp/pretraining/b16_5m.py) with r = 0.85 for 0.8 and a SigLIP teacher for CLIP; bf16 for fp16
-    # and gradient clipping are ours. Steps: ten epochs of 5 M clips.
-    "base": Config(
-        name="base", teacher="google/siglip-base-patch16-224", text_encoder="bert-base-uncased", batch=2048,
-        steps=27_000, unmasked_steps=2_700, unmasked_batch=1024, lr=1e-4, save_every=1000, compile=True,
-        data=WEB_DATA, mask=MaskConfig(ratio=0.85),
-    ),
-    # As base, but with 256 pixels a side, the size for which there is a SigLIP-L/16.
-    "large": Config(
-        name="large", teacher="google/siglip-large-patch16-256", text_encoder="bert-large-uncased", batch=4096,
-        steps=13_500, unmasked_steps=1_350, unmasked_batch=2048, lr=1e-4, save_every=1000, compile=True,
-        data=replace(WEB_DATA, image_size=256), mask=MaskConfig(ratio=0.85),
-        vit=ViTConfig(width=1024, depth=24, heads=16, drop_path=0.2),
-        text=TextEncoderConfig(width=1024, depth=24, heads=16, fusion_layers=5),
-        model=ModelConfig(embed_dim=768),
-    ),
-}
-
+from tools.toy_teacher import SigLIPTrainer, build_toy_teacher, sample_single_frames
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -199,8 +90,13 @@ def main(cfg: Config) -> nn.Module:
     """Train as `cfg` says -> the model of the last stage."""
     run = setup(cfg)
     try:
-        model = (finetune if cfg.stage == "finetune" else pretrain)(run)
-    except RuntimeError as error:
+        if is_finished(run):
+            print0(f"{run.folder}: the run is finished, nothing is left to do")
+            model = load_model(run.folder)
+        else:
+            model = (finetune if cfg.stage == "finetune" else pretrain)(run)
+            pin_to_first_run(own_folder(run), run, "finished", True)
+    except (RuntimeError, OSError) as error:
         raise describe_error(error, run) from error
     finally:
         run.close()
@@ -209,30 +105,10 @@ def main(cfg: Config) -> nn.Module:
     return model
 
 
-def batch_sizes(cfg: Config) -> dict[str, int]:
-    """Return the clips per step, by stage."""
-    if cfg.stage == "finetune":
-        return {"finetune": cfg.batch}
-    toy = {"teacher": cfg.toy.batch} if not cfg.teacher else {}
-    toy |= {"text": cfg.toy.text_batch} if not cfg.text_encoder else {}
-    return {"pretrain": cfg.batch, "unmasked": cfg.unmasked_batch or cfg.batch} | toy
-
-
-def micro_batch_sizes(cfg: Config, world: int) -> dict[str, int]:
-    """Return the clips per rank and forward pass, by stage. ValueError if the batch is no multiple of them x ranks."""
-    sizes = {}
-    for stage, batch in batch_sizes(cfg).items():
-        sizes[stage] = cfg.micro_batch * (stage not in ("teacher", "text")) or max(1, batch // world)
-        if batch % (world * sizes[stage]):
-            raise ValueError(f"{stage}: batch must be a multiple of micro_batch x ranks, got {batch}, {sizes[stage]} "
-                             f"and {world}")
-    return sizes
-
-
 def setup(cfg: Config) -> RunContext:
     """Join the process group, choose the device, lock the folders that the run writes to."""
-    name = cfg.name or os.path.splitext(os.path.basename(cfg.data.train_file))[0].removesuffix("_train")
-    cfg = replace(cfg, name=name)
+    cfg = replace(cfg, name=cfg.name or name_run(cfg.data.train_file))
+    name = cfg.name
     device = select_device(cfg.device)
     if cfg.teacher_fp8:
         require_fp8(device)
@@ -246,42 +122,61 @@ def setup(cfg: Config) -> RunContext:
         folders = {cfg.stage: folders[cfg.stage]}
     run, resume = init_run(cfg, sorted(set(folders.values())), device)
     run = replace(run, folder=out, cfg=replace(cfg, resume=resume))
-    for stage, folder in folders.items():       # random draws go by micro-batch: a resumed run keeps its sizes
+    try:
+        pin_settings(run, folders, sizes)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def pin_settings(run: RunContext, folders: dict[str, str], sizes: dict[str, int]):
+    """
+    Store the settings and micro-batch sizes of a run that begins; compare them with those of a run that is resumed.
+
+    folders and sizes: the folder and the micro-batch size of each stage. A resumed run keeps its sizes, since random
+    draws go by micro-batch.
+    """
+    for folder in sorted(set(folders.values())):
+        # The toy text encoder may be trained before a teacher is chosen.
+        pin_config(folder, run, asdict(replace(run.cfg, teacher="") if folder == folders.get("text") else run.cfg))
+    for stage, folder in folders.items():
         if stage != "teacher":
             sizes[stage] = pin_to_first_run(folder, run, f"micro_batch of {stage}", sizes[stage])
-        batch = batch_sizes(cfg)[stage]
+        batch = batch_sizes(run.cfg)[stage]
         if batch % (run.world * sizes[stage]):
             raise ValueError(f"{stage}: batch must be a multiple of micro_batch x ranks, got {batch}, {sizes[stage]} "
                              f"(as when the run began) and {run.world}")
-    run.micro_batch_size = sizes
-    return run
+    run.micro_batch_size.update(sizes)
 
 
 def fix_config(run: RunContext, cfg: Config) -> RunContext:
     """
     Write the resolved config and the command line -> the run with this config, which does not change any more.
 
-    ValueError, on all ranks, if the config differs from that of the run that is resumed. A run that was stopped before
-    its first checkpoint may begin again with another config.
+    A run that goes on keeps its config.json: pin_config has compared the settings it was given.
     """
-    run, error = replace(run, cfg=cfg), ""
-    path, *weights = (os.path.join(run.folder, name) for name in
-                      ("config.json", "model.safetensors", "before_unmasked/model.safetensors"))
+    run = replace(run, cfg=cfg)
+    path = os.path.join(run.folder, "config.json")
     if run.rank == 0 and cfg.stage not in ("teacher", "text"):
-        begun = list_checkpoints(run.folder) or any(map(os.path.isfile, weights))
-        try:
-            if cfg.resume and begun and os.path.isfile(path):
-                check_same_config(read_json(path), asdict(cfg), path)
-            else:                               # targets cached for another config must not be read
-                shutil.rmtree(os.path.join(run.folder, "target_cache"), ignore_errors=True)
-                atomic_write_text(path, json.dumps(asdict(cfg), indent=1))
-        except ValueError as caught:
-            error = str(caught)
-    if error := run.broadcast(error):
-        raise ValueError(error)
+        if not (list_training_states(run.folder) and os.path.isfile(path)):
+            # Targets cached for another config must not be read.
+            shutil.rmtree(os.path.join(run.folder, "target_cache"), ignore_errors=True)
+            write_json(path, asdict(cfg))
     if run.rank == 0:
         atomic_write_text(os.path.join(own_folder(run), "command.txt"), shlex.join(sys.argv) + "\n")
     return run
+
+
+def is_finished(run: RunContext) -> bool:
+    """Return, on all ranks, whether an earlier process has finished the run: all its stages and its scoring."""
+    finished = run.rank == 0 and run.cfg.resume and bool(read_run_state(own_folder(run)).get("finished"))
+    return run.broadcast(finished and run.cfg.stage in ("all", "finetune") and is_trained(run.folder))
+
+
+def is_trained(folder: str) -> bool:
+    """Return whether a stage has written its model, which it does when it ends."""
+    return os.path.isfile(os.path.join(folder, "model.safetensors"))
 
 
 def own_folder(run: RunContext) -> str:
@@ -294,16 +189,19 @@ def build_datasets(run: RunContext) -> tuple[ClipDataset, ClipDataset | None]:
     cfg, offset, datasets = run.cfg.data, 0, []
     corpora = cfg.corpora(), cfg.corpora(images=True)
     annotations = [run.rank0_first(partial(build_mapped_annotations, part, "out")) for part in corpora if part]
-    digests = [part.digest for part in annotations]
-    folder = own_folder(run)
-    if digests != pin_to_first_run(folder, run, "annotations", digests):
-        raise ValueError(f"{folder}/run_state.json: the annotations must be those that the run began with; "
-                         f"{cfg.train_file} or another corpus has changed")
+    require_unchanged(run, "annotations", [part.digest for part in annotations], f"{cfg.train_file} or another corpus")
     for part, view in zip(annotations, (cfg, replace(cfg, num_frames=1, max_seconds=0, image_corpora=())),
                           strict=False):
         datasets.append(run.rank0_first(partial(ClipDataset, part, view, run.cfg.seed, index_offset=offset)))
         offset += len(part)
     return datasets[0], datasets[1] if cfg.image_corpora else None
+
+
+def require_unchanged(run: RunContext, name: str, digest, files: str):
+    """Raise a ValueError on all ranks if the content of files that the run began with, by its digest, has changed."""
+    folder = own_folder(run)
+    if digest != pin_to_first_run(folder, run, name, digest):
+        raise ValueError(f"{folder}/run_state.json: the {name} must be as when the run began; {files} has changed")
 
 
 def pretrain(run: RunContext) -> nn.Module:
@@ -322,6 +220,7 @@ def pretrain(run: RunContext) -> nn.Module:
     dataset = lambda batch: MixedDataset(videos, images, batch) if images else videos
     captions = (caption for part in (videos, images) if part for row in part.annotations for caption in row.captions)
     tokenizer = resolve_tokenizer(run, captions, text_folder)
+    require_unchanged(run, "tokenizer", hash_json(tokenizer.to_str()), "the vocabulary")
     run = fix_config(run, resolve_config(run, tokenizer, teacher_folder))
 
     if run.cfg.stage != "text":
@@ -351,9 +250,12 @@ def resolve_config(run: RunContext, tokenizer, teacher_folder: str) -> Config:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{teacher_folder} is not a folder of a SigLIP: it has no config.json")
         width = read_tower_config(VisionConfig, read_json(path), "vision_config", path).hidden_size
+    vocab_size = tokenizer.get_vocab_size()
+    if cfg.text.vocab_size not in (0, vocab_size):      # an id that no word has would be drawn as a random word
+        raise ValueError(f"text.vocab_size must be {vocab_size}, as in the tokenizer, or 0, got {cfg.text.vocab_size}")
     return replace(
         cfg, teacher=cfg.teacher or os.path.join(run.folder, "teacher"),
-        text=replace(cfg.text, vocab_size=cfg.text.vocab_size or tokenizer.get_vocab_size(),
+        text=replace(cfg.text, vocab_size=vocab_size,
                      mask_token_id=cfg.text.mask_token_id or tokenizer.token_to_id("[MASK]")),
         model=replace(cfg.model, target_dim=cfg.model.target_dim or width))
 
@@ -361,7 +263,7 @@ def resolve_config(run: RunContext, tokenizer, teacher_folder: str) -> Config:
 def train_toy_teacher(run: RunContext, dataset: Callable, tokenizer):
     """Train a small SigLIP on single frames into out/NAME/teacher, unless it is there already."""
     cfg, folder = run.cfg, run.cfg.teacher
-    if is_finished(folder, cfg):
+    if is_trained(folder):
         return
     if cfg.data.train_file != DataConfig.train_file:
         print0(f"No --teacher was given: a toy SigLIP is trained on these {len(dataset(cfg.toy.batch))} clips first. "
@@ -381,7 +283,7 @@ def train_toy_text_encoder(run: RunContext, dataset: Callable, tokenizer) -> str
     folder = os.path.join(run.folder, "text")
     # The teacher plays no part here: --stage text may come before it is chosen.
     cfg = replace(run.cfg, teacher="", model=replace(run.cfg.model, target_dim=0))
-    if is_finished(folder, cfg):
+    if is_trained(folder):
         return folder
     torch.manual_seed(cfg.seed)
     bert = Bert(bert_config(cfg.text, cfg.vit.width)).to(run.device)
@@ -406,7 +308,7 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
         model.init_from(init_from)
     model = wrap_layers(model.to(run.device).train(), cfg)
     before_unmasked = os.path.join(out, "before_unmasked")
-    if cfg.resume and is_finished(before_unmasked, cfg):
+    if cfg.resume and is_trained(before_unmasked):
         load_state_dict_strict(model, read_checkpoint(before_unmasked, "a trained model")[1], before_unmasked)
     else:
         provider = TargetProvider(run, wrap_layers(teacher, cfg), dataset(cfg.batch))
@@ -468,7 +370,7 @@ def save_model(run: RunContext, model: nn.Module, tokenizer, folder: str, **extr
     """Write a folder that load_model and eval.py read. Weights come last: if they are there, the folder is complete."""
     if run.rank == 0:
         os.makedirs(folder, exist_ok=True)
-        atomic_write_text(os.path.join(folder, "config.json"), json.dumps(asdict(run.cfg) | extra, indent=1))
+        write_json(os.path.join(folder, "config.json"), asdict(run.cfg) | extra)
         atomic_write_text(os.path.join(folder, "tokenizer.json"), tokenizer.to_str(pretty=True))
         save_weights(model, folder)
     run.barrier()
@@ -476,6 +378,11 @@ def save_model(run: RunContext, model: nn.Module, tokenizer, folder: str, **extr
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
+
+def finetune_name(task: str, init_from: str) -> str:
+    """Name a run that fine-tunes for a task: out/sprites and sprites-qa -> sprites-sprites-qa."""
+    return f"{os.path.basename(os.path.normpath(init_from))}-{task}"
+
 
 def finetune_defaults(name: str, init_from: str) -> Config:
     """The settings of a task for the pretrained model in a folder of train.py or tools.convert, or under a hub id."""
@@ -488,11 +395,9 @@ def finetune_defaults(name: str, init_from: str) -> Config:
     vit = config_from_dict(ViTConfig, trained["vit"], path)
     recipe = task.recipe_large if vit.width >= 1024 else task.recipe_base
     data = PRESETS["sprites" if task.default_root else "base"].data
-    teacher, moved = trained.get("teacher", ""), os.path.join(folder, "teacher")
-    if os.path.isdir(moved) and not os.path.isdir(teacher):
-        teacher = moved                         # the folder was moved with its toy teacher
+    teacher = evaluation.find_teacher(folder, trained["teacher"]) if trained.get("teacher") else ""
     return Config(
-        name=f"{os.path.basename(os.path.normpath(init_from))}-{name}", stage="finetune", task=name,
+        name=finetune_name(name, init_from), stage="finetune", task=name,
         init_from=init_from, teacher=teacher, batch=task.batch, epochs=recipe.epochs, lr=recipe.lr,
         warmup_frac=recipe.warmup / recipe.epochs, max_grad_norm=0, finetune_masked=task.finetune_masked,
         data=replace(data, num_frames=task.num_frames, max_seconds=task.seconds, hflip=task.flip and data.hflip,
@@ -577,8 +482,7 @@ class EpochSelector:
         self.path = os.path.join(run.folder, "epochs.json")
         self.history = []                       # {"step", "epoch", "score", "metric"} of each epoch so far
         if cfg.resume and os.path.isfile(self.path):
-            with open(self.path) as f:
-                self.history = json.load(f)
+            self.history = read_json(self.path)["epochs"]
         if cfg.select_split == "last":
             return
         self.annotations = read_rows(task, *split_files(task, cfg.select_split, cfg.data_root), train=False)
@@ -613,32 +517,43 @@ class EpochSelector:
             return
         result = evaluation.evaluate(model.eval(), self.task, self.annotations, cfg.data, self.tokenizer, self.protocol)
         model.train()
-        metric, score = evaluation.selection_metric(self.task.kind, result["scores"])
+        metric, score = selection_metric(self.task.kind, result["scores"])
         self.history.append({"step": step, "epoch": self.epochs[step], "score": score, "metric": metric})
         if run.rank == 0:
             tqdm.write(f"epoch {self.epochs[step]}, {cfg.select_split}: {metric} {score:.1f}")
         if self.best()["step"] == step:
             save_model(run, model, self.tokenizer, run.folder, chosen=self.summary())
         if run.rank == 0:
-            atomic_write_text(self.path, json.dumps(self.history))      # last: it says that this epoch is done
+            write_json(self.path, {"epochs": self.history})             # last: it says that this epoch is done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def split_defaults(args: list[str]) -> tuple[Config, list[str], str]:
-    """Return the config that the command line changes, the remaining arguments, and the preset's name."""
+    """
+    Return the config that the command line changes, the remaining arguments, and the preset's name.
+
+    With --resume and without a preset, the config is that of the run in out/NAME, if there is one.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for *flags, default in (("--stage", ""), ("--task", "sprites"), ("--init-from", "--init_from", "out/sprites")):
+    for *flags, default in (("--stage", ""), ("--task", "sprites"), ("--init-from", "--init_from", "out/sprites"),
+                            ("--name", "")):
         parser.add_argument(*flags, default=default, nargs="?")
+    parser.add_argument("--data.train-file", "--data.train_file", dest="train_file", default=DataConfig.train_file)
+    parser.add_argument("--resume", action="store_true")
     first = parser.parse_known_args(args)[0]
-    preset = args[0] if args and args[0] in PRESETS else ""
-    if first.stage != "finetune":
-        return PRESETS[preset or "sprites"], args[1:] if preset else args, preset
-    if preset:
+    preset, is_finetuning = args[0] if args and args[0] in PRESETS else "", first.stage == "finetune"
+    if is_finetuning and preset:
         raise ValueError(f"a preset must not be given for --stage finetune, which takes its settings from --task and "
                          f"--init-from, got {preset!r}")
-    return finetune_defaults(first.task or "", first.init_from or ""), args, ""
+    if first.resume and not preset:
+        name = finetune_name(first.task or "", first.init_from or "") if is_finetuning else name_run(first.train_file)
+        if settings := read_settings(os.path.join("out", first.name or name), first.stage):
+            return settings, args, ""
+    if is_finetuning:
+        return finetune_defaults(first.task or "", first.init_from or ""), args, ""
+    return PRESETS[preset or "sprites"], args[1:] if preset else args, preset
 
 
 def cli():

@@ -1,6 +1,5 @@
 """Fine-tune: the published recipes, selection of an epoch, trained parameters, kills, several processes."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.benchmarks import load_json
+from helpers.benchmarks import load_json, write_json
 from helpers.runs import (
     Killed,
     assert_close_weights,
@@ -29,7 +28,6 @@ import loop
 import targets
 import train
 from encoders import ViT
-from files import atomic_write_text
 from model import ClusterSTM, VideoToText, load_model
 from runtime import list_checkpoints
 from tasks import TASKS, get_task, read_rows, split_files
@@ -44,7 +42,7 @@ TASK_NAMES = ("sprites", "sprites-mc", "sprites-qa", "sprites-caption")
 def test_the_best_epoch_on_the_val_split_is_scored_on_the_test_split(finetune_config, sprites, task, capsys):
     train.main(finetune_config(task, "--name tuned"))
     out = capsys.readouterr().out
-    epochs, config = load_json("out/tuned/epochs.json"), load_json("out/tuned/config.json")
+    epochs, config = load_json("out/tuned/epochs.json")["epochs"], load_json("out/tuned/config.json")
     assert [row["epoch"] for row in epochs] == [1, 2]
     best = max(epochs, key=lambda row: row["score"])
     chosen = f"epoch {best['epoch']} of 2, chosen on the val split: {best['metric']} {best['score']:.1f}"
@@ -241,7 +239,7 @@ def make_student(first_run, tmp_path):
         shutil.copytree(f"{first_run}/out/first", folder)
         config = load_json(f"{first_run}/out/first/config.json")
         config["vit"].update(width=width, heads=width // 64)
-        atomic_write_text(str(folder / "config.json"), json.dumps(config))
+        write_json(str(folder / "config.json"), config)
         return str(folder)
     return make
 
@@ -266,7 +264,7 @@ def test_loss_weights_of_pretraining_are_not_used_in_finetuning(make_student):
     folder = make_student(768)
     config = load_json(f"{folder}/config.json")
     config["model"].update(mrm_weight=0.5, vtc_weight=0.5, vtm_weight=0.0, mlm_weight=2.0)
-    atomic_write_text(f"{folder}/config.json", json.dumps(config))
+    write_json(f"{folder}/config.json", config)
     assert train.loss_weights(train.finetune_defaults("msrvtt", folder).model) == {
         "mrm": 0, "align": 0, "pixels": 0, "vtc": 1, "vtm": 1, "mlm": 0}
 

@@ -9,8 +9,9 @@ from helpers.runs import ROOT
 
 # Each file imports only files above it, and files of its own line. "tools" stands for the other files of tools/.
 ORDER = [
-    "kernels", "masking", "files", "runtime", "video", "teacher", "encoders", "targets", "model", "tasks", "data",
-    "eval", "tools.sprites tools.toy_teacher", "loop", "train", "search", "tools", "bench",
+    "kernels", "masking", "files", "runtime", "video", "frame_cache", "teacher", "encoders", "targets", "model",
+    "tasks", "metrics", "data", "eval", "tools.sprites tools.toy_teacher", "loop", "config", "train", "search",
+    "tools", "bench",
 ]
 MAX_LINES = 700
 

@@ -35,12 +35,14 @@ from runtime import list_checkpoints
 from targets import TargetProvider
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SIGTERM
+# SIGTERM and SIGINT
 
-def test_sigterm_stops_after_the_step_and_the_run_resumes_bit_for_bit(run_config, undisturbed_run, start_process):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_stops_after_the_step_and_the_run_resumes_bit_for_bit(run_config, undisturbed_run, start_process,
+                                                                       number):
     process = start_process(LONG)
     wait_until(lambda: num_logged() > 2 or process.poll() is not None)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     step = int(re.fullmatch(r"out/run: stopped after step (\d+) of pretrain; --resume continues it\n", out)[1])
@@ -92,11 +94,12 @@ def test_sigterm_in_the_last_save_of_a_stage_prevents_the_next_stage(run_config,
         assert_same_run(undisturbed_run(SHORT))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_loader_workers_ignore_a_sigterm_to_all_processes(run_config, undisturbed_run, world):
+@pytest.mark.parametrize("world, number", [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGINT)])
+def test_loader_workers_ignore_a_signal_to_all_processes(run_config, undisturbed_run, world, number):
+    """A terminal sends SIGINT to all processes of a command."""
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(world):                       # each rank and its loaders are a process group
-            call_in_step(patch, 4, lambda: os.killpg(0, signal.SIGTERM), rank)
+            call_in_step(patch, 4, lambda: os.killpg(0, number), rank)
         with launch_ranks(world, run_config(SHORT + LOADER)) as processes:
             assert [code for code, *_ in wait_for_exit(processes)] == [0] * world, open("0.err").read()
     assert list_checkpoints("out/run")[0] == "out/run/checkpoints/pretrain-0000005.pt"
@@ -163,6 +166,24 @@ def test_sigterm_in_a_step_after_a_scored_epoch_waits_for_the_step(finetune_conf
             (code, out, err), = wait_for_exit(processes)
     assert code == 0 and "out/run: stopped after step 6 of finetune; --resume" in out, err
     assert list_checkpoints("out/run")[0] == "out/run/checkpoints/finetune-0000006.pt"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_checkpoints_are_written_every_so_many_minutes_too(run_config, undisturbed_run, world, monkeypatch):
+    """The clock of each rank jumps by an hour in step 4, that of rank 0 alone counts."""
+    hours, save_checkpoint, monotonic = [0], loop.save_checkpoint, time.monotonic
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.time, "monotonic", lambda: monotonic() + 3600 * hours[0])
+        patch.setattr(loop, "save_checkpoint", lambda run, stage, step, *args: (
+            open("saved", "a").write(f"{stage} {step}\n"), save_checkpoint(run, stage, step, *args)))
+        for rank in range(world):
+            call_in_step(patch, 3 + rank, lambda: hours.append(hours.pop() + 1), rank)
+        with launch_ranks(world, run_config(f"{SHORT} --save-every 1000 --log-every 1000")) as processes:
+            assert all(code == 0 for code, *_ in wait_for_exit(processes)), open("0.err").read()
+    # The request goes with the flags of step 3, which are read in step 4, before its update.
+    assert open("saved").read().split("\n")[:-1] == ["pretrain 4", "pretrain 8", "unmasked 2"]
+    assert_same(weights("out/run"), weights(undisturbed_run(SHORT, world)))
+    train.main(run_config(f"{SHORT} --resume --save-minutes 0"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -423,12 +423,13 @@ def test_a_full_disk_is_reported_before_the_first_step_and_later(run_config, mon
         patch.setattr("targets.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
         with pytest.raises(ValueError, match=r"^out/a/target_cache: .* 24 views.* 1e-06 GB"):
             Harness(run_config("--name a"))
-    for pwrite in (mock.Mock(return_value=100), mock.Mock(side_effect=OSError(28, "No space left on device"))):
+    for written_before in ([], [100]):                      # bytes of the record that still fit
+        pwrite = mock.Mock(side_effect=[*written_before, OSError(28, "No space left on device")])
         a = Harness(run_config("--name a"))
         a.step()
         with monkeypatch.context() as patch:
-            patch.setattr("targets.os.pwrite", pwrite)
-            with pytest.raises(OSError, match=rf"^{FILE} .*No space left on device.*checkpoint"):
+            patch.setattr("files.os.pwrite", pwrite)
+            with pytest.raises(OSError, match=rf"^{FILE} .*No space left on device"):
                 a.step()
         a.close()
 
@@ -446,16 +447,13 @@ def test_the_file_is_closed_before_its_folder_is_removed(run_config, monkeypatch
     a.close()
 
 
-@pytest.mark.parametrize("flag, field, before, now", [
-    ("--mask.quantile 0.3", "mask.quantile", "0.95", "0.3"), ("--mask.ratio 0.5", "mask.ratio", "0.75", "0.5"),
-    ("--target-pooling mean", "target_pooling", "'map'", "'mean'"), ("--data.num-views 2", "data.num_views", "1", "2")])
-def test_a_cache_of_other_settings_is_not_read(run_config, flag, field, before, now):
+@pytest.mark.parametrize("flag", ["--mask.quantile 0.3", "--mask.ratio 0.5", "--target-pooling mean",
+                                  "--data.num-views 2"])
+def test_a_new_run_does_not_read_the_cache_of_other_settings(run_config, flag):
     a = Harness(run_config("--name a"))
     for _ in range(2):
         a.step()
     a.close()
-    with pytest.raises(ValueError, match=rf"^out/a/target_cache/config.json\b.*{field}\b.*{before}.*{now}"):
-        Harness(run_config(f"--name a --resume {flag}"))
     size = os.path.getsize(FILE)
     b = Harness(run_config(f"--name a {flag}"))          # a new run
     assert size > 0 and os.path.getsize(FILE) == 0
@@ -569,7 +567,7 @@ def test_visible_ids_of_a_fixed_view_are_computed_once(tmp_path, mask, num_views
 def test_the_teacher_of_fine_tuning_is_in_fp8_if_asked(fp8):
     with mock.patch("targets.load_teacher") as load_teacher:
         cache = visible_id_cache("folder", fp8=fp8)
-    load_teacher.assert_called_once_with("folder", torch.device("cpu"), fp8)
+    load_teacher.assert_called_once_with("folder", torch.device("cpu"), fp8, with_tokenizer=False)
     assert cache.teacher is load_teacher.return_value
 
 

@@ -52,6 +52,7 @@ from tqdm import tqdm
 import eval as evaluation
 import runtime
 import train
+from config import Config
 from data import ClipDataset, DataConfig, load_tokenizer
 from encoders import Bert, TextEncoderConfig, ViTConfig, bert_config
 from files import atomic_write, atomic_write_text, load_state_dict_strict, read_checkpoint, read_json, save_weights
@@ -65,7 +66,6 @@ from teacher import SigLIP
 from tools.show import read_log
 from tools.sprites import VERSION, write_sprites
 from tools.tables import append_csv, current_commit, format_mean, print_header, print_row, read_csv
-from train import Config
 
 NUM_TEST, NUM_VAL = 512, 512    # held-out clips; clips drawn as the training clips are, on which settings are chosen
 CURVE_POINTS = 4                # points of the learning curve

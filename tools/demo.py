@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from config import PRESETS
 from data import ClipDataset, DataConfig
 from files import read_json
 from masking import keep_count
@@ -26,7 +27,7 @@ from targets import select_visible
 from tasks import read_annotations
 from teacher import SigLIP
 from tools import show
-from train import PRESETS
+from tools.sprites import read_boxes
 
 DEMO_MASKS = {"cluster_stm": "ClusterSTM", "random_frame": "random"}        # name in masking.MASKS -> title
 NUM_ANALYSED = 256          # held-out clips on which the share of objects kept is counted
@@ -95,7 +96,7 @@ def analyse(folder: str, clips_folder: str, seed: int) -> tuple[dict[str, float]
     dataset = ClipDataset(annotations, DataConfig(frame_cache=False), train=False)
     video = torch.stack([dataset[i].video for i in range(NUM_ANALYSED)])
     tokens = torch.stack([teacher.encode_image(teacher.normalize(v))[0] for v in video])        # (B, T, N, C)
-    boxes = np.load(f"{clips_folder}/sprites_boxes.npz")["test"][:NUM_ANALYSED]
+    boxes = read_boxes(clips_folder, "test")[:NUM_ANALYSED]
     moving = next(i for i, a in enumerate(annotations) if a.captions[0].count("moves") == 2)    # two objects move in it
     show.plot_masks(video[moving], teacher, masks, f"{folder}/masks.png")
     show.plot_losses({title: f"{folder}/{name}" for name, title in DEMO_MASKS.items()}, f"{folder}/losses.png")

@@ -24,13 +24,13 @@ import torch.nn.functional as nnf
 import tyro
 from torch import Tensor
 
+from config import PRESETS
 from data import ClipDataset, DataConfig, build_wordpiece, load_tokenizer
 from runtime import run_cli
 from targets import compute_targets
 from tasks import read_annotations
 from teacher import SigLIP, SigLIPConfig, TextConfig, use_fp8
 from tools.tables import banner, print_header, print_row
-from train import PRESETS
 
 
 @dataclass

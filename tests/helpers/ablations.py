@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 import runtime
+from config import Config
 from data import DataConfig
 from encoders import TextEncoderConfig, ViTConfig
 from helpers.runs import run_main
@@ -18,7 +19,6 @@ from tools import ablations
 from tools.ablations import Job, Table
 from tools.sprites import write_sprites
 from tools.toy_teacher import ToyConfig
-from train import Config
 
 TINY = Config(          # frames of 4 x 4 tokens; 16 clips to train on, 8 for validation, 8 to test
     batch=8, micro_batch=4, steps=4, unmasked_steps=2, unmasked_batch=8, lr=2e-3, log_every=1, save_every=10 ** 9,

@@ -1,0 +1,170 @@
+"""
+The settings of a run of train.py: Config, and the presets `sprites`, `base` and `large`.
+
+A run stores its Config in run_state.json, from which read_settings reads it for --resume.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import tyro
+
+from data import DataConfig
+from encoders import TextEncoderConfig, ViTConfig
+from files import config_from_dict
+from masking import MASKS, MaskConfig, keep_count
+from model import ModelConfig
+from runtime import read_run_state
+from tasks import TASKS
+from tools.toy_teacher import ToyConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """
+    Train ClusterSTM. A preset may come first: `sprites` (the embedded run, the default), `base` or `large` (the paper's
+    sizes). All results are written to out/NAME.
+    """
+    name: str = ""                # name of the run; empty: the name of the annotation file without _train
+    # all: pretrain, after training the toy models that are needed; teacher, text: train only this toy model; finetune:
+    # fine-tune for --task
+    stage: Literal["all", "teacher", "text", "finetune"] = "all"
+    task: Annotated[str, tyro.conf.arg(help=f"finetune: a benchmark: {', '.join(TASKS)}")] = ""
+    data_root: str = ""           # finetune: folder with the benchmark's annotations and videos
+    # finetune: the split whose score chooses the epoch; last: the last epoch is taken; empty: val, or last without one
+    select_split: Literal["", "val", "test", "last"] = ""
+    epochs: float = 0             # finetune: passes over the training split; replaces --steps if above 0
+    finetune_masked: bool = False  # finetune: train and score on the tokens that the mask keeps, instead of all tokens
+    # continue the run in out/NAME from its newest checkpoint, with its settings; a preset or flags must agree with them
+    resume: bool = False
+    teacher: str = ""             # folder or hub id of a SigLIP; empty: train a toy SigLIP on the data first
+    text_encoder: str = ""        # folder or hub id of a BERT; empty: train a toy text encoder on the captions first
+    init_from: str = ""           # folder that train.py or tools.convert wrote; empty: begin with random weights
+    tokenizer: str = ""           # tokenizer.json or vocab.txt; empty: the text encoder's, else built from the captions
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is a GPU
+    seed: int = 0                 # seed of all random draws
+    batch: int = 64               # clips per step, over all ranks
+    micro_batch: int = 0          # clips per rank and forward pass; 0: batch / number of ranks
+    steps: int = 560              # steps of masked pretraining (0: none), or of fine-tuning
+    unmasked_steps: int = 40      # steps of the unmasked stage, which sees all tokens
+    unmasked_batch: int = 32      # clips per step of the unmasked stage; 0: as --batch
+    lr: float = 1e-3              # peak learning rate, reached after warmup, followed by a cosine to 1 %
+    unmasked_lr_scale: float = 0.2      # peak learning rate of the unmasked stage, as a multiple of --lr
+    warmup_frac: float = 0.1      # share of a stage's steps that are warmup
+    weight_decay: float = 0.02    # weight decay of matrices; embeddings, norms, biases and the temperature have none
+    max_grad_norm: float = 3.0    # gradients are clipped to this norm; 0: no clipping
+    # how the teacher pools the 3x3 neighbourhood of a token: map: by its MAP head; mean: by a mean; token: not at all
+    target_pooling: Literal["map", "mean", "token"] = "map"
+    # compute the layers of the teacher's image tower in fp8, which changes masks and targets; needs a GPU with fp8
+    teacher_fp8: bool = False
+    compile: bool = False         # compile the layers of teacher and student with torch.compile
+    activation_checkpointing: bool = False      # recompute each layer's activations in the backward pass: saves memory
+    max_skipped_steps: int = 0    # steps of a stage that may be skipped because loss or gradient is not finite
+    log_every: int = 10           # steps between two rows of log.jsonl
+    save_every: int = 500         # steps between two checkpoints
+    save_minutes: float = 30.0    # minutes after which a checkpoint is written between those; 0: none
+    keep_checkpoints: int = 2     # number of newest checkpoints that are kept
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: Annotated[MaskConfig, tyro.conf.arg(help=f"Which tokens are visible. Masks: {', '.join(MASKS)}.")] = field(
+        default_factory=MaskConfig)
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    toy: ToyConfig = field(default_factory=ToyConfig)
+
+    def __post_init__(self):
+        only_finetune = {name: getattr(self, name)
+                         for name in ("task", "data_root", "select_split", "epochs", "finetune_masked")}
+        if self.stage != "finetune" and any(only_finetune.values()):
+            name, value = next((name, value) for name, value in only_finetune.items() if value)
+            raise ValueError(f"{name} must be empty unless stage is finetune, got {name} {value!r} and stage "
+                             f"{self.stage!r}")
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(f"batch must be a multiple of micro_batch, got {self.batch} and {self.micro_batch}")
+        for name, least in (("batch", 1), ("log_every", 1), ("save_every", 1), ("keep_checkpoints", 1),
+                            ("steps", self.stage == "finetune"), ("unmasked_steps", 0), ("epochs", 0),
+                            ("max_skipped_steps", 0), ("save_minutes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {int(least)}, got {getattr(self, name)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The grid (h, w) of the student's patches in a frame."""
+        return (self.data.image_size // self.vit.patch_size,) * 2
+
+    def hides_tokens(self, ratio: float) -> bool:
+        """Return whether a mask of this ratio hides any token of a frame."""
+        N = math.prod(self.grid)
+        return keep_count(N, ratio) < N
+
+
+WEB_DATA = DataConfig(
+    train_file="data/webvid_cc3m_train.json", video_root="data/videos", num_frames=4, image_size=224,
+    min_crop_scale=0.5, hflip=True, num_views=0, frame_cache=False, num_workers=12, resize_on_device=True)
+PRESETS = {
+    # The embedded run: everything is small enough for two CPU cores.
+    "sprites": Config(
+        # So small a teacher gives nearly the same features to all background, and most pairs are background. 0.95 is
+        # the quantile at which sprites stand out, chosen on training clips (docs/log.md).
+        mask=MaskConfig(quantile=0.95),
+        vit=ViTConfig(patch_size=8, width=96, depth=4, heads=3, drop_path=0.0, pos_embed="3d"),
+        text=TextEncoderConfig(width=96, depth=3, heads=3, fusion_layers=1, dropout=0.0, max_length=36),
+        model=ModelConfig(embed_dim=96, decoder_width=96, decoder_depth=1, decoder_heads=3),
+    ),
+    # UMT's stage 2 (its exp/pretraining/b16_5m.py) with r = 0.85 for 0.8 and a SigLIP teacher for CLIP; bf16 for fp16
+    # and gradient clipping are ours. Steps: ten epochs of 5 M clips.
+    "base": Config(
+        name="base", teacher="google/siglip-base-patch16-224", text_encoder="bert-base-uncased", batch=2048,
+        steps=27_000, unmasked_steps=2_700, unmasked_batch=1024, lr=1e-4, save_every=1000, compile=True,
+        data=WEB_DATA, mask=MaskConfig(ratio=0.85),
+    ),
+    # As base, but with 256 pixels a side, the size for which there is a SigLIP-L/16.
+    "large": Config(
+        name="large", teacher="google/siglip-large-patch16-256", text_encoder="bert-large-uncased", batch=4096,
+        steps=13_500, unmasked_steps=1_350, unmasked_batch=2048, lr=1e-4, save_every=1000, compile=True,
+        data=replace(WEB_DATA, image_size=256), mask=MaskConfig(ratio=0.85),
+        vit=ViTConfig(width=1024, depth=24, heads=16, drop_path=0.2),
+        text=TextEncoderConfig(width=1024, depth=24, heads=16, fusion_layers=5),
+        model=ModelConfig(embed_dim=768),
+    ),
+}
+
+
+def batch_sizes(cfg: Config) -> dict[str, int]:
+    """Return the clips per step, by stage."""
+    if cfg.stage == "finetune":
+        return {"finetune": cfg.batch}
+    toy = {"teacher": cfg.toy.batch} if not cfg.teacher else {}
+    toy |= {"text": cfg.toy.text_batch} if not cfg.text_encoder else {}
+    return {"pretrain": cfg.batch, "unmasked": cfg.unmasked_batch or cfg.batch} | toy
+
+
+def micro_batch_sizes(cfg: Config, world: int) -> dict[str, int]:
+    """Return the clips per rank and forward pass, by stage. ValueError if the batch is no multiple of them x ranks."""
+    sizes = {}
+    for stage, batch in batch_sizes(cfg).items():
+        sizes[stage] = cfg.micro_batch * (stage not in ("teacher", "text")) or max(1, batch // world)
+        if batch % (world * sizes[stage]):
+            raise ValueError(f"{stage}: batch must be a multiple of micro_batch x ranks, got {batch}, {sizes[stage]} "
+                             f"and {world}")
+    return sizes
+
+
+def name_run(train_file: str) -> str:
+    """Name a run after its annotation file: data/sprites/sprites_train.json -> sprites."""
+    return os.path.splitext(os.path.basename(train_file))[0].removesuffix("_train")
+
+
+def read_settings(folder: str, stage: str) -> Config | None:
+    """
+    Read the settings of the run in a folder, None if it has none. A run that trained only a toy model has them in that
+    model's folder; stage "teacher" or "text" says which.
+    """
+    parts = [stage] * (stage in ("teacher", "text")) + ["", "teacher", "text"]
+    for part in parts:
+        path = os.path.join(folder, part, "run_state.json")
+        if config := read_run_state(os.path.dirname(path)).get("config"):
+            return replace(config_from_dict(Config, config, path), resume=False)
+    return None
