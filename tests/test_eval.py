@@ -26,7 +26,15 @@ from helpers.models import shaken
 from helpers.runs import assert_one_line, command, in_processes
 
 import eval as evaluation
-from data import ClipDataset, DataConfig, ReadableClips, encode_texts, init_loader_worker, load_tokenizer, require_finite
+from data import (
+    ClipDataset,
+    DataConfig,
+    ReadableClips,
+    encode_texts,
+    init_loader_worker,
+    load_tokenizer,
+    require_finite,
+)
 from files import save_weights
 from masking import MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, load_model
