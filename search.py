@@ -3,10 +3,13 @@ Search a folder of videos by text.
 
     python search.py FOLDER "a dog in the snow" "two people hug"
     python search.py FOLDER "a red square" --checkpoint out/sprites --export features.safetensors
+    python search.py FOLDER "a dog" "a cat" --html found.html       # a page with the clips, which needs no server
+    python search.py FOLDER --app                                   # a page to search in, on this machine
 
 Inputs: a folder of videos, and a checkpoint: a folder that train.py wrote, or a SigLIP. Outputs: the best videos of
-each query, and an index with the features of all videos, FOLDER.index.safetensors beside the folder. The first run
-decodes every video once; later runs decode only videos that are new or have changed.
+each query, printed or as a page (search_page.py), and an index with the features of all videos,
+FOLDER.index.safetensors beside the folder. The first run decodes every video once; later runs decode only videos that
+are new or have changed.
 
 A long video is cut into segments of equal length and is found by its best segment. The feature of a segment is the mean
 over its frames of unit vectors. The mean is not normalised again, so that a score, text . feature, is the mean of the
@@ -28,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -42,8 +45,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from tyro.conf import arg
 
+import search_page
 import video
-from data import encode_texts, init_loader_worker, load_tokenizer, require_finite
+from annotations import normalize_caption
+from data import init_loader_worker
 from files import (
     escape_control,
     format_error,
@@ -53,10 +58,12 @@ from files import (
     resolve_checkpoint,
     write_safetensors,
 )
+from inputs import require_finite
 from model import ClusterSTM
 from runtime import bf16_autocast, num_cpus, run_cli, select_device
-from tasks import normalize_caption
+from search_page import Answer, Hit, format_time
 from teacher import SigLIP, SigLIPConfig, VisionConfig, read_image_processor, read_tower_config
+from tokenizer import encode_texts, load_tokenizer
 from video import RESAMPLE_MODES, eval_transform, resize_like_pillow, sample_frame_indices
 
 VERSION = 1             # of the index: increase it if the format or the preprocessing of frames changes
@@ -69,13 +76,18 @@ EXTENSIONS = tuple("." + name for name in """
 
 @dataclass
 class Config:
-    """Search a folder of videos by text. Without a query, only update the index."""
+    """Search a folder of videos by text. Without a query or --app, only update the index."""
     # folder of videos; its subfolders are searched too, and folders that are linked there
     folder: Annotated[tyro.conf.Positional[str], arg(metavar="FOLDER")]
-    # texts to search for, each in quotes; without one only the index is updated
+    # texts to search for, each in quotes; without one or --app only the index is updated
     queries: Annotated[tyro.conf.Positional[tuple[str, ...]], arg(metavar="[QUERY ...]")] = ()
     checkpoint: str = "google/siglip-base-patch16-224"      # folder that train.py wrote, or a SigLIP's folder or hub id
     top: int = 5                # videos to show per query
+    threshold: float = -1.0     # show only videos with at least this score; -1: all
+    html: str = ""              # .html file to write the results to, a page with their clips; empty: none
+    app: bool = False           # serve a page to search in, with the queries' results; needs gradio
+    host: str = "127.0.0.1"     # address at which the app is served; 127.0.0.1: to this machine alone
+    port: int = 7860            # port of the app; 0: any that is free
     segment: float = 10.0       # cut longer videos into equal segments of about this many seconds; 0: do not cut
     frames: int = 0             # frames per segment; 0: as the model was trained, or 8 for a SigLIP
     index: str = ""             # file of the index, .safetensors; empty: FOLDER.index.safetensors beside the folder
@@ -88,6 +100,14 @@ class Config:
         for name, least in (("top", 1), ("segment", 0), ("frames", 0), ("batch", 1), ("workers", -1)):
             if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least {least} and finite, got {getattr(self, name)}")
+        if not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold must be from -1 to 1, got {self.threshold}")
+        if not 0 <= self.port < 2 ** 16:
+            raise ValueError(f"port must be from 0 to 65535, got {self.port}")
+        if self.html and self.app:
+            raise ValueError(f"pass --html or --app, not both, got --html {self.html} and --app")
+        if self.html and not self.queries:
+            raise ValueError(f"--html must come with at least one query, got --html {self.html} alone")
         for query in self.queries:
             if not normalize_caption(query):
                 raise ValueError(f"a query must have at least one word, got {query!r}")
@@ -417,16 +437,6 @@ def index_files(entries: dict[str, IndexEntry], names: list[str], stamps: dict, 
 # ---------------------------------------------------------------------------------------------------------------------
 # Search
 
-@dataclass
-class Hit:
-    """A video that was found, with its best segment."""
-    score: float
-    name: str
-    start: float        # seconds
-    end: float
-    parts: int          # segments that the video has
-
-
 def top_videos(scores: Tensor, rows: list[tuple], top: int) -> list[Hit]:
     """scores (n,) of segments, their (name, start, end, parts) -> the top videos, each with its best segment."""
     hits = {}
@@ -436,11 +446,6 @@ def top_videos(scores: Tensor, rows: list[tuple], top: int) -> list[Hit]:
             if len(hits) == top:
                 break
     return list(hits.values())
-
-
-def format_time(seconds: float) -> str:
-    """83.4 -> "1:23"."""
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
 def check_output_paths(index: str, export: str):
@@ -472,10 +477,10 @@ def update_index(cfg: Config, index: str, stamps: dict[str, list[int]], encoder,
             tempfile.TemporaryFile(dir=os.path.dirname(index) or ".").close()
         except OSError as error:
             raise ValueError(f"{index} cannot be written ({error.strerror}); pass another --index") from None
-    if new or cfg.queries:
+    if new or cfg.queries or cfg.app:
         encoder.load(device)
-    if cfg.queries:                         # a broken tokenizer must show before hours of decoding
-        encoder.encode_text(normalize_caption(cfg.queries[0]))
+    if cfg.queries or cfg.app:              # a broken tokenizer must show before hours of decoding
+        encoder.encode_text(normalize_caption(cfg.queries[0] if cfg.queries else "a video"))
     started = time.monotonic()
     if new:
         save = partial(write_index, index, entries, metadata)
@@ -505,30 +510,34 @@ def print_summary(cfg: Config, entries: dict[str, IndexEntry], new: list[str], n
 
 
 @torch.inference_mode()
-def answer_query(query: str, encoder, features: Tensor, rows: list[tuple], cfg: Config) -> list[Hit]:
-    """Print and return the best videos for a query."""
+def answer_query(query: str, encoder, features: Tensor, rows: list[tuple], cfg: Config) -> Answer:
+    """Find the best videos for a query: at most cfg.top, with a score of at least cfg.threshold."""
     started = time.monotonic()
     text, num_tokens, max_tokens = encoder.encode_text(normalize_caption(query))
     require_finite(text[None], [query], "the model's feature of the query")
     scores = (features @ text.float()).cpu()
     require_finite(scores, rows, f"the score of the query {query!r} with the segment")
-    hits = top_videos(scores, rows, cfg.top)
-    print(f"\n{escape_control(query)}  ({len(rows)} segments, {1000 * (time.monotonic() - started):.0f} ms)")
+    best = top_videos(scores, rows, cfg.top)
+    hits, notes = [hit for hit in best if hit.score >= cfg.threshold], []
     if num_tokens > max_tokens:
-        print(f"  the query was cut: it has {num_tokens} tokens, the model reads {max_tokens}")
-    for rank, hit in enumerate(hits, 1):
-        part = f"  {format_time(hit.start)}-{format_time(hit.end)}" if hit.parts > 1 else ""
-        print(escape_control(f"{rank:3}  {hit.score:6.3f}  {os.path.join(cfg.folder, hit.name)}{part}"))
-    return hits
+        notes.append(f"the query was cut: it has {num_tokens} tokens, the model reads {max_tokens}")
+    if not hits:
+        notes.append(f"no video has a score of at least {cfg.threshold:g}; the highest is {best[0].score:.3f}")
+    return Answer(query, hits, "; ".join(notes), len(rows), time.monotonic() - started)
 
 
 def main(cfg: Config) -> dict[str, list[Hit]]:
-    """Update the index, then answer the queries -> query: its hits, best first."""
+    """Update the index, then answer the queries and show the answers -> query: its hits, best first."""
     device = select_device(cfg.device)
     index = cfg.index or os.path.abspath(cfg.folder) + ".index.safetensors"
     check_output_paths(index, cfg.export)
+    if cfg.html:
+        search_page.check_page_path(cfg.html)
+    if cfg.app:
+        search_page.check_gradio()
     stamps = list_videos(cfg.folder)
     encoder = open_checkpoint(cfg.checkpoint)
+    listener = search_page.listen(cfg.host, cfg.port) if cfg.app else None
     entries, metadata = update_index(cfg, index, stamps, encoder, device)
 
     indexed = {name: entry for name, entry in entries.items() if entry.segments}
@@ -537,11 +546,26 @@ def main(cfg: Config) -> dict[str, list[Hit]]:
     if cfg.export:
         write_tensors(cfg.export, indexed, files=list(indexed), **metadata)
         print(escape_control(f"features written to {cfg.export}"))
-    if not cfg.queries and not cfg.export:
+    if not cfg.queries and not cfg.export and not cfg.app:
         print(escape_control(f'to search: python search.py {cfg.folder} "what to look for"'))
     features = torch.cat([entry.features for entry in indexed.values()]).to(device)         # (n, E)
     rows = [(name, *segment, len(entry.segments)) for name, entry in indexed.items() for segment in entry.segments]
-    return {query: answer_query(query, encoder, features, rows, cfg) for query in cfg.queries}
+
+    answers = []
+    for query in cfg.queries:
+        answers.append(answer_query(query, encoder, features, rows, cfg))
+        search_page.print_answer(answers[-1], cfg.folder)
+    if cfg.html:
+        search_page.write_page(cfg.html, cfg.folder, answers)
+        print(escape_control(f"page written to {cfg.html}"))
+    if cfg.app:
+        def answer(queries, top, threshold):
+            changed = replace(cfg, queries=queries, top=top, threshold=threshold)           # which checks them
+            return [answer_query(query, encoder, features, rows, changed) for query in queries]
+
+        app = search_page.make_app(cfg.folder, list(indexed), answer, cfg.queries, cfg.top, cfg.threshold)
+        search_page.serve_app(app, listener)
+    return {answer.query: answer.hits for answer in answers}
 
 
 if __name__ == "__main__":

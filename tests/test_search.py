@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import search
 import video
-from data import encode_texts, load_tokenizer
 from files import save_weights
 from model import ClusterSTM
 from search import Config, main
 from teacher import SigLIP
+from tokenizer import encode_texts, load_tokenizer
 from video import eval_transform, frame_to_tensor, read_frames, resize_like_pillow, sample_frame_indices, write_video
 
 QUERIES = ("a red square grows", "two blue rings")
