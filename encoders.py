@@ -30,6 +30,7 @@ from files import (
     save_weights,
     write_json,
 )
+from inputs import require_clips
 from kernels import to_device
 from runtime import print0
 from video import patchify
@@ -176,7 +177,8 @@ class ViT(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def grid_size(self, video: Tensor) -> tuple[int, int, int]:
-        """video (B, T, 3, H, W) -> (T, h, w), its frames and the patches down and across a frame."""
+        """video (B, T, 3, H, W) uint8 -> (T, h, w), its frames and the patches down and across a frame."""
+        require_clips(video)
         return video.shape[1], video.shape[3] // self.patch_size, video.shape[4] // self.patch_size
 
     def patch_pixels(self, video: Tensor, ids: Tensor | None) -> Tensor:

@@ -10,11 +10,13 @@ docs/method.md.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as nnf
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from encoders import (
@@ -30,11 +32,14 @@ from encoders import (
     mask_tokens,
     sincos_pos_embed,
 )
-from files import config_from_dict, load_state_dict_strict, read_checkpoint, require
+from files import config_from_dict, load_state_dict_strict, read_checkpoint, require, resolve_checkpoint
+from inputs import ModelInputs, embed_clips, embed_texts, require_finite, require_videos
 from kernels import to_device
 from masking import gumbel_noise
-from runtime import Stream, all_gather, all_reduce_sum, rank_and_world, seeded_generator
+from products import Matmul, QuadraticForm
+from runtime import Stream, all_gather, all_reduce_sum, bf16_autocast, rank_and_world, seeded_generator
 from targets import TeacherTargets
+from tokenizer import decode_ids, special_token_ids
 
 if TYPE_CHECKING:
     from data import Batch
@@ -121,60 +126,6 @@ class LinearDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
-# multiply-adds. Below this, by estimate, a product in fp32 takes less time than the eight more launches of bf16x3.
-BF16X3_MIN = 2 ** 31
-
-
-def matmul_bf16x3(a: Tensor, b: Tensor) -> Tensor:
-    """
-    a (n, k) @ b (k, m), fp32, as three products of bf16 matrices whose sums are fp32: a = a1 + a2, b = b1 + b2, and
-    a1 b1 + a2 b1 + a1 b2 is computed as one product of 3k terms an element. No gradient.
-
-    |error| <= 3 / 2^16 (|a| @ |b|), beside the rounding of fp32 sums: a part keeps 8 bits, and a2 b2 is left out. TF32
-    would need one product, but its error is 66 times as large (normal random matrices), and it is a switch of the whole
-    process.
-    """
-    a1, b1 = a.bfloat16(), b.bfloat16()
-    a2, b2 = (a - a1).bfloat16(), (b - b1).bfloat16()
-    a, b = torch.cat([a1, a2, a1], 1), torch.cat([b1, b1, b2])
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a (n, k) @ b (k, m) in fp32; a large product on a GPU is bf16x3. No gradient."""
-    large = a.shape[0] * a.shape[1] * b.shape[1] >= BF16X3_MIN
-    return matmul_bf16x3(a, b) if a.is_cuda and a.dtype == torch.float32 and large else a @ b
-
-
-class Matmul(torch.autograd.Function):
-    """`matmul` with its gradients, each of them by `matmul` too."""
-
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return matmul(a, b)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return matmul(grad, b.T), matmul(a.T, grad)
-
-
-class QuadraticForm(torch.autograd.Function):
-    """e^T G e of e (B, Q, E) and a symmetric G (E, E) -> (B, Q). Its gradient, 2 G e, reuses the product G e."""
-
-    @staticmethod
-    def forward(ctx, e: Tensor, G: Tensor) -> Tensor:
-        y = matmul(e.flatten(0, 1), G).view_as(e)
-        ctx.save_for_backward(y)
-        return (y * e).sum(-1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        y, = ctx.saved_tensors
-        return 2 * grad[..., None] * y, None
-
-
 def vtc_loss(video: Tensor, text: Tensor, media_ids: Tensor, temp: Tensor) -> Tensor:
     """
     Symmetric InfoNCE: video (B, E'), text (B, E'), media_ids (B,) -> scalar.
@@ -228,6 +179,8 @@ class BatchStats:
 
 class ClusterSTM(nn.Module):
     """The student: ViT, BERT, decoder, projections and losses."""
+
+    inputs = ModelInputs()          # how a user's videos and texts are read; from_pretrained sets it
 
     def __init__(self, vit: ViTConfig, text: TextEncoderConfig, cfg: ModelConfig, bert: Bert | None = None):
         super().__init__()
@@ -468,6 +421,25 @@ class ClusterSTM(nn.Module):
             similarity = video @ text.T / self.temp                                 # (B, B)
         return losses | self.fusion_losses(batch, tokens, states, similarity, stats)
 
+    # Embeddings of a user's videos and texts
+
+    def embed_videos(self, videos: list[str] | Tensor, batch: int = 32) -> Tensor:
+        """
+        Embed videos, paths or (B, T, 3, H, W) uint8 -> (B, E'), means over frames of unit vectors. `batch` videos are
+        read and encoded at a time, with as many frames, of the size, that the model was trained with.
+
+        embed_videos(videos) @ embed_texts(texts).T are mean cosines of the frames: the similarities of eval.py.
+        """
+        device = self.temp.device
+        clips = self.inputs.iter_clips(videos, batch, device)
+        return embed_clips(lambda video: self.encode_video(video)[1], clips, self.cfg.embed_dim, device)
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Embed texts, which are normalised as captions are in training -> (M, E') of unit length."""
+        device = self.temp.device
+        encode = lambda chunk: self.encode_text(self.inputs.encode_texts(chunk, "texts").to(device))[1]
+        return embed_texts(encode, texts, self.cfg.embed_dim, device)
+
     # Folders
 
     def init_from(self, folder: str):
@@ -493,8 +465,8 @@ class ClusterSTM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "ClusterSTM":
-        """Load a folder written by train.py (config.json, model.safetensors), in eval mode."""
-        return load_model(folder, cls)
+        """Load a folder that train.py wrote, or a hub id (config.json, model.safetensors), in eval mode."""
+        return load_model(resolve_checkpoint(folder, "a trained model"), cls)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,6 +480,8 @@ class VideoToText(nn.Module):
     cross-attention to its context. That is the question's states, fused with the video, or the video tokens of a
     caption.
     """
+
+    inputs = ModelInputs()          # how a user's videos and questions are read; from_pretrained sets it
 
     def __init__(self, vit: ViTConfig, text: TextEncoderConfig, cfg: ModelConfig, has_question: bool):
         """has_question: whether it answers questions; otherwise it generates captions."""
@@ -633,10 +607,54 @@ class VideoToText(nn.Module):
         ids = ids[torch.arange(Q, device=device), (total / count.clamp_min(1)).argmax(1)]
         return nnf.pad(ids, (0, max_length - ids.shape[1]), value=PAD)
 
+    def generate_texts(self, tokenizer: Tokenizer, context: Tensor, context_mask: Tensor | None, max_length: int,
+                       beams: int, names: Sequence) -> list[str]:
+        """Generate a text for each context (Q, S, C). An error gives the first of the Q names whose p is not finite."""
+        _, cls_id, sep_id = special_token_ids(tokenizer)
+        ids = self.generate(context, context_mask, max_length, beams, cls_id, sep_id)
+        log_p = self.log_likelihood(ids, torch.arange(len(ids), device=ids.device), context, context_mask).sum(1)
+        require_finite(log_p, names, "the log-likelihood of the text generated for")
+        return decode_ids(tokenizer, ids)
+
+    def caption(self, videos: list[str] | Tensor, beams: int = 3, batch: int = 32) -> list[str]:
+        """Caption videos, paths or (B, T, 3, H, W) uint8, by beam search; beams = 1 is greedy."""
+        return self.generate_for(videos, None, beams, batch)
+
+    def answer(self, videos: list[str] | Tensor, questions: list[str], batch: int = 32) -> list[str]:
+        """Answer question i about video i, by greedy decoding. videos: paths, or (B, T, 3, H, W) uint8."""
+        return self.generate_for(videos, questions, 1, batch)
+
+    @torch.no_grad()
+    def generate_for(self, videos: list[str] | Tensor, questions: list[str] | None, beams: int,
+                     batch: int) -> list[str]:
+        """Generate an answer or, without questions, a caption for each video, as eval.py does."""
+        device, inputs, ids, texts = self.vit.norm.weight.device, self.inputs, None, []
+        if (questions is None) != (self.bert is None):
+            purpose, method = ("question answering", "answer") if self.bert else ("captioning", "caption")
+            raise ValueError(f"{inputs.folder or 'the model'} is for {purpose}: use its .{method}")
+        if beams < 1:
+            raise ValueError(f"beams must be at least 1, got {beams}")
+        require_videos(videos)
+        if questions is not None:
+            ids = inputs.encode_texts(questions, "questions").to(device)
+            if len(videos) != len(questions):
+                raise ValueError(f"there must be a question for each video, got {len(questions)} for {len(videos)}")
+        for names, video in inputs.iter_clips(videos, batch, device):
+            own_ids = None if ids is None else ids[len(texts):len(texts) + len(video)]
+            with bf16_autocast(device):
+                tokens, _ = self.encode_video(video)
+                require_finite(tokens, names, "the model's features of the video")
+                context, mask = self.encode_context(tokens, own_ids, torch.arange(len(video), device=device))
+                texts += self.generate_texts(inputs.tokenizer, context, mask, inputs.max_answer_length, beams, names)
+        return texts
+
     @classmethod
     def from_pretrained(cls, folder: str) -> "VideoToText":
-        """Load a folder that train.py --stage finetune wrote for question answering or captioning, in eval mode."""
-        return load_model(folder, cls)
+        """
+        Load a folder that train.py --stage finetune wrote for question answering or captioning, or a hub id, in eval
+        mode.
+        """
+        return load_model(resolve_checkpoint(folder, "a trained model"), cls)
 
 
 def load_model(folder: str, cls: type | None = None) -> ClusterSTM | VideoToText:
@@ -652,4 +670,5 @@ def load_model(folder: str, cls: type | None = None) -> ClusterSTM | VideoToText
     has_question = any(key.startswith("bert.") for key in weights)
     model = VideoToText(*configs, has_question) if kind is VideoToText else ClusterSTM(*configs)
     load_state_dict_strict(model, weights, folder)
+    model.inputs = ModelInputs(folder, config)
     return model.eval()

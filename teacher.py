@@ -15,6 +15,7 @@ import os
 import re
 import string
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as nnf
@@ -34,6 +35,7 @@ from files import (
     verify_tokenizer,
     write_json,
 )
+from inputs import embed_clips, embed_texts, iter_clips
 from kernels import to_device
 from kernels.window_attention import window_attention
 from video import RESAMPLE_MODES, patchify, resize_like_pillow
@@ -387,6 +389,26 @@ class SigLIP(nn.Module):
         self.tokenizer.enable_padding(length=L, pad_id=pad, pad_token=self.tokenizer.id_to_token(pad))
         encoded = self.tokenizer.encode_batch(captions)
         return to_device(torch.tensor([e.ids for e in encoded]), self.logit_bias.device)
+
+    def embed_videos(self, videos: list[str] | Tensor, num_frames: int = 8, batch: int = 16) -> Tensor:
+        """
+        Embed videos, paths of which num_frames middle frames are read, or (B, T, 3, H, W) uint8 -> (B, E), means over
+        frames of the unit vectors of images. `batch` videos are read and encoded at a time.
+        """
+        device, processor = self.logit_bias.device, self.cfg.image_processor
+        transform = partial(resize_like_pillow, size=processor.size, mode=RESAMPLE_MODES[processor.resample])
+        clips = iter_clips(videos, num_frames, 0, transform, batch, device)
+        return embed_clips(self.embed_frames, clips, self.cfg.vision_config.hidden_size, device)
+
+    def embed_frames(self, clips: Tensor) -> Tensor:
+        """clips (B, T, 3, H, W) in grey levels, of the model's size -> (B, E), means of the frames' unit vectors."""
+        _, pooled = self.encode_image(self.normalize(clips.flatten(0, 1)))              # (BT, E)
+        return nnf.normalize(pooled.float(), dim=-1).unflatten(0, clips.shape[:2]).mean(1)
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Embed texts, which only the tokenizer normalises -> (M, E) of unit length."""
+        encode = lambda chunk: self.encode_text(self.tokenize(chunk))
+        return embed_texts(encode, texts, self.cfg.vision_config.hidden_size, self.logit_bias.device)
 
     def pool_attention(self, tokens: Tensor) -> Tensor:
         """Attention of the MAP head's probe, averaged over heads: tokens (F, N, C) -> (F, N) that sums to 1 over N."""

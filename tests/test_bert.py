@@ -11,8 +11,8 @@ from helpers.models import hugging_face, minilm_folder, seeded
 from safetensors.torch import load_file, save_file
 
 import encoders
-from data import encode_answers, load_tokenizer
 from encoders import Bert, BertConfig
+from tokenizer import encode_answers, load_tokenizer
 
 SIZES = dict(vocab_size=40, hidden_size=12, num_hidden_layers=3, num_attention_heads=3, intermediate_size=20,
              max_position_embeddings=16)

@@ -18,11 +18,12 @@ from helpers.videos import write
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import eval as evaluation
-from data import SPECIAL_TOKENS, DataConfig, load_tokenizer
+from data import DataConfig
 from encoders import TextEncoderConfig, ViT, ViTConfig, bert_config
 from files import load_state_dict_strict, read_checkpoint, read_json, read_safetensors
 from model import ClusterSTM, ModelConfig, VideoToText, load_model
 from tasks import TASKS
+from tokenizer import SPECIAL_TOKENS, load_tokenizer
 from tools import convert
 
 KINDS = {"stage 1": 8, "stage 2": 4, "retrieval": 12, "QA": 12}                 # frames

@@ -13,11 +13,11 @@ import torch
 from helpers.models import config_json, student
 from helpers.siglip import tiny_siglip
 
-from data import build_wordpiece, load_tokenizer
 from encoders import Bert, BertConfig
 from files import save_weights, write_json
 from model import load_model
 from teacher import SigLIP
+from tokenizer import build_wordpiece, load_tokenizer
 
 TIMES = 40                      # bits are flipped, and files are truncated
 FILES = {"siglip": ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",

@@ -17,10 +17,11 @@ from helpers.videos import cut, noise_frames, numbers, write, write_frames
 
 import data
 import video
+from annotations import Annotation, Question
 from data import ClipDataset, DataConfig, MixedDataset, collate
 from encoders import TextEncoderConfig
 from runtime import RunContext
-from tasks import Annotation, Question
+from tokenizer import build_wordpiece, encode_answers, encode_texts, load_tokenizer
 
 CFG = DataConfig(num_frames=4, image_size=32, min_crop_scale=0.5, hflip=True, num_views=0, frame_cache=False,
                  cache_image_size=64, max_unreadable=0.5)           # everything that can be random is
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
     (folder / "videos").mkdir()
     for i in range(24):
         write_frames(folder / "videos" / f"{i}.mp4", noise_frames(8, 48, 64, i).permute(0, 2, 3, 1).numpy())
-    data.build_wordpiece([f"caption {i} one two of" for i in range(24)], str(folder / "tokenizer.json"))
+    build_wordpiece([f"caption {i} one two of" for i in range(24)], str(folder / "tokenizer.json"))
     return folder
 
 
@@ -54,7 +55,7 @@ def annotations(folder):
 
 @pytest.fixture
 def tokenizer(folder):
-    return data.load_tokenizer(str(folder))
+    return load_tokenizer(str(folder))
 
 
 def same(a, b):
@@ -368,7 +369,7 @@ def test_a_batch_holds_its_samples(annotations, tokenizer):
     samples = [dataset[n] for n in range(5)]
     batch = collate(samples, tokenizer, 10, seed=9)
     assert batch.video.shape == (5, 4, 3, 32, 32) and batch.video.dtype == torch.uint8
-    assert torch.equal(batch.text_ids, data.encode_texts(tokenizer, batch.captions, 10)) and batch.seed == 9
+    assert torch.equal(batch.text_ids, encode_texts(tokenizer, batch.captions, 10)) and batch.seed == 9
     for i, s in enumerate(samples):
         assert torch.equal(batch.video[i], s.video)
         assert (batch.captions[i], batch.frame_captions[i]) == (s.caption, s.frame_caption)
@@ -384,8 +385,8 @@ def test_a_batch_of_questions_holds_their_texts_and_answers(annotations, tokeniz
     rows = [replace(row, questions=q) for row, q in zip(annotations, questions, strict=False)]
     dataset = ClipDataset(rows, CFG, train=False)
     batch = collate([dataset[n] for n in range(3)], tokenizer, 4, seed=0, max_answer_length=3)
-    assert torch.equal(batch.text_ids, data.encode_texts(tokenizer, ["one", "two", "of"], 4))
-    assert torch.equal(batch.answer_ids, data.encode_answers(tokenizer, ["two", "of", "one"], 3))
+    assert torch.equal(batch.text_ids, encode_texts(tokenizer, ["one", "two", "of"], 4))
+    assert torch.equal(batch.answer_ids, encode_answers(tokenizer, ["two", "of", "one"], 3))
     assert batch.clip_index.tolist() == [0, 2, 2] and batch.question_index.tolist() == [0, 0, 1]
     assert batch.answer_weight.tolist() == [1, 0.5, 0.25] and batch.answer_weight.dtype == torch.float32
     assert len(batch.video) == 3
@@ -521,11 +522,10 @@ def test_device_crops_agree_for_mixtures_skips_and_workers(shapes_folder, tokeni
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loader and the tokenizer of a run
+# The loader of a run
 
 def context(rank=0, world=1, seed=3, task="", **options):
-    cfg = SimpleNamespace(seed=seed, task=task, name="a", tokenizer="", text=TextEncoderConfig(max_length=10),
-                          data=replace(CFG, **options))
+    cfg = SimpleNamespace(seed=seed, task=task, text=TextEncoderConfig(max_length=10), data=replace(CFG, **options))
     return RunContext(cfg, "", torch.device("cpu"), rank, world)
 
 
@@ -566,11 +566,11 @@ def test_micro_batch_seeds_differ_by_seed_stage_step_and_index(annotations, toke
 def test_micro_batches_hold_answers_if_the_task_has_them(annotations, tokenizer):
     rows = [replace(row, questions=[Question("one", {"two": 1.0})]) for row in annotations]
     group, = micro_batches(context(task="msrvtt-qa"), rows, tokenizer, steps=1)
-    assert torch.equal(group[0].text_ids, data.encode_texts(tokenizer, ["one"] * 2, 10))
-    assert torch.equal(group[0].answer_ids, data.encode_answers(tokenizer, ["two"] * 2, 5))
+    assert torch.equal(group[0].text_ids, encode_texts(tokenizer, ["one"] * 2, 10))
+    assert torch.equal(group[0].answer_ids, encode_answers(tokenizer, ["two"] * 2, 5))
     group, = micro_batches(context(), rows, tokenizer, steps=1)
     assert group[0].answer_ids is None
-    assert torch.equal(group[0].text_ids, data.encode_texts(tokenizer, group[0].captions, 10))
+    assert torch.equal(group[0].text_ids, encode_texts(tokenizer, group[0].captions, 10))
 
 
 def test_loader_workers_ignore_sigterm_and_end_with_the_loader(annotations, tokenizer):
@@ -584,21 +584,6 @@ def test_loader_workers_ignore_sigterm_and_end_with_the_loader(annotations, toke
     iterator.close()
     worker.join(10)
     assert not worker.is_alive()
-
-
-def test_the_tokenizer_is_the_given_one_the_encoders_the_datas_or_built(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("given", "encoder", "corpus"):
-        os.makedirs(name)
-        data.build_wordpiece([name], f"{name}/tokenizer.json")
-    os.makedirs("out/a")
-    run = context(train_file="elsewhere/train.json")
-    words = lambda text_folder: data.resolve_tokenizer(run, ["built"], text_folder).get_vocab().keys()
-    assert "built" in words("") and os.path.isfile("out/a/tokenizer.json")
-    run.cfg.data = replace(run.cfg.data, train_file="corpus/train.json")
-    assert "corpus" in words("") and "encoder" in words("encoder")
-    run.cfg.tokenizer = "given"
-    assert "given" in words("encoder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import torch.nn.functional as nnf
 from helpers.kernels import needs_cuda, seeded
 from helpers.models import TIGHT, unit
 
-import model as model_module
-from model import QuadraticForm, matmul_bf16x3, vtc_loss
+import products
+from model import vtc_loss
+from products import QuadraticForm, matmul_bf16x3
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def bf16x3(monkeypatch):
         shapes.append((*a.shape, b.shape[1]))
         return matmul_bf16x3(a.float(), b.float())
 
-    monkeypatch.setattr(model_module, "matmul", matmul)
+    monkeypatch.setattr(products, "matmul", matmul)
     return shapes
 
 
@@ -90,13 +91,13 @@ def test_the_quadratic_form_has_the_gradient_of_its_formula():
 
 
 def test_only_large_fp32_products_on_a_gpu_are_bf16x3(monkeypatch):
-    monkeypatch.setattr(model_module, "matmul_bf16x3", mock.Mock(return_value="bf16x3"))
+    monkeypatch.setattr(products, "matmul_bf16x3", mock.Mock(return_value="bf16x3"))
     matrix = {"is_cuda": True, "dtype": torch.float32, "shape": (2048, 512)}
     large = lambda **changes: mock.MagicMock(**matrix | changes)
     b = mock.MagicMock(shape=(512, 2048))
-    assert model_module.matmul(large(), b) == "bf16x3"
+    assert products.matmul(large(), b) == "bf16x3"
     for changes in ({"is_cuda": False}, {"dtype": torch.float64}, {"shape": (2047, 512)}):
-        assert model_module.matmul(large(**changes), b) != "bf16x3"
+        assert products.matmul(large(**changes), b) != "bf16x3"
 
 
 @pytest.mark.gpu
@@ -104,5 +105,5 @@ def test_only_large_fp32_products_on_a_gpu_are_bf16x3(monkeypatch):
 def test_bf16x3_on_a_gpu_sums_in_fp32():
     a, b = torch.randn(2048, 768, generator=seeded()).cuda(), torch.randn(768, 2048, generator=seeded(1)).cuda()
     expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-    assert ((model_module.matmul(a, b) - expected).abs() <= (3 * 2 ** -16 + 3 * 768 * 2 ** -24) * size).all()
-    assert not torch.equal(model_module.matmul(a, b), a @ b)                # large enough
+    assert ((products.matmul(a, b) - expected).abs() <= (3 * 2 ** -16 + 3 * 768 * 2 ** -24) * size).all()
+    assert not torch.equal(products.matmul(a, b), a @ b)                # large enough

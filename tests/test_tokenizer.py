@@ -1,16 +1,27 @@
-"""The tokenizer of data.py: its construction, loading as BertTokenizerFast does, and texts <-> ids."""
+"""tokenizer.py: construction, the tokenizer of a run, loading as BertTokenizerFast does, and texts <-> ids."""
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import hugging_face, minilm_folder
+from tokenizers import Tokenizer
 
-import data
-from data import SPECIAL_TOKENS, decode_ids, encode_answers, encode_texts, load_tokenizer
 from encoders import Bert
+from runtime import RunContext
+from tokenizer import (
+    SPECIAL_TOKENS,
+    build_wordpiece,
+    decode_ids,
+    encode_answers,
+    encode_texts,
+    load_tokenizer,
+    resolve_tokenizer,
+    special_token_ids,
+)
 
 WORDS = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK]".split()
 PAD, CLS, SEP = 0, 2, 3                             # of tokenizers that build_wordpiece made
@@ -18,7 +29,7 @@ PAD, CLS, SEP = 0, 2, 3                             # of tokenizers that build_w
 
 def build(folder, texts, **options):
     path = str(folder / "tokenizer.json")
-    data.build_wordpiece(texts, path, **options)
+    build_wordpiece(texts, path, **options)
     return load_tokenizer(path)
 
 
@@ -29,10 +40,10 @@ def test_the_same_captions_give_the_same_file(tmp_path):
     rng = np.random.default_rng(0)
     captions = [" ".join(f"word{i}" for i in rng.integers(40, size=6)) for _ in range(200)]
     for name, order in (("a", captions), ("b", captions[::-1])):
-        data.build_wordpiece(order, str(tmp_path / name))
+        build_wordpiece(order, str(tmp_path / name))
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() and sorted(os.listdir(tmp_path)) == ["a", "b"]
     with pytest.raises(ValueError, match="vocab_size.*20"):
-        data.build_wordpiece(captions, str(tmp_path / "c"), vocab_size=20)
+        build_wordpiece(captions, str(tmp_path / "c"), vocab_size=20)
 
 
 def test_frequent_words_come_first_and_extra_texts_last(tmp_path):
@@ -45,6 +56,22 @@ def test_frequent_words_come_first_and_extra_texts_last(tmp_path):
     assert sorted(extended, key=extended.get) == [*expected, "o", "z", "##o", "##z", "zoo"]
     cut = build(tmp_path, captions, vocab_size=len(expected) - 1).get_vocab()
     assert sorted(cut, key=cut.get) == expected[:-1]
+
+
+def test_the_tokenizer_of_a_run_is_the_given_one_the_encoders_the_datas_or_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("given", "encoder", "corpus"):
+        os.makedirs(name)
+        build_wordpiece([name], f"{name}/tokenizer.json")
+    os.makedirs("out/a")
+    cfg = SimpleNamespace(name="a", tokenizer="", data=SimpleNamespace(train_file="elsewhere/train.json"))
+    words = lambda text_folder: resolve_tokenizer(RunContext(cfg, "", torch.device("cpu"), 0, 1), ["built"],
+                                                  text_folder).get_vocab().keys()
+    assert "built" in words("") and os.path.isfile("out/a/tokenizer.json")
+    cfg.data.train_file = "corpus/train.json"
+    assert "corpus" in words("") and "encoder" in words("encoder")
+    cfg.tokenizer = "given"
+    assert "given" in words("encoder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +122,7 @@ def test_nothing_after_the_first_sep_is_decoded(tokenizer):
 
 
 def test_special_token_ids(tokenizer):
-    assert data.special_token_ids(tokenizer) == (PAD, CLS, SEP) and Bert.PAD_ID == PAD
+    assert special_token_ids(tokenizer) == (PAD, CLS, SEP) and Bert.PAD_ID == PAD
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +203,7 @@ def test_encoding_equals_bert_tokenizer_fast(tmp_path, file, options):
     write_vocabulary(tmp_path, **(options or {}))
     if file == "tokenizer.json":                    # one that disagrees with the options, and pads and truncates
         load_tokenizer(str(tmp_path / "vocab.txt")).save(str(tmp_path / file))
-        tokenizer = data.Tokenizer.from_file(str(tmp_path / file))
+        tokenizer = Tokenizer.from_file(str(tmp_path / file))
         if options and "do_lower_case" in options:
             tokenizer.normalizer.lowercase = not options["do_lower_case"]
         tokenizer.enable_truncation(7)
@@ -218,7 +245,7 @@ def test_tokenizer_json_without_a_config_keeps_its_options(tmp_path):
 
 def test_tokenizer_json_is_preferred_to_vocab_txt(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, "red"]))
-    data.build_wordpiece(["a red square", "a blue one"], str(tmp_path / "tokenizer.json"))
+    build_wordpiece(["a red square", "a blue one"], str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.token_to_id("blue") and not tokenizer.token_to_id("[unused0]")
     assert not load_tokenizer(str(tmp_path / "vocab.txt")).token_to_id("blue")

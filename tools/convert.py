@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from config import PRESETS
-from data import load_tokenizer
 from encoders import ViT
 from files import atomic_write_text, escape_control, save_weights, write_json
 from model import ClusterSTM, VideoToText
 from runtime import run_cli
 from tasks import TASK_KINDS, TASKS, get_task
+from tokenizer import load_tokenizer
 
 MASK_ID = 103           # id of [MASK] in bert-base-uncased and bert-large-uncased
 SEED = 0                # of the weights that the file does not have

@@ -24,12 +24,13 @@ import torch.nn.functional as nnf
 import tyro
 from torch import Tensor
 
+from annotations import read_annotations
 from config import PRESETS
-from data import ClipDataset, DataConfig, build_wordpiece, load_tokenizer
+from data import ClipDataset, DataConfig
 from runtime import run_cli
 from targets import compute_targets
-from tasks import read_annotations
 from teacher import SigLIP, SigLIPConfig, TextConfig, use_fp8
+from tokenizer import build_wordpiece, load_tokenizer
 from tools.tables import banner, print_header, print_row
 
 
