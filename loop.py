@@ -3,7 +3,7 @@ The training loop: `train_stage` takes the optimizer steps of one Stage of a run
 
     micro-batches -> stage.make_inputs -> stage.model -> losses by name -> gradients -> AdamW step -> log, checkpoint
 
-TrainLog writes log.jsonl. Health counts skipped steps and unreadable videos and passes on requests to stop.
+TrainLog of logs.py writes log.jsonl. Health counts skipped steps and unreadable videos and passes on requests to stop.
 """
 
 import json
@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Batch, ClipDataset, MixedDataset, iterate_micro_batches
-from files import append_line, atomic_write_text
+from files import atomic_write_text
+from logs import TrainLog
 from runtime import (
     AsyncHostCopy,
     BadMediaLog,
@@ -50,7 +51,8 @@ class Stage:
     loss_weights: dict[str, float] = field(default_factory=dict)        # by loss name; default 1
     frozen: tuple[str, ...] = ()                # regular expressions of parameter names that are not trained
     betas: tuple[float, float] = (0.9, 0.999)   # AdamW's
-    at_step: dict[int, Callable] = field(default_factory=dict)          # step -> called after it: scoring an epoch
+    # step -> called after it, to score the model; what it returns, if anything, are scores for the log
+    at_step: dict[int, Callable[[], dict | None]] = field(default_factory=dict)
     before_checkpoint: Callable = lambda: None  # called on all ranks before a checkpoint is written
 
 
@@ -69,9 +71,9 @@ def train_stage(run: RunContext, stage: Stage) -> nn.Module:
     loader = run.exit_stack.enter_context(closing(iterate_micro_batches(
         run, stage.dataset, stage.tokenizer, stage.name, stage.batch, run.micro_batch_size[stage.name], step,
         stage.steps)))
-    if step in stage.at_step:                   # the run may have been stopped during this call
+    if step in stage.at_step and not log.has_scores:        # the run may have been stopped during this call
         with log.paused():
-            stage.at_step[step]()
+            log.write_scores(step, stage.at_step[step]())
     if step == stage.steps:
         health.check_unreadable(step * stage.batch)
     run.stop.defer()
@@ -109,11 +111,11 @@ def train_stage(run: RunContext, stage: Stage) -> nn.Module:
                     stop_run(run, stage, step, save)
                 run.stop.terminate_now()
             if step in stage.at_step:
-                stage.at_step[step]()
+                log.write_scores(step, stage.at_step[step]())
                 run.stop.defer()
     run.stop.terminate_now()
     loader.close()
-    log.bar.close()
+    log.close()
     run.barrier()
     return stage.model.requires_grad_(True).eval()
 
@@ -205,50 +207,6 @@ def stop_run(run: RunContext, stage: Stage, step: int, save: Callable):
     if run.rank == 0:
         tqdm.write(f"{run.folder}: stopped after step {step} of {stage.name}; --resume continues it")
     sys.exit(0)
-
-
-class TrainLog:
-    """Progress bar and log.jsonl: mean losses over ranks, gradient norm, learning rate, clips/s, share of data wait."""
-
-    def __init__(self, run: RunContext, stage: Stage, step: int):
-        self.run, self.stage, self.path = run, stage, os.path.join(run.folder, "log.jsonl")
-        self.bar = tqdm(total=stage.steps, initial=step, desc=f"{run.cfg.name} {stage.name}", disable=run.rank > 0,
-                        mininterval=1)
-        run.exit_stack.callback(self.bar.close)
-        self.bad_media = BadMediaLog(run.folder)
-        self.reset(step)
-
-    def reset(self, step: int):
-        self.data_wait, self.start, self.first_step = 0.0, time.perf_counter(), step
-
-    def wait_for(self, loader) -> list[Batch]:
-        """Return the micro-batches of the next step; write their unreadable videos to bad_media.jsonl."""
-        start = time.perf_counter()
-        batches = next(loader)
-        self.data_wait += time.perf_counter() - start
-        self.bad_media.add([record for batch in batches for record in batch.skipped])
-        return batches
-
-    @contextmanager
-    def paused(self):
-        """Leave the time of this block out of clips/s."""
-        start = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - start
-
-    def write(self, step: int, losses: dict[str, Tensor], norm: Tensor, lr: float, counts: dict[str, int]):
-        """Append a row, on rank 0. It is called on all ranks, since losses are averaged over them."""
-        values = all_reduce_sum(torch.stack([*losses.values()]).float()) / self.run.world
-        seconds = time.perf_counter() - self.start
-        row = {"stage": self.stage.name, "step": step, **dict(zip(losses, values.tolist(), strict=True)),
-               "grad_norm": norm.item(), "lr": lr,
-               "clips/s": (step - self.first_step) * self.stage.batch / seconds, "data_wait": self.data_wait / seconds}
-        row |= {name: count for name, count in counts.items() if count}
-        if self.run.rank == 0:
-            append_line(self.path, {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in row.items()})
-        shown = (*losses, "clips/s", "data_wait", *counts)
-        self.bar.set_postfix({k: f"{row[k]:.3g}" for k in shown if k in row}, refresh=False)
-        self.reset(step)
 
 
 class Health:

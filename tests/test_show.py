@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers.damage import damaged_copies
 from helpers.runs import assert_one_line, command
+from matplotlib.colors import to_hex
 from PIL import Image, ImageDraw
 
-from data import build_wordpiece, load_tokenizer
 from masking import MASK_INPUTS, MASKS, MaskConfig, keep_count
 from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from tokenizer import build_wordpiece, load_tokenizer
 from tools import show
 from video import eval_transform, read_frames, resize, write_video
 
@@ -347,6 +348,10 @@ def test_masked_tokens_are_darkened_and_clusters_tinted():
     np.testing.assert_allclose(tint[0, :3, :4], np.broadcast_to(tint[0, 0, 0], (3, 4, 3)))
 
 
+def legend_texts(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def write_log(folder, stages):
     os.makedirs(folder)
     with open(f"{folder}/log.jsonl", "w") as f:
@@ -366,7 +371,43 @@ def test_plot_losses_has_a_panel_per_loss_and_a_line_per_run(tmp_path, monkeypat
     xy = {line.get_label(): line.get_xydata() for line in axes[1].get_lines()}
     assert xy["one"][:, 0].tolist() == list(range(1, 13)) and xy["two"][:, 0].tolist() == [1, 2, 3, 4]
     assert xy["one"][:, 1].tolist() == [2 / s for s in (*range(1, 10), 1, 2, 3)]
-    assert {t.get_text() for t in axes[0].get_legend().get_texts()} == {"one", "two"}
+    assert legend_texts(figures[0]) == ["one", "two"]
+
+
+def test_runs_of_different_lengths_have_a_colour_each_and_the_same_axis(tmp_path, monkeypatch, figures):
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        write_log(f"r{i}", [("pretrain", 3 + i, ("vtc",)), ("unmasked", 2, ("vtc", "mlm"))])
+    with open("r0/log.jsonl", "a") as f:
+        f.write(json.dumps({"stage": "unmasked", "step": 2, "val_T2V_R@1": 40.0, "seconds": 1.0}) + "\n")
+    for count in (1, 2, 12):
+        show.main(show.RunCommand(tuple(f"r{i}" for i in range(count)), "runs.png"))
+        assert_picture("runs.png")
+        axes = {axis.get_title(): axis for axis in figures[-1].axes if axis.get_visible()}
+        assert list(axes) == ["VTC", "MLM", show.TITLES["val_T2V_R@1"], show.TITLES["lr"]]
+        assert all(axis.get_xlim() == pytest.approx((0, 1.02 * (count + 4))) for axis in axes.values())
+        handles = figures[-1].legends[0].get_lines()
+        colours = {line.get_label(): to_hex(line.get_color()) for line in handles}
+        assert len({*colours.values()}) == count
+        for axis in axes.values():
+            lines = [line for line in axis.get_lines() if line.get_label() in colours]
+            assert len(lines) == count
+            assert all(to_hex(line.get_color()) == colours[line.get_label()] for line in lines)
+            starts = {to_hex(line.get_color()): line.get_xdata()[0] for line in axis.get_lines() if line not in lines}
+            assert starts == {colours[f"r{i}"]: 3 + i for i in range(count)}
+            assert [text.get_text() for text in axis.texts] == ["unmasked"] * count
+        points, = (line for line in axes[show.TITLES["val_T2V_R@1"]].get_lines() if len(line.get_xdata()) == 1)
+        assert points.get_xydata().tolist() == [[5, 40]] and points.get_marker() == "."         # no line, so a dot
+
+
+def test_stages_that_begin_at_the_same_step_are_named_once(tmp_path, monkeypatch, figures):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_log(name, [("pretrain", 30, ("vtc",)), ("unmasked", 2, ("vtc",))])
+    write_log("c", [("pretrain", 5, ("vtc",))])
+    show.main(show.RunCommand(("a", "b", "c"), "runs.png"))
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["unmasked"]
+    assert {line.get_marker() for line in figures[0].axes[0].get_lines()[:1]} == {"None"}
 
 
 def test_a_log_is_read_as_it_was_written(first_run):
@@ -424,8 +465,7 @@ def test_names_of_runs_are_drawn_as_they_are(tmp_path, monkeypatch, figures, cap
         write_log(name, [("pretrain", 2, ("vtc",))])
     show.main(show.RunCommand(tuple(names), "l\u202e.png"))
     assert capsys.readouterr().out == "written to l\\u202e.png\n"
-    texts = [t.get_text() for t in figures[0].axes[0].get_legend().get_texts()]
-    assert texts == [" _first", r"a\$\frac{\$b", r"c\x1b[31m\u202e\udcff", r"\$5"]         # \$ is drawn as $
+    assert legend_texts(figures[0]) == [" _first", r"a\$\frac{\$b", r"c\x1b[31m\u202e\udcff", r"\$5"]      # \$: $
 
 
 @pytest.mark.parametrize("command_line", [["run", "a"], ["mask", "VIDEO", "--mask", "tube"]], ids=["run", "mask"])

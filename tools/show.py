@@ -45,7 +45,7 @@ class MaskCommand:
     mask: Annotated[tuple[str, ...], tyro.conf.arg(help=f"a column for each mask, of {', '.join(MASKS)}")] = (
         "cluster_stm", "random_frame")
     ratio: float = 0.9                                              # share of each frame's tokens that is masked
-    quantile: float = 0.95      # d_c of the clusters as a quantile: 0.95 for the demo's teacher, 0.02 for a real SigLIP
+    quantile: float = 0.95                                          # d_c of the clusters as a quantile of distances
     frames: int = 8                                                 # frames to show (fewer if the video is shorter)
     size: int = 0       # pixels a side of the teacher's input; 0: its own size; larger: a finer grid of tokens
     caption: str = ""                                               # caption, which the mask text_guided needs
@@ -55,7 +55,7 @@ class MaskCommand:
 
 @dataclass
 class RunCommand:
-    """Plot losses, speed and learning rate of one or more runs of train.py."""
+    """Compare runs of train.py in one picture: losses, held-out scores, speed, learning rate, memory."""
     folders: tyro.conf.Positional[tuple[str, ...]]                  # out/NAME, one or more
     out: str = "run.png"                                            # picture to write
 
@@ -370,15 +370,36 @@ def read_log(folder: str) -> list[dict]:
 
 LOSSES = ("sigmoid", "mrm", "align", "pixels", "vtc", "vtm", "mlm", "lm")
 TITLES = {"mrm": "MRM (1 = the clip's mean)", "align": "visible tokens", "pixels": "pixels",
+          "val_T2V_R@1": "held-out T2V R@1, %", "val_V2T_R@1": "held-out V2T R@1, %",
           "clips/s": "clips a second", "data_wait": "share of time waiting for data", "lr": "learning rate",
-          "grad_norm": "norm of the gradient"}
+          "grad_norm": "norm of the gradient", "memory": "peak memory, GiB"}
+FROM_ZERO = ("val_T2V_R@1", "val_V2T_R@1", "clips/s", "data_wait", "memory")
+
+
+def first_steps(log: list[dict]) -> dict[str, int]:
+    """Return, for each stage of a log in order, the number of steps of the stages before it."""
+    last = {}                                                           # stage -> its last step
+    for row in log:
+        last[row["stage"]] = max(row["step"], last.get(row["stage"], 0))
+    return dict(zip(last, accumulate(last.values(), initial=0), strict=False))
+
+
+def mark_stages(axis, first: dict[str, int], colour, named: set):
+    """Draw a dotted line where a stage of a run begins after another, with its name, once at a place (`named`)."""
+    for stage, step in list(first.items())[1:]:
+        axis.axvline(step, color=colour, linewidth=0.8, linestyle=":")
+        if (stage, step) not in named:
+            named.add((stage, step))
+            axis.text(step, 0.99, as_label(stage), fontsize=7, color="grey", rotation=90, ha="right", va="top",
+                      transform=axis.get_xaxis_transform())
 
 
 def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
     """
-    Plot the logs of runs, {title: folder}: a panel for each loss and for each `extra` key, a line for each run.
+    Plot the logs of runs, {title: folder}: a panel for each loss and for each `extra` key, a line for each run, which
+    has one colour in all panels. All panels have the same x axis.
 
-    The stages of a run follow each other along the x axis, with a dotted line where a stage begins.
+    The stages of a run follow each other along it, with a dotted line where a stage begins.
     """
     logs = {title: read_log(folder) for title, folder in folders.items()}
     rows = [row for log in logs.values() for row in log]
@@ -387,27 +408,31 @@ def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
         raise ValueError(f"{', '.join(folders.values())}: log.jsonl has no losses yet")
     width = min(4, len(names))
     height = -(-len(names) // width)
-    figure, axes = plt.subplots(height, width, figsize=(3.2 * width, 2.8 * height), squeeze=False)
+    figure, axes = plt.subplots(height, width, figsize=(3.2 * width, 2.8 * height), squeeze=False,
+                                layout="constrained")
+    palette = plt.get_cmap("tab10").colors if len(logs) <= 10 else colours(len(logs))
     for axis, name in zip(axes.flat, names, strict=False):
-        for title, log in logs.items():
-            steps = {}                                                  # stage -> its last step, in order
-            for row in log:
-                steps[row["stage"]] = max(row["step"], steps.get(row["stage"], 0))
-            first = dict(zip(steps, accumulate(steps.values(), initial=0), strict=False))
+        end, named = 0, set()
+        for (title, log), colour in zip(logs.items(), palette, strict=False):
+            first = first_steps(log)
             logged = [row for row in log if name in row]
             values = [float("nan") if row[name] is None else row[name] for row in logged]       # None: not finite
             steps = [row["step"] + first[row["stage"]] for row in logged]
-            axis.plot(steps, values, label=as_label(title), linewidth=1)
-            for step in list(first.values())[1:]:
-                axis.axvline(step, color="grey", linewidth=0.6, linestyle=":")
-        axis.set(title=TITLES.get(name, name.upper()), xlabel="step")
+            axis.plot(steps, values, label=as_label(title), linewidth=1, color=colour,
+                      marker="." if len(steps) < 20 else None, markersize=4)
+            mark_stages(axis, first, colour, named)
+            end = max([end, *(row["step"] + first[row["stage"]] for row in log)])
+        axis.set(title=TITLES.get(name, name.upper()), xlabel="step", xlim=(0, 1.02 * end))
         if name in ("mrm", "grad_norm"):
             axis.set(yscale="log")
-        if name in ("clips/s", "data_wait"):
+        if name in FROM_ZERO:
             axis.set(ylim=(0, None))
     for axis in axes.flat[len(names):]:
         axis.set_visible(False)
-    axes[0, 0].legend(fontsize=8)
+    labels = [as_label(title) for title in logs]
+    lines = [plt.Line2D([], [], color=colour, label=label) for label, colour in zip(labels, palette, strict=False)]
+    figure.legend(handles=lines, loc="outside upper left", fontsize=8,
+                  ncols=max(1, min(len(labels), 40 * width // (6 + max(map(len, labels))))))
     save(figure, out)
 
 
@@ -418,7 +443,8 @@ def as_label(name: str) -> str:
 
 def save(figure, path: str):
     """Write a matplotlib figure and close it."""
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -453,7 +479,7 @@ def run_plot_command(cfg: RunCommand):
     if len(set(names)) < len(names):
         names = [os.path.normpath(folder) for folder in cfg.folders]
     folders = dict(zip(names, cfg.folders, strict=True))
-    plot_losses(folders, cfg.out, ("clips/s", "data_wait", "lr", "grad_norm"))
+    plot_losses(folders, cfg.out, ("val_T2V_R@1", "val_V2T_R@1", "clips/s", "data_wait", "lr", "grad_norm", "memory"))
 
 
 def main(cfg: MaskCommand | RunCommand):

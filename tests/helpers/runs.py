@@ -76,11 +76,15 @@ def weights(folder):
 
 
 def log(folder):
-    """Read log.jsonl, which has each step once, in order -> {(stage, step): losses, gradient norm, learning rate}."""
+    """
+    Read log.jsonl, which has each step once, in order, and the scores of a validation after the losses of its step
+    -> {(stage, step): losses, gradient norm, learning rate}, without the scores.
+    """
     rows = read_rows(os.path.join(folder, "log.jsonl"))
-    steps = [(runtime.STAGES.index(row["stage"]), row["step"]) for row in rows]
+    steps = [(runtime.STAGES.index(row["stage"]), row["step"], "val_T2V_R@1" in row) for row in rows]
     assert steps == sorted(set(steps))
-    return {(row["stage"], row["step"]): {k: row[k] for k in (*LOSSES, "grad_norm", "lr") if k in row} for row in rows}
+    return {(row["stage"], row["step"]): {k: row[k] for k in (*LOSSES, "grad_norm", "lr") if k in row}
+            for row in rows if "grad_norm" in row}
 
 
 def weights_without_key_bias(folder):
