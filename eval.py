@@ -6,9 +6,12 @@ Evaluate a trained model.
     python eval.py --task sprites --checkpoint out/sprites --mask cluster_stm --mask-ratio 0.9
     python eval.py --checkpoint out/captions --data captions.json --data-root FOLDER
     torchrun --nproc_per_node=8 eval.py --task msrvtt --checkpoint out/base --data-root DATA
+    python eval.py --task list                                                  # the tasks, a line each
 
 Inputs: a folder that train.py wrote, an annotation file and its videos. Outputs: a printed table, and a JSON file with
 the scores, the protocol and, for question answering and captioning, every prediction. NaN is an error, never a score.
+Under each row of scores are their 95 % intervals (bootstrap over queries; docs/method.md §4). --save-scores also writes
+the matrices of retrieval, and the ranks of all queries, as an .npz file beside the JSON file.
 
 Retrieval is text-to-video (T2V) and video-to-text (V2T): R@1/5/10 in per cent, median and mean rank. Candidates are
 ranked by similarity (the mean over frames of the cosines), by similarity with a dual softmax over all queries, and with
@@ -19,10 +22,12 @@ tokens that the mask selects.
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Annotated, Literal
 
 import numpy as np
@@ -36,24 +41,19 @@ from tqdm import tqdm
 import data
 import metrics
 import tasks
-from data import (
-    ClipDataset,
-    DataConfig,
-    decode_ids,
-    encode_answers,
-    init_loader_worker,
-    require_finite,
-    require_readable,
-)
-from files import atomic_write_text, config_from_dict, escape_control, read_json
+from annotations import Annotation, iter_annotations
+from data import ClipDataset, DataConfig, init_loader_worker, require_readable
+from files import atomic_write, atomic_write_text, config_from_dict, escape_control, read_json
+from inputs import require_finite
 from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, VideoToText, load_model
 from runtime import all_gather_lists, all_reduce_sum, bf16_autocast, rank_and_world, run_cli, select_device
 from targets import compute_visible_ids
-from tasks import TASK_KINDS, TASKS, Annotation, Task, split_files
+from tasks import TASK_KINDS, TASKS, Task, split_files
 from teacher import SigLIP
+from tokenizer import decode_ids, encode_answers, encode_texts, load_tokenizer
 
-TASK_HELP = f"benchmark to evaluate on: {', '.join(TASKS)}"
+TASK_HELP = f"benchmark to evaluate on; `list` prints a line about each: {', '.join(TASKS)}"
 USABLE_MASKS = [name for name in MASKS if not MASK_INPUTS[name] & {"logits", "text", "aligned"}]
 MASK_HELP = f"evaluate with only the tokens that a mask selects; empty: all tokens; masks: {', '.join(USABLE_MASKS)}"
 
@@ -81,6 +81,7 @@ class Config:
     seed: int = 0           # seed of masks that are drawn at random
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda if there is a GPU
     out: str = ""           # JSON file to write; empty: eval-TASK-MASK-SETTINGS.json in the checkpoint's folder
+    save_scores: bool = False   # retrieval, multiple choice: write all scores and ranks too, beside the JSON file
 
     def __post_init__(self):
         if self.data and not self.data_root:
@@ -111,6 +112,7 @@ class Protocol:
     visible_fn: Callable | None = None  # batch -> TeacherTargets with the visible tokens; None: all tokens
     answers: list[str] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)     # (video, reason)
+    saved_scores: dict[str, np.ndarray] | None = None       # --save-scores: filled by retrieval and multiple choice
 
 
 # Encoding videos and captions
@@ -144,7 +146,7 @@ def encode_videos(model, dataset: ClipDataset, indices: Sequence[int], tokenizer
 
 def encode_captions(model: ClusterSTM, tokenizer, captions: list[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
     """M captions -> ids (M, L), states (M, L, D), features (M, E'). ValueError if a feature is not finite."""
-    ids = data.encode_texts(tokenizer, captions, length).to(model.temp.device)
+    ids = encode_texts(tokenizer, captions, length).to(model.temp.device)
     states, features = map(torch.cat, zip(*(model.encode_text(chunk) for chunk in ids.split(256)), strict=True))
     require_finite(features, captions, "the model's feature of the caption")
     return ids, states, features
@@ -198,17 +200,21 @@ def encode_unique_videos(model: ClusterSTM, dataset: ClipDataset, tokenizer, pro
     return EncodedVideos(features[readable, :-1], columns, local_columns, torch.cat(local_tokens or [torch.zeros(0)]))
 
 
-def match_topk(model, ids: Tensor, states: Tensor, similarity: Tensor, videos: EncodedVideos, k: int) -> Tensor:
-    """
-    Compute the matching head's logits (M, V) for the top k videos of each text and the top k texts of each video.
-
-    A pair is scored once even if both directions select it, by the rank that holds the video's tokens.
-    """
+def select_topk(similarity: Tensor, k: int) -> Tensor:
+    """similarity (M, V) -> (M, V) bool, the top k videos of each text and the top k texts of each video."""
     M, V = similarity.shape
-    selected = torch.zeros(M, V, dtype=torch.bool, device=similarity.device)
+    selected = torch.zeros_like(similarity, dtype=torch.bool)
     selected.scatter_(1, similarity.topk(min(k, V), 1).indices, True)
     selected.T.scatter_(1, similarity.T.topk(min(k, M), 1).indices, True)
-    logits = torch.zeros(M, V, device=similarity.device)
+    return selected
+
+
+def match_selected(model, ids: Tensor, states: Tensor, selected: Tensor, videos: EncodedVideos) -> Tensor:
+    """
+    Compute the matching head's logits (M, V) for the selected pairs (M, V) bool, 0 elsewhere: each by the rank that
+    holds the video's tokens.
+    """
+    logits = torch.zeros(selected.shape, device=selected.device)
     if len(videos.local_tokens):
         text_index, video_index = selected[:, videos.local_columns].nonzero().unbind(1)
         pairs = score_pairs(model, ids, states, videos.local_tokens, text_index, video_index)
@@ -227,22 +233,35 @@ def retrieval(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol: Prot
 
     positives, text_positives = (x.to(similarity.device) for x in metrics.positive_pairs(captions, caption_columns, V))
 
-    def both_ways(t2v: Tensor, v2t: Tensor) -> dict:
+    def both_ways(t2v: Tensor, v2t: Tensor) -> dict[str, Tensor]:
         require_finite(t2v, captions, "the scores of the caption")
-        rank_pairs = ("T2V", metrics.best_ranks(t2v, positives)), ("V2T", metrics.best_ranks(v2t, text_positives.T))
-        return {way: metrics.recall_metrics(rank) for way, rank in rank_pairs}
+        return {"T2V": metrics.best_ranks(t2v, positives), "V2T": metrics.best_ranks(v2t, text_positives.T)}
 
-    temp = model.temp.item()
-    scores = {"similarity": both_ways(similarity, similarity.T),
-              "similarity, dual softmax": both_ways(metrics.dual_softmax(similarity, temp),
-                                                    metrics.dual_softmax(similarity.T, temp))}
+    temp, arrays = model.temp.item(), {"similarity": similarity, "positives": positives}
+    ranks = {"similarity": both_ways(similarity, similarity.T),
+             "similarity, dual softmax": both_ways(metrics.dual_softmax(similarity, temp),
+                                                   metrics.dual_softmax(similarity.T, temp))}
     if k := protocol.rerank_topk:
-        logits = match_topk(model, ids, states, similarity, videos, k)
+        selected = select_topk(similarity, k)
+        logits = match_selected(model, ids, states, selected, videos)
         require_finite(logits, captions, "the matching scores of the caption")      # one NaN would spoil all re-ranked
-        scores[f"match, top {k}"] = both_ways(metrics.rerank(similarity, k, lambda m, v: logits[m, v]),
-                                              metrics.rerank(similarity.T, k, lambda v, m: logits[m, v]))
+        ranks[f"match, top {k}"] = both_ways(metrics.rerank(similarity, k, lambda m, v: logits[m, v]),
+                                             metrics.rerank(similarity.T, k, lambda v, m: logits[m, v]))
+        arrays["match"] = logits.masked_fill_(~selected, torch.nan)
+    scores = metrics.map_ranks(metrics.recall_metrics, ranks)
     scores["chance"] = {way: metrics.recall_metrics(torch.arange(1, n + 1)) for way, n in (("T2V", V), ("V2T", M))}
-    return {"videos": V, "captions": M, "scores": scores}
+    if protocol.saved_scores is not None:
+        arrays |= {f"rank, {way}, {name}": rank for name, ways in ranks.items() for way, rank in ways.items()}
+        names = {videos.columns[a.media_id]: a.video for a in dataset.annotations if a.media_id in videos.columns}
+        protocol.saved_scores.update({name: x.cpu().numpy() for name, x in arrays.items()},
+                                     videos=encode_names([names[v] for v in range(V)]), captions=encode_names(captions))
+    return {"videos": V, "captions": M, "scores": scores,
+            "intervals": metrics.map_ranks(metrics.recall_intervals, ranks)}
+
+
+def encode_names(names: Sequence) -> np.ndarray:
+    """Encode texts as bytes of JSON: one that is very long, or not valid Unicode, does no harm to the others."""
+    return np.frombuffer(json.dumps(names).encode(), np.uint8)
 
 
 @torch.no_grad()
@@ -263,16 +282,25 @@ def multiple_choice(model: ClusterSTM, dataset: ClipDataset, tokenizer, protocol
         require_finite(torch.stack([match, similarity], 1), captions, "the scores of the caption")
         for b, i in enumerate(indices):
             m, s = match[clip_index == b], similarity[clip_index == b].softmax(0)
-            choices.append((i, {"0.7 match + 0.3 similarity": (0.7 * m + 0.3 * s).argmax().item(),
-                                "match": m.argmax().item(), "similarity": s.argmax().item()}))
-    choices, scores = sorted(all_gather_lists(choices), key=lambda choice: choice[0]), {}
+            choices.append((i, {"0.7 match + 0.3 similarity": (0.7 * m + 0.3 * s).tolist(), "match": m.tolist(),
+                                "similarity": s.tolist()}))
+    choices, scores, intervals = sorted(all_gather_lists(choices), key=lambda choice: choice[0]), {}, {}
     require_readable(len(choices), len(dataset))
     answered = [annotations[i] for i, _ in choices]
     for name in choices[0][1]:
-        correct = [choice[name] == a.correct_index for (_, choice), a in zip(choices, answered, strict=True)]
-        scores[name] = {"accuracy": 100 * float(np.mean(correct))}
+        rows = [choice[name] for _, choice in choices]
+        correct = [100.0 * (np.argmax(row) == a.correct_index) for row, a in zip(rows, answered, strict=True)]
+        scores[name], intervals[name] = {"accuracy": np.mean(correct).item()}, {
+            "accuracy": metrics.mean_interval(correct)}
+        if protocol.saved_scores is not None:           # (Q, choices), NaN after the last choice of a question
+            protocol.saved_scores[name] = np.array(list(zip_longest(*rows, fillvalue=np.nan)), dtype=np.float32).T
+    if protocol.saved_scores is not None:
+        protocol.saved_scores.update(
+            correct=np.array([a.correct_index for a in answered]), videos=encode_names([a.video for a in answered]),
+            captions=encode_names([a.captions for a in answered]))
     scores["chance"] = {"accuracy": 100 * float(np.mean([1 / len(a.captions) for a in answered]))}
-    return {"videos": len({a.media_id for a in answered}), "questions": len(answered), "scores": scores}
+    return {"videos": len({a.media_id for a in answered}), "questions": len(answered), "scores": scores,
+            "intervals": intervals}
 
 
 def rank_answers(model: VideoToText, answers: Tensor, memory: Tensor, mask: Tensor, topk: int,
@@ -297,16 +325,6 @@ def rank_answers(model: VideoToText, answers: Tensor, memory: Tensor, mask: Tens
     return top.gather(1, scores.argmax(1, keepdim=True))[:, 0]
 
 
-def generate_texts(model: VideoToText, tokenizer, context: Tensor, mask: Tensor | None, max_length: int, beams: int,
-                   names: Sequence[str]) -> list[str]:
-    """Generate a text for each context (Q, S, C). An error gives the first of the Q names whose text has a NaN p."""
-    _, cls, sep = data.special_token_ids(tokenizer)
-    ids = model.generate(context, mask, max_length, beams, cls, sep)
-    log_p = model.log_likelihood(ids, torch.arange(len(ids), device=ids.device), context, mask).sum(1)
-    require_finite(log_p, names, "the log-likelihood of the text generated for")
-    return decode_ids(tokenizer, ids)
-
-
 @torch.no_grad()
 def answer_questions(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Protocol) -> list[dict]:
     """Answer every question -> a prediction for each, of all ranks, in the order of the annotations."""
@@ -326,11 +344,11 @@ def answer_questions(model: VideoToText, dataset: ClipDataset, tokenizer, protoc
         for chunk in (questions[start:start + chunk_size] for start in range(0, len(questions), chunk_size)):
             texts, clip_index = [q.text for _, q in chunk], torch.tensor([b for b, _ in chunk], device=device)
             names = [f"{q.source}: {q.text}" for _, q in chunk]
-            ids = data.encode_texts(tokenizer, texts, protocol.max_text_length).to(device)
+            ids = encode_texts(tokenizer, texts, protocol.max_text_length).to(device)
             with bf16_autocast(device):
                 memory, mask = model.encode_context(tokens, ids, clip_index)
                 best = rank_answers(model, answer_ids, memory, mask, topk, twice, names).tolist()
-                generated = generate_texts(model, tokenizer, memory, mask, max_length, 1, names)
+                generated = model.generate_texts(tokenizer, memory, mask, max_length, 1, names)
             for (b, q), answer_index, text in zip(chunk, best, generated, strict=True):
                 ranked = protocol.answers[answer_index]
                 predictions.append({
@@ -345,17 +363,20 @@ def question_answering(model: VideoToText, dataset: ClipDataset, tokenizer, prot
     predictions = answer_questions(model, dataset, tokenizer, protocol)
     require_readable(len(predictions), len(dataset))
     types = [p["type"] for p in predictions]
-    accuracies = [metrics.accuracy_by_type([p["correct"][method] for p in predictions], types) for method in range(2)]
     listed, unlisted = set(protocol.answers), []
+    topk = min(protocol.rerank_topk or len(listed), len(listed))
+    correct = {name: [p["correct"][i] for p in predictions]
+               for i, name in enumerate((f"ranking, top {topk}", "generation"))}
     for prediction in predictions:
         source = prediction.pop("source")
         if not listed & set(prediction["expected"]):
             unlisted.append(f"{source}: {prediction['expected'][0]!r}")
-    topk = min(protocol.rerank_topk or len(listed), len(listed))
     return {"videos": len({p["row"] for p in predictions}), "questions": len(predictions),
             "answers": len(protocol.answers), "answers not in the list": unlisted,
             "question_types": dict(Counter(types)) if any(types) else {},
-            "scores": {f"ranking, top {topk}": accuracies[0], "generation": accuracies[1]}, "predictions": predictions}
+            "scores": {name: metrics.accuracy_by_type(x, types) for name, x in correct.items()},
+            "intervals": {name: metrics.accuracy_intervals(x, types) for name, x in correct.items()},
+            "predictions": predictions}
 
 
 @torch.no_grad()
@@ -368,16 +389,19 @@ def captioning(model: VideoToText, dataset: ClipDataset, tokenizer, protocol: Pr
         rows = [{"row": i, "video": os.path.basename(video)} for i, video in zip(indices, videos, strict=True)]
         for name, width in beams.items():
             with bf16_autocast(tokens.device):
-                texts = generate_texts(model, tokenizer, tokens, None, protocol.max_answer_length, width, videos)
+                texts = model.generate_texts(tokenizer, tokens, None, protocol.max_answer_length, width, videos)
             rows = [{**row, name: text} for row, text in zip(rows, texts, strict=True)]
         predictions += rows
     predictions = sorted(all_gather_lists(predictions), key=lambda prediction: prediction["row"])
     require_readable(len(predictions), len(dataset))
     references = {str(p["row"]): dataset.annotations[p["row"]].captions for p in predictions}
     texts = {name: {str(p["row"]): p[name] for p in predictions} for name in beams}
-    scores = {name: metrics.caption_scores(references, texts[name], protocol.cider_only) for name in beams}
+    scores, intervals = {}, {}
+    for name in beams:
+        scores[name], by_video = metrics.caption_scores_by_video(references, texts[name], protocol.cider_only)
+        intervals[name] = {metric: metrics.mean_interval(values) for metric, values in by_video.items()}
     return {"videos": len(predictions), "captions": sum(map(len, references.values())), "scores": scores,
-            "predictions": predictions}
+            "intervals": intervals, "predictions": predictions}
 
 
 EVALUATORS = {"retrieval": retrieval, "choice": multiple_choice, "qa": question_answering, "caption": captioning}
@@ -402,7 +426,8 @@ def format_report(result: dict) -> str:
              f"  checkpoint: {result['checkpoint']}" + (f"; {result['chosen']}" if result["chosen"] else ""),
              f"  {result['frames']} frames of {result['size']} x {result['size']}, tokens: {result['tokens']}",
              f"  protocol: {', '.join(result['protocol'])}", *(f"  note: {note}" for note in result["notes"])]
-    return "\n".join(map(escape_control, [*lines, *metrics.format_table(result["kind"], result["scores"])]))
+    return "\n".join(map(escape_control, [*lines, *metrics.format_table(result["kind"], result["scores"],
+                                                                            result["intervals"])]))
 
 
 def describe_protocol(task: Task, protocol: Protocol, max_seconds: float) -> list[str]:
@@ -505,7 +530,7 @@ def split_notes(cfg: Config, task: Task, path: str, annotations: list[Annotation
                      f"which could not be read, the first: {next(iter(unreadable.values()))}")
     count, unit = len(annotations) + len(missing), "videos"
     if task.kind != "caption":
-        count, unit = sum(1 for _ in tasks.iter_annotations(path)), "rows"
+        count, unit = sum(1 for _ in iter_annotations(path)), "rows"
     if not cfg.data and cfg.split == "test" and task.test_rows and count != task.test_rows:
         notes.append(f"{path} has {count} {unit}, the published split has {task.test_rows}: not comparable")
     if unlisted := results.get("answers not in the list"):
@@ -541,6 +566,9 @@ def main(cfg: Config) -> dict:
     """Evaluate as `cfg` says -> the results, which rank 0 also prints and writes as JSON."""
     device = select_device(cfg.device)
     task = tasks.get_task(cfg.task)
+    if cfg.save_scores and task.kind not in ("retrieval", "choice"):
+        raise ValueError(f"--save-scores must be given for retrieval or multiple choice, got {cfg.task}: the JSON file "
+                         f"has all predictions of {TASK_KINDS[task.kind]}")
     path, media_root = (cfg.data, cfg.data_root) if cfg.data else split_files(task, cfg.split, cfg.data_root)
     missing = [] if cfg.on_missing == "skip" else None      # annotations whose video file is absent
     notes = []
@@ -550,9 +578,10 @@ def main(cfg: Config) -> dict:
 
     model = load_model_for(task, cfg.checkpoint).to(device)
     run_config = read_json(os.path.join(cfg.checkpoint, "config.json"))
-    tokenizer = data.load_tokenizer(os.path.join(cfg.checkpoint, "tokenizer.json"))
+    tokenizer = load_tokenizer(os.path.join(cfg.checkpoint, "tokenizer.json"))
     data_cfg = make_data_config(cfg, task, run_config)
     protocol = make_protocol(cfg, task, run_config, data_cfg.num_workers)
+    protocol.saved_scores = {} if cfg.save_scores else None
     protocol.visible_fn, tokens = make_visible_fn(cfg, run_config, model, data_cfg.image_size, device)
     results = evaluate(model, task, annotations, data_cfg, tokenizer, protocol)
 
@@ -560,6 +589,9 @@ def main(cfg: Config) -> dict:
     for video, reason in [(a.video, f"{a.source}: no file {a.video}") for a in missing or []] + protocol.unreadable:
         unreadable.setdefault(video, reason)
     notes += split_notes(cfg, task, path, annotations, missing or [], unreadable, results)
+    train_file = run_config["data"].get("train_file", "sprites_")           # of a converted model it is not known
+    if task.default_root and not cfg.data and not os.path.basename(train_file).startswith("sprites_"):
+        notes.append(f"trained on {train_file}, but scored on the embedded set: --data and --data-root score your own")
     if run_config.get("finetune_masked") and not cfg.mask:
         notes.append(f"fine-tuned on masked clips only: --mask {run_config['mask']['name']} evaluates it on such clips")
     if task.kind in ("qa", "caption") and not cfg.data:
@@ -583,8 +615,30 @@ def main(cfg: Config) -> dict:
         finally:                        # a full disk does not lose the scores, nor a closed pipe the file
             print(format_report(result))
         print(f"written to {escape_control(out)}")
+        if protocol.saved_scores is not None:
+            path = f"{os.path.splitext(out)[0]}-scores.npz"
+            with atomic_write(path) as f:       # array by array: needs no memory for a second copy
+                np.savez(f, **protocol.saved_scores)
+            print(f"scores written to {escape_control(path)}")
     return result
 
 
+def list_tasks() -> str:
+    """Return a line about each task: its name, kind, test file and folder of videos, as in the table tasks.TASKS."""
+    rows = [(name, TASK_KINDS[task.kind], f"{task.test_file}.json", task.media_dirs, *(
+        [f"{task.test_rows} rows"] if task.test_rows else [])) for name, task in TASKS.items()]
+    return "\n".join(f"{name:<16}{kind:<20}{', '.join(files)}" for name, kind, *files in rows)
+
+
+def cli():
+    """Parse the command line and evaluate, or list the tasks: for --task without a value, or with the value list."""
+    args = sys.argv[1:]
+    for arg, value in zip(args, [*args[1:], "--"], strict=True):
+        if arg in ("--task=", "--task=list") or arg == "--task" and (value == "list" or value.startswith("--")):
+            print(list_tasks())
+            return
+    main(tyro.cli(Config, args=args, prog="python eval.py"))
+
+
 if __name__ == "__main__":
-    run_cli("eval.py", lambda: main(tyro.cli(Config, prog="python eval.py")))
+    run_cli("eval.py", cli)

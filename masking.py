@@ -63,7 +63,9 @@ class MaskConfig:
     name: str = "cluster_stm"       # mask, such as cluster_stm, random_frame or umt; an unknown name lists all
     ratio: float = 0.9              # share of a video frame's tokens that is hidden
     image_ratio: float = 0.5        # share of an image's tokens that is hidden; 0.5 is UMT's value
-    quantile: float = 0.02          # cluster_stm: clustering bandwidth d_c, as a quantile of the frame's distances
+    # cluster_stm: clustering bandwidth d_c, as a quantile of the frame's distances; 0.02: the classical rule of density
+    # peaks (Rodriguez & Laio, Science 2014); docs/method.md says why ours differs
+    quantile: float = 0.95
     quantile_time: float = 0.1      # cluster_stm: temporal bandwidth, as a quantile of the distances between frames
     density: Density = "exp"        # cluster_stm: kernel of the clustering density
     assign: Assign = "nearest"      # cluster_stm: a token joins its nearest centre, or that of its nearest denser token
@@ -126,7 +128,7 @@ def check_choice(name: str, value: str, choices):
 # ClusterSTM.
 
 def cluster_stm(
-    tokens: Tensor, keep: int, *, d_c=None, d_c_time=None, quantile: float = 0.02, quantile_time: float = 0.1,
+    tokens: Tensor, keep: int, *, d_c=None, d_c_time=None, quantile: float = 0.95, quantile_time: float = 0.1,
     density: Density = "exp", assign: Assign = "nearest", pick: Pick = "density", generator: Generator | None = None,
     check: bool = True, **aux,
 ) -> Tensor:
@@ -648,8 +650,8 @@ def divprune(x, K):
 def temporal_density_score(clip: Tensor) -> Tensor:
     """Score of cluster_stm, clip (T, N, C) -> (T, N): temporal density, or for T = 1 the density within the frame."""
     if len(clip) == 1:
-        return log_density(cosine_distance_ref(clip), bandwidth_ref(clip, 0.02), "exp")
-    return temporal_density_ref(clip[None], bandwidth_ref(clip[None], 0.1))[0]
+        return log_density(cosine_distance_ref(clip), bandwidth_ref(clip, MaskConfig.quantile), "exp")
+    return temporal_density_ref(clip[None], bandwidth_ref(clip[None], MaskConfig.quantile_time))[0]
 
 
 @register_mask("tokens")

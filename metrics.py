@@ -4,7 +4,8 @@ Metrics: scores of retrieval, of answers and of captions, from score matrices an
     scores (Q, M) of Q queries and M items, positives (Q, M) -> best_ranks -> recall_metrics
     generated and reference captions -> caption_scores
 
-Per cent throughout, except ranks. A score that is NaN never helps: see best_ranks.
+Per cent throughout, except ranks. A score that is NaN never helps: see best_ranks. A score that is a mean over queries
+has an interval: what it would be, 95 times in 100, with other queries of the same kind (bootstrap_interval).
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks import Annotation
+from annotations import Annotation
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Retrieval
@@ -91,13 +92,66 @@ def dual_softmax(similarity: Tensor, temp: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+
+DRAWS = 1000                # bootstrap samples
+CHUNK = 2 ** 22             # numbers of the samples that are in memory at once
+
+
+def bootstrap_interval(values, statistic: Callable) -> dict[str, list[float]]:
+    """
+    The values of Q queries, such as ranks -> the 95 % interval [low, high] of each number that `statistic` returns.
+
+    Percentile bootstrap: draw Q of the queries with replacement, DRAWS times, and take the 2.5 and 97.5 % quantiles of
+    the statistic. The seed is fixed. Only how often each of the U distinct values is drawn matters, and that is
+    multinomial: statistic(values (U,) ascending, counts (draws, U)) returns its numbers as {name: (draws,)}.
+    """
+    distinct, count = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
+    rng, size = np.random.default_rng(0), max(1, CHUNK // len(distinct))
+    chunks = [statistic(distinct, rng.multinomial(count.sum(), count / count.sum(), min(size, DRAWS - start)))
+              for start in range(0, DRAWS, size)]
+    return {name: np.percentile(np.concatenate([chunk[name] for chunk in chunks]), (2.5, 97.5)).tolist()
+            for name in chunks[0]}
+
+
+def mean_interval(values) -> list[float]:
+    """The values of Q queries -> the 95 % interval [low, high] of their mean."""
+    return bootstrap_interval(values, lambda distinct, counts: {"mean": counts @ distinct / counts[0].sum()})["mean"]
+
+
+def recall_intervals(rank: Tensor) -> dict[str, list[float]]:
+    """rank (Q,) -> the 95 % intervals of recall_metrics."""
+    def resampled(ranks, counts):
+        Q, total = len(rank), counts.cumsum(1)
+        median = sum(ranks[(total > k).argmax(1)] for k in ((Q - 1) // 2, Q // 2)) / 2
+        recalls = {f"R@{k}": 100 * counts @ (ranks <= k) / Q for k in (1, 5, 10)}
+        return {**recalls, "median": median, "mean": counts @ ranks / Q}
+
+    return bootstrap_interval(rank.cpu().numpy(), resampled)
+
+
+def map_ranks(function: Callable, ranks: dict[str, dict[str, Tensor]]) -> dict:
+    """Apply a function, such as recall_metrics, to the ranks (Q,) of each way of scoring and each direction."""
+    return {name: {way: function(rank) for way, rank in ways.items()} for name, ways in ranks.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Answers and captions
+
+def group_by_type(correct: list[bool], types: list[str]) -> dict[str, list[int]]:
+    """As accuracy_by_type, but return for each question 100 if it was answered correctly, else 0, instead of a mean."""
+    names = ["all", *sorted(set(types) - {""})]
+    return {name: [100 * c for c, t in zip(correct, types, strict=True) if name in ("all", t)] for name in names}
+
 
 def accuracy_by_type(correct: list[bool], types: list[str]) -> dict[str, float]:
     """Whether each question was answered correctly, and its type -> accuracy of all, and of each type by its name."""
-    names = ["all", *sorted(set(types) - {""})]
-    return {name: 100 * float(np.mean([c for c, t in zip(correct, types, strict=True) if name in ("all", t)]))
-            for name in names}
+    return {name: float(np.mean(values)) for name, values in group_by_type(correct, types).items()}
+
+
+def accuracy_intervals(correct: list[bool], types: list[str]) -> dict[str, list[float]]:
+    """Whether each question was answered correctly, and its type -> the 95 % intervals of accuracy_by_type."""
+    return {name: mean_interval(values) for name, values in group_by_type(correct, types).items()}
 
 
 def majority_answers(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
@@ -115,8 +169,15 @@ def majority_answers(train: list[Annotation], test: list[Annotation]) -> dict[st
 
 def caption_scores(references: dict[str, list[str]], predictions: dict[str, str],
                    cider_only: bool = False) -> dict[str, float]:
+    """References and predictions by id -> CIDEr, BLEU-4, ROUGE-L, METEOR: see caption_scores_by_video."""
+    return caption_scores_by_video(references, predictions, cider_only)[0]
+
+
+def caption_scores_by_video(references: dict[str, list[str]], predictions: dict[str, str],
+                            cider_only: bool = False) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """
-    References and predictions by id -> CIDEr, BLEU-4, ROUGE-L, METEOR, times 100, by pycocoevalcap.
+    References and predictions by id -> CIDEr, BLEU-4, ROUGE-L, METEOR, times 100, by pycocoevalcap; and of those that
+    are means over videos, CIDEr and ROUGE-L, the scores of the videos. (CIDEr weights words by all references.)
 
     Its tokenizer and METEOR need Java. Without Java, METEOR is left out, words are split by a regular expression, and
     the names of the scores say so. White space of every kind becomes one space first: the tokenizer takes a caption to
@@ -137,13 +198,16 @@ def caption_scores(references: dict[str, list[str]], predictions: dict[str, str]
         else:
             texts = {i: [" ".join(re.findall(r"\w+", c.lower())) for c in captions] for i, captions in texts.items()}
         gts, res = ({i: texts[part, i] for i in predictions} for part in ("reference", "prediction"))
-        scores = {"CIDEr": Cider().compute_score(gts, res)[0]}
+        scores, by_video = {}, {}
+        scores["CIDEr"], by_video["CIDEr"] = Cider().compute_score(gts, res)
         if not cider_only:
             scores["BLEU-4"] = Bleu(4).compute_score(gts, res, verbose=0)[0][3]
-            scores["ROUGE-L"] = Rouge().compute_score(gts, res)[0]
+            scores["ROUGE-L"], by_video["ROUGE-L"] = Rouge().compute_score(gts, res)
         if has_java and not cider_only:
             scores["METEOR"] = Meteor().compute_score(gts, res)[0]
-    return {name if has_java else f"{name} (simple tokenizer)": 100 * float(x) for name, x in scores.items()}
+    suffix = "" if has_java else " (simple tokenizer)"
+    return ({name + suffix: 100 * float(x) for name, x in scores.items()},
+            {name + suffix: 100 * np.asarray(xs) for name, xs in by_video.items()})
 
 
 def majority_caption(train: list[Annotation], test: list[Annotation]) -> dict[str, float]:
@@ -167,14 +231,18 @@ def selection_metric(kind: str, scores: dict) -> tuple[str, float]:
     return f"{metric} by {row}", scores[row][metric]
 
 
-def format_table(kind: str, scores: dict) -> list[str]:
-    """Return the lines of a table with a row for each way of scoring."""
+def format_table(kind: str, scores: dict, intervals: dict) -> list[str]:
+    """Return the lines of a table: a row for each way of scoring, and below it its 95 % intervals, if it has any."""
     if kind == "retrieval":             # both directions in one row
-        scores = {name: {f"{way} {metric}": value for way in ("T2V", "V2T") for metric, value in ways[way].items()}
-                  for name, ways in scores.items()}
+        scores, intervals = ({name: {f"{way} {metric}": value for way in ("T2V", "V2T")
+                                     for metric, value in ways[way].items()} for name, ways in rows.items()}
+                             for rows in (scores, intervals))
     head = list(dict.fromkeys(metric for values in scores.values() for metric in values))
-    rows = {name: [values.get(metric, float("nan")) for metric in head] for name, values in scores.items()}
-    widths, left = [max(8, len(h) + 2) for h in head], max(map(len, rows)) + 1
-    return [" " * left + "".join(f"{h:>{w}}" for h, w in zip(head, widths, strict=True)),
-            *(f"{name:{left}}" + "".join(f"{x:{w}.1f}" for x, w in zip(values, widths, strict=True))
-              for name, values in rows.items())]
+    rows = [("", head)]
+    for name, values in scores.items():
+        rows.append((name, [f"{values.get(metric, float('nan')):.1f}" for metric in head]))
+        if found := intervals.get(name):
+            rows.append(("  95 % interval", ["{:.1f}-{:.1f}".format(*found[m]) if m in found else "" for m in head]))
+    widths = [max(8, 2 + max(map(len, column))) for column in zip(*(cells for _, cells in rows), strict=True)]
+    left = max(len(name) for name, _ in rows) + 1
+    return [f"{name:{left}}" + "".join(f"{x:>{w}}" for x, w in zip(cells, widths, strict=True)) for name, cells in rows]

@@ -111,7 +111,8 @@ class Config:
     umt: str = ""               # folder with a checkout of OpenGVLab/unmasked_teacher, to time its step beside ours
     commit: str = ""            # commit that the report names; empty: ask git
     out: str = "out/bench"      # folder of report, logs, state and caches
-    only: tuple[str, ...] = ()  # items to run; empty: all
+    # items to run, such as smoke, kernels, step, demo or tests; a wrong name lists them all; empty: all
+    only: tuple[str, ...] = ()
     again: bool = False         # also run the items that have ended well before
     exhaustive: bool = False    # GPU: at the end also run every other test of the kernels
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench import compile as compile_report
 from bench.operations import (
+    QUANTILE,
     VARIES_WITH_T,
     Operation,
     chunked,
@@ -276,7 +277,7 @@ def teacher_features(folder: str, clips: int, device: str, dtype: torch.dtype) -
 
 
 def teacher_agreement_rows(cfg: Config):
-    """Print how visible ids agree on a trained teacher's features: with the options of cluster_stm and of `sprites`."""
+    """Print how visible ids agree on a trained teacher's features: with the quantile of QUANTILE, and of `sprites`."""
     on_gpu = cfg.device == "cuda"
     require_kernels(cfg.device)
     dtype = torch.bfloat16 if on_gpu else torch.float16         # the interpreter misreads bf16
@@ -284,7 +285,7 @@ def teacher_agreement_rows(cfg: Config):
     print_header(f"Visible ids beside the references in fp64, features of a trained teacher in {str(dtype)[6:]}",
                  "clips", "T, N, C", "hidden, quantile of d_c", "d_c", "tokens alike, visible or not",
                  "visible ids alike")
-    for mask in (MaskConfig(ratio=cfg.ratio), PRESETS["sprites"].mask):
+    for mask in (MaskConfig(ratio=cfg.ratio, quantile=QUANTILE), PRESETS["sprites"].mask):
         for d_c, cells in compare_with_fp64(x, mask):
             shape = ", ".join(map(str, x.shape[1:]))
             print_row(len(x), shape, f"{100 * mask.ratio:g} %, {mask.quantile:g}", d_c, *cells)

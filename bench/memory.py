@@ -1,7 +1,7 @@
 """
 Memory of annotations: an annotation file that is made up -> what loader processes hold of it.
 
-The memory-mapped annotations of a run (tasks.MappedAnnotations) stand beside a list of the same annotations.
+The memory-mapped annotations of a run (annotations.MappedAnnotations) stand beside a list of the same annotations.
 /proc/self/smaps_rollup counts: Rss is all memory of a process, Pss that with its part of what it shares, and
 Private_Dirty what it alone has written. A process that reads a list writes the reference counts of its objects, so it
 copies their pages. Works on Linux only.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks import build_mapped_annotations, read_annotations
+from annotations import build_mapped_annotations, read_annotations
 from tools.tables import banner, print_header, print_row
 
 

@@ -30,8 +30,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 import data
+from annotations import Annotation
 from bench.timing import ratio, time_interleaved
-from tasks import Annotation
+from tokenizer import build_wordpiece, encode_texts, load_tokenizer
 from tools.tables import banner, print_header, print_row, try_or_message
 from video import read_frames, sample_frame_indices, train_transform, write_video
 
@@ -236,12 +237,12 @@ def batch_table(cfg: Config, folder: str):
                  "tokenize", "tokenize + collate")
     words = np.random.default_rng(0).integers(1000, size=(BATCH, 12))
     captions = [" ".join(map("word{}".format, row)) for row in words]
-    data.build_wordpiece(captions, f"{folder}/tokenizer.json")
-    tokenizer = data.load_tokenizer(f"{folder}/tokenizer.json")
+    build_wordpiece(captions, f"{folder}/tokenizer.json")
+    tokenizer = load_tokenizer(f"{folder}/tokenizer.json")
     for T in cfg.frames:
         videos = torch.randint(0, 256, (BATCH, T, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
         samples = [data.Sample(videos[i], caption, caption, 0, i, 0) for i, caption in enumerate(captions)]
-        rates = clips_per_second([lambda n: data.encode_texts(tokenizer, captions, TEXT_LEN),
+        rates = clips_per_second([lambda n: encode_texts(tokenizer, captions, TEXT_LEN),
                                   lambda n: data.collate(samples, tokenizer, TEXT_LEN, n)],         # noqa: B023
                                  cfg.rounds)
         print_row(T, *(rate if isinstance(rate, str) else BATCH * rate for rate in rates))

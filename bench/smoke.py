@@ -128,7 +128,7 @@ def check_temporal_density(checks: Checks, x: Tensor):
 def run_path(x: Tensor, K: int) -> Tensor:
     """Visible ids (B, TK) of the masking path in the kernels: cluster_stm, which calls the references on a CPU."""
     if x.is_cuda:
-        return cluster_stm(x, K, check=False)
+        return cluster_stm(x, K, quantile=QUANTILE, quantile_time=QUANTILE_TIME, check=False)
     return select_tokens_triton(x, K, None, None, QUANTILE, QUANTILE_TIME, "exp", "nearest", "density", None)
 
 

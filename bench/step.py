@@ -43,10 +43,12 @@ from bench.umt_step import umt_step
 from encoders import max_masked_tokens
 from loop import forward_backward, parameter_groups, update_weights
 from masking import keep_count
-from model import ClusterSTM, Matmul, QuadraticForm, target_variance
+from model import ClusterSTM, target_variance
+from products import Matmul, QuadraticForm
 from runtime import bf16_autocast, select_device
 from targets import TargetStore, TeacherTargets, compute_targets, select_visible
 from teacher import SigLIP, SigLIPConfig, TextConfig
+from tokenizer import build_wordpiece, load_tokenizer
 from tools.tables import banner, print_header, print_row
 from tools.toy_teacher import build_toy_teacher
 
@@ -289,8 +291,8 @@ def make_step(cfg: Config, B: int, variant: str) -> TrainStep:
     T, size, L = run_cfg.data.num_frames, run_cfg.data.image_size, run_cfg.text.max_length
     captions = [" ".join(f"word{int(w)}" for w in torch.randint(500, (12,))) for _ in range(B)]
     with tempfile.TemporaryDirectory() as folder:
-        data.build_wordpiece(captions, f"{folder}/tokenizer.json")
-        tokenizer = data.load_tokenizer(f"{folder}/tokenizer.json")
+        build_wordpiece(captions, f"{folder}/tokenizer.json")
+        tokenizer = load_tokenizer(f"{folder}/tokenizer.json")
     if cfg.preset == "sprites":
         vocab_size, mask_token_id = tokenizer.get_vocab_size(), tokenizer.token_to_id("[MASK]")
         teacher = build_toy_teacher(run_cfg, tokenizer)

@@ -11,13 +11,49 @@ Without the check, a NaN affects only its own frame (across frames: its own clip
 range and no token is selected twice.
 
 The kernels square features in fp32, so on a GPU the largest component of a token must be 0 or between 1e-12 and 1e12.
+
+Triton is there for Linux alone. Without it the references run as they do with it, and a kernel raises TritonMissing.
 """
 
 import os
 
 import torch
-import triton
 from torch import Tensor
+
+
+class TritonMissing(RuntimeError, ValueError):
+    """A kernel is needed where Triton is not installed. Also a ValueError, which commands print as one line."""
+
+    def __init__(self):
+        super().__init__("tokens on a GPU need Triton, which is not installed: on Linux `pip install triton` installs "
+                         "it, elsewhere run on the CPU (--device cpu)")
+
+
+class MissingTriton:
+    """Take the place of the modules triton and triton.language: kernels can be defined with it, but not launched."""
+    constexpr = None                # annotates the parameters of kernels
+    __version__ = "not installed"
+
+    def jit(self, function=None, **options):
+        """Decorate a kernel, as triton.jit does with or without options."""
+        return self if function else self.jit
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TritonMissing
+
+    def __getitem__(self, grid):
+        raise TritonMissing
+
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as error:
+    if error.name != "triton":      # a Triton that is there, but broken
+        raise
+    triton = tl = MissingTriton()
 
 # Products and sums are fused in every version of Triton: 3.10 no longer does that by default, and 3.9 warns of it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -43,10 +79,13 @@ def check_features(name: str, x: Tensor, ndim: int, check: bool = True) -> Tenso
 
 def check_tokens(name: str, x: Tensor, ndim: int, check: bool = True) -> Tensor:
     """
-    Return x as the kernels or references take it. Raise ValueError as check_features does, or if no kernel can read x.
+    Return x as the kernels or references take it. Raise ValueError as check_features does, or if no kernel can read x,
+    and TritonMissing if x is on a GPU and there is no Triton.
 
     On a GPU x keeps its dtype. On a CPU it becomes fp32, but fp64 stays fp64: the tests use the references in fp64.
     """
+    if x.is_cuda and isinstance(triton, MissingTriton):
+        raise TritonMissing
     x = check_features(name, x, ndim, check)
     if not x.is_cuda:
         return x if x.dtype == torch.float64 else x.float()

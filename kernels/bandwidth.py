@@ -25,11 +25,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import check_tokens, frames_per_chunk, launch_config, num_programs
+from . import check_tokens, frames_per_chunk, launch_config, num_programs, tl, triton
 from .cosine_distance import cosine_distance_ref, l2_normalize, pairwise_distances
 
 MIN_BANDWIDTH = 1e-6

@@ -8,9 +8,9 @@ block of clusters with all tokens at a time; nothing is summed across programs, 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from . import tl, triton
 
 
 def cluster_argmax_ref(score: Tensor, labels: Tensor, K: int) -> Tensor:

@@ -11,11 +11,9 @@ keep its result on chip or in the L2 cache; this kernel is for callers who need 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import check_tokens, launch_config, num_programs
+from . import check_tokens, launch_config, num_programs, tl, triton
 
 
 def l2_normalize(x: Tensor) -> Tensor:

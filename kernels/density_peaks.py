@@ -29,11 +29,9 @@ an H100 takes 0.59 ms, of which the products and the writing of distances are 0.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import check_bandwidth, check_tokens, frames_per_chunk, num_programs
+from . import check_bandwidth, check_tokens, frames_per_chunk, num_programs, tl, triton
 from .bandwidth import MIN_BANDWIDTH, alloc_scratch, bandwidth_ref, pad_scratch, quantile_rank, select_kth
 from .cosine_distance import cosine_distance_ref, pairwise_distances
 
@@ -275,7 +273,7 @@ def density_peaks_kernel(
 
 
 def density_peaks_triton(
-    x: Tensor, K: int, d_c: Tensor | None, density: str, assign: str, quantile: float = 0.02, **launch,
+    x: Tensor, K: int, d_c: Tensor | None, density: str, assign: str, quantile: float = 0.95, **launch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     Launch the kernel: x (F, N, C) in fp32, fp16 or bf16, d_c (F,) fp32, or None for the quantile of each frame
@@ -314,7 +312,7 @@ def check_clusters(K: int, N: int, density: str, assign: str):
 
 
 def density_peaks_chunked(
-    x: Tensor, K: int, d_c: Tensor | None, density: str, assign: str, quantile: float = 0.02,
+    x: Tensor, K: int, d_c: Tensor | None, density: str, assign: str, quantile: float = 0.95,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the reference on as many frames at a time as a CPU's cache holds: 2.6 times as fast as on all at once."""
     results, size = [], frames_per_chunk(x)

@@ -26,11 +26,9 @@ warps a program, a thread executes 816 instructions for the product of a tile an
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import check_bandwidth, check_tokens, frames_per_chunk, launch_config
+from . import check_bandwidth, check_tokens, frames_per_chunk, launch_config, tl, triton
 from .cosine_distance import dot_tile, inverse_norm, l2_normalize
 
 MAX_GROUPS = 32     # groups of tiles per clip

@@ -14,9 +14,9 @@ L2 cache serves eight. The reference reads and writes an fp32 sum for each of th
 
 import torch
 import torch.nn.functional as nnf
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from . import tl, triton
 
 
 def window_attention_ref(scores: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -26,11 +26,28 @@ pytest_plugins = ["helpers.benchmarks"]
 
 def pytest_configure(config):
     """Refuse a version of Triton whose interpreter is not like a GPU: tests would fail that a GPU passes."""
-    import triton  # only now: it reads TRITON_INTERPRET
+    from kernels import triton  # only now: it reads TRITON_INTERPRET
 
     if not torch.cuda.is_available() and triton.__version__.startswith("3.6."):
         raise pytest.UsageError("without a GPU the tests need Triton 3.7 or later (in the interpreter of 3.6 a minimum "
                                 f"passes a NaN on, and NumPy 2.4 breaks it), got Triton {triton.__version__}")
+
+
+def pytest_ignore_collect(collection_path):
+    """Leave out the tests of bench/, which measures kernels, where there is no Triton."""
+    from kernels import MissingTriton, triton
+    if isinstance(triton, MissingTriton) and collection_path.name.startswith(("test_bench_", "test_umt_step")):
+        return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skip a test that calls a kernel where there is no Triton, as on macOS."""
+    from kernels import TritonMissing
+    try:
+        return (yield)
+    except TritonMissing as error:
+        pytest.skip(str(error))
 
 
 @pytest.hookimpl(tryfirst=True)                 # before -m chooses
@@ -148,7 +165,8 @@ def poison_empty(monkeypatch):
 @pytest.fixture(autouse=True)
 def check_bounds(monkeypatch):
     """Check in the interpreter that a kernel reads and writes only inside the tensors of its launch."""
-    if torch.cuda.is_available():
+    from kernels import MissingTriton, triton
+    if torch.cuda.is_available() or isinstance(triton, MissingTriton):
         return
     from triton.runtime import interpreter
     spans = []                                  # (start, end) address of each tensor's memory

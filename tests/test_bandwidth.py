@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from helpers.kernels import (
     DEVICE,
     DTYPES,
@@ -23,6 +21,7 @@ from helpers.kernels import (
     within,
 )
 
+from kernels import tl, triton
 from kernels.bandwidth import bandwidth, bandwidth_ref, bandwidth_triton, num_sampled_tokens, select_kth
 
 pytestmark = pytest.mark.usefixtures("poison_empty")

@@ -134,7 +134,7 @@ def test_eager_clusters_equal_the_reference_without_rounding(x, given):
 def test_the_eager_path_gives_the_ids_of_cluster_stm_in_fp32(x):
     wide, ranks = x.float(), (quantile_rank(0.02, 91), quantile_rank(0.1, 3 * 14 * 14))
     ids = operations.chunked(lambda x: operations.eager_keep(x, 5, *ranks), 2)(wide)
-    assert torch.equal(ids, cluster_stm(wide, 5))
+    assert torch.equal(ids, cluster_stm(wide, 5, quantile=0.02, quantile_time=0.1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -13,11 +14,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+import tyro
 from helpers.benchmarks import NAMES, as_list, eval_config, load_json, write_json
 from helpers.evaluation import (
     approx,
     evaluate_task,
     load_clip,
+    rank_by_hand,
     retrieval_by_hand,
     run_interrupted,
     visible_ids_by_name,
@@ -26,21 +29,18 @@ from helpers.models import shaken
 from helpers.runs import assert_one_line, command, in_processes
 
 import eval as evaluation
-from data import (
-    ClipDataset,
-    DataConfig,
-    ReadableClips,
-    encode_texts,
-    init_loader_worker,
-    load_tokenizer,
-    require_finite,
-)
+from annotations import normalize_caption, read_annotations
+from config import Config as TrainConfig
+from config import next_command
+from data import ClipDataset, DataConfig, ReadableClips, init_loader_worker
 from files import save_weights
+from inputs import require_finite
 from masking import MASK_INPUTS, MASKS, MaskConfig, keep_count
 from model import ClusterSTM, load_model
 from targets import compute_visible_ids
-from tasks import TASKS, normalize_caption, read_annotations
+from tasks import TASKS
 from teacher import SigLIP
+from tokenizer import encode_texts, load_tokenizer
 from video import num_frames_within, write_video
 
 
@@ -229,6 +229,115 @@ def test_the_first_30_seconds_are_those_of_umt(rate):
     for n in range(int(28 * rate), int(33 * rate)):
         umt = int(30 * rate) if n / rate > 30 else n
         assert num_frames_within(np.arange(n) / rate, 30) == umt, n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals, saved scores, one's own data
+
+def names_in(array):
+    return json.loads(array.tobytes())
+
+
+def test_each_score_of_retrieval_has_its_interval(checkpoint, sprites, capsys):
+    results = evaluation.main(sprites_config(checkpoint, sprites, rerank=5))
+    scores, intervals = results["scores"], results["intervals"]
+    assert intervals.keys() == scores.keys() - {"chance"} and intervals == load_json(
+        f"{checkpoint}/eval-sprites-all-rerank=5.json")["intervals"]
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, ways in intervals.items():
+        for way, by_metric in ways.items():
+            assert by_metric.keys() == scores[name][way].keys()
+            assert all(low <= scores[name][way][metric] <= high for metric, (low, high) in by_metric.items())
+        assert "95 % interval " + " ".join(
+            f"{low:.1f}-{high:.1f}" for way in ("T2V", "V2T") for low, high in ways[way].values()) in printed
+    assert any(low < high for ways in intervals.values() for low, high in ways["T2V"].values())
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_saved_scores_give_the_results_again(checkpoint, sprites, k):
+    rows = write_own_annotations(sprites)
+    cfg = dict(data="own.json", data_root=f"{sprites}/videos", rerank=k, out="found.json")
+    expected = evaluation.main(sprites_config(checkpoint, sprites, **cfg))
+    assert not os.path.exists("found-scores.npz")
+    results = evaluation.main(sprites_config(checkpoint, sprites, **cfg, save_scores=True))
+    assert {**results, "config": 0} == {**expected, "config": 0} and results["config"].pop("save_scores")
+    with np.load("found-scores.npz") as f:
+        arrays = dict(f)
+    videos = [os.path.relpath(path, f"{sprites}/videos") for path in names_in(arrays.pop("videos"))]
+    texts = [(caption, as_list(names)) for names, captions in rows for caption in captions]
+    assert sorted(videos) == sorted({name for names, _ in rows for name in as_list(names)})
+    assert names_in(arrays.pop("captions")) == [normalize_caption(caption) for caption, _ in texts]
+    similarity, positives = arrays.pop("similarity"), arrays.pop("positives")
+    model, tokenizer = load(checkpoint)
+    with torch.no_grad():
+        for m, v in ((0, 0), (7, 3), (len(texts) - 1, 5)):
+            clip = load_clip(f"{sprites}/videos/{videos[v]}", 4)
+            text = model.encode_text(encode_texts(tokenizer, [normalize_caption(texts[m][0])], 24))[1]
+            assert similarity[m, v] == pytest.approx((text[0] @ model.encode_video(clip)[1][0]).item(), abs=1e-5)
+    assert positives.tolist() == [[name in names for name in videos] for _, names in texts]
+    if k:
+        match = arrays.pop("match")
+        top = similarity.argsort(1)[:, -k:], similarity.argsort(0)[-k:]
+        for m, v in np.ndindex(*match.shape):
+            assert np.isfinite(match[m, v]) == (v in top[0][m] or m in top[1][:, v])
+    assert arrays.keys() == {f"rank, {way}, {name}" for name in results["scores"].keys() - {"chance"}
+                             for way in ("T2V", "V2T")}
+    assert arrays["rank, T2V, similarity"].tolist() == list(map(rank_by_hand, similarity.tolist(), positives.tolist()))
+    for name in results["scores"].keys() - {"chance"}:
+        for way in ("T2V", "V2T"):
+            rank = arrays[f"rank, {way}, {name}"]
+            assert len(rank) == (len(texts) if way == "T2V" else len(videos))
+            assert results["scores"][name][way]["R@5"] == pytest.approx(100 * np.mean(rank <= 5))
+            assert results["scores"][name][way]["mean"] == pytest.approx(rank.mean())
+
+
+def test_scores_are_saved_for_retrieval_and_multiple_choice_only(checkpoint, sprites, capsys):
+    args = ["--task", "sprites-qa", "--checkpoint", checkpoint, "--data-root", sprites, "--save-scores"]
+    code, _, err = command("eval.py", args, capsys)
+    assert_one_line("eval.py", code, err, "--save-scores .*retrieval.*sprites-qa.*JSON file")
+
+
+@pytest.mark.parametrize("flags", ["--task", "--task list", "--task=list", "--task --seed 3", "--seed 3 --task"])
+def test_the_tasks_are_listed_a_line_each(flags, capsys):
+    code, out, err = command("eval.py", flags.split(), capsys)
+    lines = out.splitlines()
+    assert not code and not err and [line.split()[0] for line in lines] == list(TASKS)
+    assert "multiple choice" in lines[list(TASKS).index("msrvtt-mc")] and "msrvtt_mc_test.json" in out
+
+
+def test_a_task_with_a_value_is_no_list(capsys):
+    code, out, err = command("eval.py", ["--task", "msvd-q", "--checkpoint", "nowhere"], capsys)
+    assert_one_line("eval.py", code, err, "msvd-q")
+    assert not out
+
+
+def test_scoring_the_embedded_set_after_training_on_other_captions_is_said(checkpoint, sprites):
+    results = evaluation.main(sprites_config(checkpoint, sprites, rerank=0))
+    assert not results["notes"]
+    config = load_json(f"{checkpoint}/config.json")
+    config["data"]["train_file"] = "somewhere/captions.json"
+    write_json(f"{checkpoint}/config.json", config)
+    note, = evaluation.main(sprites_config(checkpoint, sprites, rerank=0))["notes"]
+    assert "trained on somewhere/captions.json" in note and "--data " in note
+    write_own_annotations(sprites)
+    own = dict(data="own.json", data_root=f"{sprites}/videos", rerank=0)
+    assert not evaluation.main(sprites_config(checkpoint, sprites, **own))["notes"]
+
+
+@pytest.mark.parametrize("data, expected", [
+    ({}, "python eval.py --checkpoint out/x"),
+    ({"train_file": "data/sprites-seed1/sprites_train.json", "video_root": "data/sprites-seed1/videos"},
+     "python eval.py --checkpoint out/x --data-root data/sprites-seed1"),
+    ({"train_file": "my captions.json", "video_root": "my videos"},
+     "python eval.py --checkpoint out/x --data HELD_OUT.json --data-root 'my videos'"),
+    ({"train_file": "a.json", "video_root": "v", "val_file": "b.json"},
+     "python eval.py --checkpoint out/x --data b.json --data-root v"),
+    ({"train_file": "a.json", "video_root": "v", "val_file": "b.json", "val_root": "w"},
+     "python eval.py --checkpoint out/x --data b.json --data-root w"),
+])
+def test_the_next_command_scores_the_data_of_the_run(data, expected):
+    assert next_command(TrainConfig(data=DataConfig(**data)), "out/x") == expected
+    tyro.cli(evaluation.Config, args=shlex.split(expected)[2:])             # eval.py takes it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,7 +534,7 @@ def test_cuda_without_a_gpu_is_refused(checkpoint, sprites, capsys):
 def test_a_checkpoint_needs_no_training_data(checkpoint, sprites):
     results = evaluation.main(sprites_config(checkpoint, sprites, rerank=0))
     config = load_json(f"{checkpoint}/config.json")
-    config["data"].update(train_file="/not/on/this/machine/train.json", video_root="/not/on/this/machine")
+    config["data"].update(train_file="/not/on/this/machine/sprites_train.json", video_root="/not/on/this/machine")
     write_json(f"{checkpoint}/config.json", config)
     assert evaluation.main(sprites_config(checkpoint, sprites, rerank=0)) == results
 

@@ -1,10 +1,12 @@
 """eval.py: multiple choice, question answering and captioning against a loop over videos and texts, one at a time."""
 
+import json
 import math
 import os
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from helpers.benchmarks import (
@@ -21,8 +23,8 @@ from helpers.evaluation import evaluate_task, load_clip
 
 import eval as evaluation
 import metrics
-from data import encode_texts
-from tasks import normalize_caption
+from annotations import normalize_caption
+from tokenizer import encode_texts
 
 MASKED = pytest.mark.parametrize("mask", ["", "cluster_stm"])
 NUM_CAPTIONS = [2, 3, 5, 7]     # of the rows of multiple choice
@@ -33,8 +35,10 @@ def test_multiple_choice_equals_a_loop(models, benchmarks_copy, mask):
     write_json(f"{benchmarks_copy}/anno_downstream/msrvtt_mc_test.json", [
         {"video": NAMES[i % 6], "caption": captions_like(n), "answer": i % n}
         for i, n in enumerate(NUM_CAPTIONS * 10)])
-    results, model, tokenizer, rows, folder, visible_ids = evaluate_task(models, benchmarks_copy, "msrvtt-mc",
-                                                                         mask=mask, batch=7)
+    results, model, tokenizer, rows, folder, visible_ids = evaluate_task(
+        models, benchmarks_copy, "msrvtt-mc", mask=mask, batch=7, save_scores=True)
+    with np.load("result-scores.npz") as f:
+        saved = dict(f)
     correct, choices = Counter(), []
     with torch.no_grad():
         for row in rows:
@@ -50,11 +54,19 @@ def test_multiple_choice_equals_a_loop(models, benchmarks_copy, mask):
             p_caption = [x / sum(similarity) for x in similarity]
             both = [0.7 * m + 0.3 * c for m, c in zip(p_match, p_caption, strict=True)]
             scores = {"0.7 match + 0.3 similarity": both, "match": p_match, "similarity": p_caption}
+            for name, x in scores.items():
+                expected = [*x, *[math.nan] * (max(NUM_CAPTIONS) - len(x))]
+                assert saved[name][len(choices)] == pytest.approx(expected, rel=1e-4, nan_ok=True)
             choices.append({name: max(range(len(x)), key=x.__getitem__) for name, x in scores.items()})
             correct.update(name for name, choice in choices[-1].items() if choice == row["answer"])
     assert len({tuple(choice[name] for choice in choices) for name in choices[0]}) == 3      # they choose differently
     for name in choices[0]:
         assert results["scores"][name] == {"accuracy": pytest.approx(100 * correct[name] / 40)}
+        low, high = results["intervals"][name]["accuracy"]
+        assert low <= results["scores"][name]["accuracy"] <= high
+    assert saved["correct"].tolist() == [row["answer"] for row in rows]
+    assert json.loads(saved["videos"].tobytes()) == [f"{folder}/{row['video']}" for row in rows]
+    assert json.loads(saved["captions"].tobytes()) == [list(map(normalize_caption, row["caption"])) for row in rows]
     chance = sum(1 / n for n in NUM_CAPTIONS) / 4
     assert results["scores"]["chance"] == {"accuracy": pytest.approx(100 * chance)} and results["questions"] == 40
 
@@ -130,7 +142,7 @@ def test_question_answering_equals_a_loop(models, benchmarks_copy, k, count_twic
             correct.update({"ranking": is_correct, row["type"]: is_correct,
                             "generation": generated in {as_generated[answer] for answer in as_list(row["answer"])}})
     assert {p["question_id"]: (p["ranked"], p["generated"]) for p in results["predictions"]} == predictions
-    assert (changed["by the count"] or n == 1) and (changed["by the cut"] or n == 8 or mask)
+    assert (changed["by the count"] or n == 1 or mask) and (changed["by the cut"] or n == 8 or mask)
     assert len({ranked for ranked, _ in predictions.values()}) > (n > 1)
     assert len({generated for _, generated in predictions.values()}) > 5
     ranking, generation = results["scores"][f"ranking, top {n}"], results["scores"]["generation"]
@@ -181,6 +193,9 @@ def test_captioning_equals_a_loop(models, benchmarks_copy, no_java, mask):
         assert [(p["video"], p[name]) for p in results["predictions"]] == [
             (os.path.basename(video), caption) for video, caption in expected.items()]
         assert results["scores"][name] == pytest.approx(metrics.caption_scores(references, expected))
+        intervals = results["intervals"][name]
+        assert [metric.split()[0] for metric in intervals] == ["CIDEr", "ROUGE-L"]         # not the corpus' BLEU-4
+        assert all(low <= results["scores"][name][metric] <= high for metric, (low, high) in intervals.items())
     assert len(set(captions["greedy"].values())) > 2 and captions["greedy"] != captions["beam 3"]
 
 
@@ -229,6 +244,13 @@ def test_caption_scores_without_java_are_those_of_pycocoevalcap(no_java, capfd):
     assert scores == pytest.approx({f"{name} (simple tokenizer)": value for name, value in expected.items()})
     assert all(5 < value < 200 for value in scores.values())
     assert list(metrics.caption_scores(REFERENCES, PREDICTIONS, cider_only=True)) == ["CIDEr (simple tokenizer)"]
+
+
+def test_scores_of_videos_have_the_mean_as_the_score_of_all(no_java):
+    scores, by_video = metrics.caption_scores_by_video(REFERENCES, PREDICTIONS)
+    assert list(by_video) == ["CIDEr (simple tokenizer)", "ROUGE-L (simple tokenizer)"]
+    for name, values in by_video.items():
+        assert len(values) == 5 and values.mean() == pytest.approx(scores[name]) and values[2] < values[1]
 
 
 def test_caption_scores_are_highest_for_references_and_0_without_overlap(no_java):

@@ -1,6 +1,11 @@
-"""kernels/__init__.py: argument checks, chunks, copies to a device; and that the folder works under any name."""
+"""
+kernels/__init__.py: argument checks, chunks, copies to a device; that the folder works under any name, and all of the
+project but the kernels without Triton.
+"""
 
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +49,79 @@ def test_the_folder_runs_when_copied_under_another_name(tmp_path):
     labels, centres, log_rho, _ = density_peaks_triton(x.to(device), 4, None, "exp", "nearest")
     expected = labels, centres, log_rho, cluster_argmax_triton(log_rho, labels, 4)
     assert all(a.equal(b.cpu()) for a, b in zip(copied, expected, strict=True))
+
+
+HIDE_TRITON = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+"""
+WITHOUT_TRITON = HIDE_TRITON + """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import eval, search, train, tools.mask_stats
+from kernels import TritonMissing, bandwidth, density_peaks, window_attention
+from masking import MASKS, MaskConfig, cluster_stm
+from runtime import run_cli
+assert "triton" not in sys.modules
+saved = torch.load("x.pt")
+x, ids = saved["x"], {"cluster_stm": cluster_stm(saved["x"], 4)}
+for name in saved["names"]:
+    ids[name] = MaskConfig(name)(x, 4, grid=(4, 5), generator=torch.Generator().manual_seed(0))
+torch.save(ids, "ids.pt")
+frames, scores = x[0], torch.ones(3, 20, 2)
+launches = [lambda: bandwidth.bandwidth_triton(frames, 0.5),
+            lambda: density_peaks.density_peaks_triton(frames, 4, None, "exp", "nearest"),
+            lambda: window_attention.window_attention_triton(scores, frames, (4, 5))]
+with FakeTensorMode():
+    on_gpu = torch.empty(1, 3, 20, 8, device="cuda")
+for launch in (*launches, lambda: cluster_stm(on_gpu, 4)):
+    try:
+        launch()
+    except TritonMissing as error:
+        assert isinstance(error, RuntimeError)
+        print(error)
+    else:
+        raise AssertionError("no error")
+run_cli("eval.py", launches[0])
+"""
+
+
+def test_without_triton_everything_but_the_kernels_runs(tmp_path):
+    from masking import MASK_INPUTS, MASKS, MaskConfig, cluster_stm
+    names = [name for name in MASKS if MASK_INPUTS[name] <= {"tokens", "generator", "grid"}]
+    x = unkind(1, 3, 20, 8)
+    torch.save({"x": x, "names": names}, tmp_path / "x.pt")
+    root = Path(kernels.__file__).parent.parent
+    process = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=tmp_path, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""})
+    assert process.returncode == 1, process.stderr
+    lines = process.stdout.splitlines()
+    assert len(lines) == 4 and len({*lines}) == 1 and re.search("GPU need Triton.*pip install triton.*CPU", lines[0])
+    assert process.stderr.splitlines() == [f"eval.py: {lines[0]}"]                  # one line, no traceback
+    ids = torch.load(tmp_path / "ids.pt")
+    assert ids.keys() == {"cluster_stm", *names} and len(names) > 10
+    for name in names:
+        expected = MaskConfig(name)(x, 4, grid=(4, 5), generator=seeded(0))
+        assert ids[name].equal(expected), name
+    assert ids["cluster_stm"].equal(cluster_stm(x, 4))
+
+
+def test_a_broken_triton_is_not_taken_for_a_missing_one(tmp_path):
+    (tmp_path / "triton.py").write_text("import a_module_that_triton_needs")
+    root = Path(kernels.__file__).parent.parent
+    process = subprocess.run([sys.executable, "-c", "import kernels"], cwd=tmp_path, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"})
+    assert process.returncode and "No module named 'a_module_that_triton_needs'" in process.stderr
+
+
+def test_triton_is_asked_for_on_linux_alone():
+    requirements = (Path(kernels.__file__).parent.parent / "requirements.txt").read_text().splitlines()
+    line, = (line for line in requirements if line.startswith("triton"))
+    assert line.partition(";")[2].strip() == 'sys_platform == "linux"'
 
 
 @pytest.mark.parametrize("x, ndim, message", [

@@ -9,19 +9,21 @@ from helpers.benchmarks import load_json
 from helpers.runs import assert_one_line, command
 from helpers.tables import markdown_tables
 
-from data import load_tokenizer
+from annotations import normalize_caption
 from masking import MASKS, MaskConfig, keep_count
 from targets import select_visible
-from tasks import normalize_caption
 from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from tokenizer import load_tokenizer
 from tools import mask_stats
 from tools.demo import objects_at, objects_kept
 from tools.mask_stats import (
     PICKS,
     PRESET,
+    Bandwidth,
     ClipSet,
     Masks,
     Quantiles,
+    choose_quantile,
     cluster_coverage,
     cluster_labels,
     leakage,
@@ -29,6 +31,7 @@ from tools.mask_stats import (
     main,
     mask_metrics,
     mask_row,
+    measure_bandwidth,
     recurrence_rate,
     run_mask,
 )
@@ -447,3 +450,79 @@ def test_quantiles_has_the_training_clips_alone(sprites, teacher, capsys):
     flags = f"quantiles --teacher {teacher} --clips {sprites} --count 25"
     code, _, err = command("tools.mask_stats", flags.split(), capsys)
     assert_one_line("tools.mask_stats", code, err, "--count .*1 to 24.*25")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bandwidth for a teacher
+
+def clip_files(sprites, count):
+    return [f"{sprites}/videos/test_{i:05d}.mp4" for i in range(count)]
+
+
+@pytest.mark.parametrize("shares, chosen, alike", [
+    ({0.02: [80, 80], 0.9: [30, 30], 0.95: [28, 28], 1.0: [27.5, 27.5]}, 0.95, [0.95, 1.0]),    # the margin of 1 %
+    ({0.02: [80, 80], 0.95: [40, 40], 1.0: [27, 27]}, 1.0, [1.0]),          # the default is not alike
+    ({0.02: [10, 10], 0.5: [20, 20], 0.95: [30, 30]}, 0.02, [0.02]),        # the classical rule, if it is the best
+    ({0.02: [10, 10], 0.5: [10.5, 10.5], 0.95: [30, 30]}, 0.5, [0.02, 0.5]),    # the larger of two
+    ({0.02: [10, 30], 0.95: [30, 16]}, 0.95, [0.02, 0.95]),                 # 20 more and 14 less: noise
+    ({0.02: [10, 30], 0.95: [13, 33.1]}, 0.02, [0.02]),                     # as far apart as the videos are, but always
+    ({0.02: [10], 0.95: [10.9]}, 0.95, [0.02, 0.95]), ({0.02: [10], 0.95: [11.1]}, 0.02, [0.02]),   # one video
+])
+def test_the_quantile_of_least_unexplained_share_is_taken_within_noise(shares, chosen, alike):
+    quantile, differences, found = choose_quantile(shares)
+    assert (quantile, found) == (chosen, alike)
+    best = min(shares, key=lambda q: sum(shares[q]))
+    assert differences == {q: [x - y for x, y in zip(xs, shares[best], strict=True)] for q, xs in shares.items()}
+
+
+def test_bandwidth_prints_the_unexplained_share_by_quantile(options, sprites, teacher, capsys):
+    files = clip_files(sprites, 4)
+    flags = f"bandwidth --teacher {teacher} --ratio 0.75 --frames 8 --out {options['out']} --commit c0 --seed 3"
+    code, out, err = command("tools.mask_stats", [*flags.split(), *files], capsys)
+    assert not code and "commit c0" in out, err
+    table, = markdown_tables(out)
+    assert [row[0] for row in table] == [
+        "quantile", "0.02", "0.1", "0.25", "0.5", "0.75", "0.9", "0.95", "1", "random tokens"]
+    result, clips = load_json(options["out"]), load_clips(Masks(**{**options, "count": 4}))
+    assert list(result["unexplained"]) == files
+    for row in table[1:]:
+        shares = []
+        for i in range(4):
+            x = clips.tokens[i:i + 1]
+            if row[0] == "random tokens":
+                masks, seeds = MaskConfig("random_frame"), (3, 4, 5)
+            else:
+                masks, seeds = MaskConfig(quantile=float(row[0])), (None,)
+            found = [leakage(x, as_bool(masks(x, 4, generator=s and torch.Generator().manual_seed(s)), 8))[2]
+                     for s in seeds]
+            shares.append(sum(found) / len(found))
+            key = "random" if row[0] == "random tokens" else f"{float(row[0])}"
+            assert result["unexplained"][files[i]][key] == pytest.approx(shares[-1], rel=1e-6)
+        assert float(row[1].split()[0]) == pytest.approx(100 * sum(shares) / 4, abs=0.051)
+    assert 0.02 < result["quantile"] <= 1 and f"\nTake --mask.quantile {result['quantile']:g}: " in out
+
+
+def test_a_video_of_equal_tokens_is_left_out(options, sprites, teacher, capsys, monkeypatch):
+    files = clip_files(sprites, 2)
+    lost = iter([0.5] * 11 + [None] * 8)                            # 8 quantiles and 3 random masks a video
+    monkeypatch.setattr(mask_stats, "leakage", lambda *_: (None, None, next(lost)))
+    measure_bandwidth(Bandwidth(tuple(files), teacher=teacher, ratio=0.75))
+    out = capsys.readouterr().out
+    assert f"tokens are equal: {files[1]}\n" in out and "**1 videos" in out and "One video" in out
+    assert "Take --mask.quantile 0.95: 50.0 % unexplained." in out
+    lost = iter([None] * 16)
+    with pytest.raises(ValueError, match="must differ, got 2 videos"):
+        measure_bandwidth(Bandwidth(tuple(files), teacher=teacher, ratio=0.75))
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("", "videos .*got 0 and 8"), ("nowhere.mp4", "nowhere.mp4"), ("--ratio 1 {video}", r"ratio.*1\.0"),
+    ("--frames 0 {video}", "--frames .*got 1 and 0"), ("--out no/where.json {video}", "--out .* no$"),
+    ("--teacher nowhere {video}", "nowhere"), ("--seed -1 {video}", "--seed .*-1"),
+])
+def test_wrong_flags_of_bandwidth_are_one_line(sprites, teacher, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    flags = flags.format(video=clip_files(sprites, 1)[0])
+    code, out, err = command("tools.mask_stats", ["bandwidth", "--teacher", teacher, *flags.split()], capsys)
+    assert_one_line("tools.mask_stats", code, err, message)
+    assert "|" not in out

@@ -107,10 +107,10 @@ def test_cluster_stm_breaks_every_tie_toward_the_lower_index(T, seed):
         assert cluster_stm(x, K, d_c=0.02, d_c_time=0.02, assign=assign, pick=pick).tolist() == expected
 
 
-def test_default_bandwidths_are_the_2_and_10_percent_quantiles():
-    g = seeded(3)
+def test_default_bandwidths_are_the_95_and_10_percent_quantiles():
+    g = seeded(5)
     x = torch.randn(2, 3, 25, 24, generator=g) + torch.randn(2, 3, 1, 24, generator=g)      # frames differ in a clip
-    d_c = torch.tensor([within(frame, "0.02") for frame in x.flatten(0, 1)])
+    d_c = torch.tensor([within(frame, "0.95") for frame in x.flatten(0, 1)])
     d_c_time = torch.tensor([across(clip, "0.1") for clip in x])
     expected = cluster_stm(x, 6)
     assert expected.equal(cluster_stm(x, 6, d_c=d_c, d_c_time=d_c_time))
@@ -118,8 +118,8 @@ def test_default_bandwidths_are_the_2_and_10_percent_quantiles():
     assert cluster_stm(x, 6, quantile=0.5, quantile_time=0.9).equal(cluster_stm(
         x, 6, d_c=[within(frame, "0.5") for frame in x.flatten(0, 1)], d_c_time=[across(clip, "0.9") for clip in x]))
     # Other bandwidths give other ids in these clips, also the quantile over all pairs of a clip.
-    assert not cluster_stm(x, 6, quantile=0.5).equal(expected)
-    assert not cluster_stm(x, 6, quantile_time=0.9).equal(expected)
+    assert not cluster_stm(x, 6, quantile=0.9).equal(expected)
+    assert not cluster_stm(x, 6, quantile_time=0.02).equal(expected)
     assert not cluster_stm(x, 6, d_c_time=[within(clip, "0.1") for clip in x.flatten(1, 2)]).equal(expected)
     image = x[:, :1]
     assert cluster_stm(image, 6).equal(cluster_stm(image, 6, d_c=d_c[[0, 3]], d_c_time=math.pi))

@@ -9,7 +9,7 @@ from helpers.evaluation import rank_by_hand
 from helpers.models import seeded
 
 import metrics
-from tasks import Annotation, Question
+from annotations import Annotation, Question
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Retrieval
@@ -131,6 +131,70 @@ def test_selection_metric():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+
+def resampled(values, statistic, draws=4000):
+    """The 2.5 and 97.5 % quantiles of a statistic of values that are drawn with replacement, one sample at a time."""
+    rng = np.random.default_rng(5)
+    found = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(draws)]
+    return np.percentile(found, (2.5, 97.5))
+
+
+@pytest.mark.parametrize("Q", [40, 41, 300])
+def test_intervals_are_those_of_queries_drawn_one_by_one(Q):
+    rank = np.random.default_rng(Q).geometric(0.15, Q)
+    intervals = metrics.recall_intervals(torch.from_numpy(rank))
+    scores = metrics.recall_metrics(torch.from_numpy(rank))
+    assert intervals.keys() == scores.keys()
+    loops = {f"R@{k}": lambda r, k=k: 100 * np.mean(r <= k) for k in (1, 5, 10)}
+    loops |= {"median": np.median, "mean": np.mean}
+    for name, statistic in loops.items():
+        low, high = resampled(rank, statistic)
+        assert low <= scores[name] <= high
+        # A quantile of 1000 draws is off by up to a tenth of the interval; the median moves in steps of a half.
+        assert intervals[name] == pytest.approx([low, high], abs=max(0.12 * (high - low), 0.51 * (name == "median")))
+    values = np.random.default_rng(Q).normal(3, 2, Q)
+    low, high = resampled(values, np.mean)
+    assert metrics.mean_interval(values) == pytest.approx([low, high], abs=0.12 * (high - low))
+
+
+def test_intervals_are_exact_where_they_can_be():
+    """Of Q queries with one right, the number of right ones drawn is binomial: 0 to 3 of 10 in 95 of 100 samples."""
+    assert metrics.mean_interval([100] + [0] * 9) == [0, 30]
+    assert metrics.mean_interval([7.25] * 5) == [7.25, 7.25] and metrics.mean_interval([4]) == [4, 4]
+    assert metrics.recall_intervals(torch.tensor([3])) == {
+        "R@1": [0, 0], "R@5": [100, 100], "R@10": [100, 100], "median": [3, 3], "mean": [3, 3]}
+
+
+def test_intervals_are_the_same_each_time_in_any_order_and_by_any_chunk(monkeypatch):
+    rank = torch.from_numpy(np.random.default_rng(0).geometric(0.05, 500))
+    expected = metrics.recall_intervals(rank)
+    torch.manual_seed(1), np.random.seed(1)
+    assert metrics.recall_intervals(rank.flip(0)) == expected == metrics.recall_intervals(rank)
+    monkeypatch.setattr(metrics, "CHUNK", 7 * len(rank.unique()))
+    assert metrics.recall_intervals(rank) == expected
+
+
+def test_an_interval_narrows_as_the_root_of_the_number_of_queries():
+    widths = [np.ptp(metrics.mean_interval(np.arange(n) % 2)) for n in (100, 400, 6400)]
+    assert widths[0] / widths[1] == pytest.approx(2, rel=0.15) and widths[0] / widths[2] == pytest.approx(8, rel=0.15)
+    assert widths[0] == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.1)
+
+
+def test_a_table_has_each_interval_below_its_score():
+    ways = {"T2V": {"R@1": 12.34, "mean": 1234.5}, "V2T": {"R@1": 5.0, "mean": 2.0}}
+    bounds = {"T2V": {"R@1": [10.0, 14.0], "mean": [1000.0, 1500.25]}, "V2T": {"R@1": [0.0, 9.99], "mean": [1.0, 3.0]}}
+    table = metrics.format_table("retrieval", {"similarity": ways, "chance": ways}, {"similarity": bounds})
+    assert [line.split() for line in table] == [
+        "T2V R@1 T2V mean V2T R@1 V2T mean".split(), "similarity 12.3 1234.5 5.0 2.0".split(),
+        "95 % interval 10.0-14.0 1000.0-1500.2 0.0-10.0 1.0-3.0".split(), "chance 12.3 1234.5 5.0 2.0".split()]
+    ends = [[i for i in range(len(line)) if line[i] != " " and line[i + 1:i + 2] in ("", " ")] for line in table]
+    assert ends[1][-4:] == ends[2][-4:] == ends[3][-4:] == ends[0][1::2]                # right-aligned columns
+    table = metrics.format_table("caption", {"greedy": {"CIDEr": 1.0, "BLEU-4": 2.0}}, {"greedy": {"CIDEr": [0.5, 2]}})
+    assert [line.split() for line in table[1:]] == ["greedy 1.0 2.0".split(), "95 % interval 0.5-2.0".split()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Answers
 
 def test_accuracy_is_of_all_and_of_each_type():
@@ -138,6 +202,8 @@ def test_accuracy_is_of_all_and_of_each_type():
     assert metrics.accuracy_by_type(correct, types) == {"all": 60.0, "a": 100.0, "b": 50.0}
     assert list(metrics.accuracy_by_type(correct, types)) == ["all", "a", "b"]
     assert metrics.accuracy_by_type(correct, [""] * 5) == {"all": 60.0}
+    intervals = metrics.accuracy_intervals(correct, types)
+    assert intervals == {"all": [20.0, 100.0], "a": [100.0, 100.0], "b": [0.0, 100.0]}
 
 
 def test_majority_answers_are_those_of_the_type_in_training():

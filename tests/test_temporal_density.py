@@ -6,8 +6,6 @@ from itertools import combinations_with_replacement
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from helpers.kernels import (
     CUDA,
     DEVICE,
@@ -22,6 +20,7 @@ from helpers.kernels import (
     unkind,
 )
 
+from kernels import tl, triton
 from kernels.temporal_density import (
     group_pair,
     inverse_norm_triton,

@@ -52,8 +52,9 @@ from tqdm import tqdm
 import eval as evaluation
 import runtime
 import train
+from annotations import read_annotations
 from config import Config
-from data import ClipDataset, DataConfig, load_tokenizer
+from data import ClipDataset, DataConfig
 from encoders import Bert, TextEncoderConfig, ViTConfig, bert_config
 from files import atomic_write, atomic_write_text, load_state_dict_strict, read_checkpoint, read_json, save_weights
 from loop import Stage, train_stage
@@ -61,8 +62,9 @@ from masking import MaskConfig, keep_count, log_attention, token_sizes
 from model import ClusterSTM, ModelConfig, VideoToText
 from runtime import RunContext, num_cpus
 from targets import TeacherTargets
-from tasks import find_file, get_task, read_annotations, read_answers, read_rows, split_files
+from tasks import find_file, get_task, read_answers, read_rows, split_files
 from teacher import SigLIP
+from tokenizer import load_tokenizer
 from tools.show import read_log
 from tools.sprites import VERSION, write_sprites
 from tools.tables import append_csv, current_commit, format_mean, print_header, print_row, read_csv
@@ -88,6 +90,9 @@ FULL = replace(
 )
 WARM_START = {"batch": 64, "steps": 600, "lr": 2e-3}        # the training that all students of a seed start from
 QA_SETTINGS = {"steps": 2400, "batch": 16, "lr": 5e-4}      # fine-tuning for question answering
+# Digests name the settings that differ from these: the defaults of the first rows of docs/ablations.csv. A default that
+# changes is set back here, or a row's digest would become that of another student.
+BASELINE = asdict(Config(mask=MaskConfig(quantile=0.02)))
 CLIPS = {False: 4096, True: 16384}      # by --full: clips in the training file, NUM_VAL of them for validation
 # A variant may change this beside the config: the share of the training clips that get the caption of another clip, as
 # captions from the web often do not describe the video. Teacher, text encoder and warm start read the right captions.
@@ -221,7 +226,7 @@ class Job:
     @property
     def shared_folder(self) -> str:
         """The folder of what is computed once for all students of a form and seed."""
-        cfg = config_diff(asdict(FULL if self.full else REDUCED), asdict(Config()))
+        cfg = config_diff(asdict(FULL if self.full else REDUCED), BASELINE)
         parts = [cfg.get(part) for part in ("data", "toy", "vit", "text", "model")]
         key = digest(VERSION, CLIPS[self.full], NUM_TEST, NUM_VAL, WARM_START, *parts)
         return os.path.join("out", "ablations", f"{self.form}-seed{self.seed}-{key}")
@@ -249,7 +254,7 @@ class Job:
 
     def digest(self, **changes) -> str:
         """Return a digest of everything that determines the result, with some fields of the config changed."""
-        settings = config_diff(asdict(self.settings()) | changes, asdict(Config()))
+        settings = config_diff(asdict(self.settings()) | changes, BASELINE)
         settings |= {SHUFFLED_CAPTIONS: self.shuffled_share} if self.shuffled_share else {}
         return digest(settings, *([QA_SETTINGS] if self.task == "qa" else []))
 

@@ -3,6 +3,7 @@ Statistics of masks that need no training: clips whose objects are known, a teac
 
     python -m tools.mask_stats masks --out masks.json           # every mask of masking.MASKS, on held-out clips
     python -m tools.mask_stats quantiles --out quantiles.json   # ClusterSTM by d_c and pick, on training clips
+    python -m tools.mask_stats bandwidth --teacher SIGLIP VIDEOS/*.mp4      # which d_c to take for your own teacher
 
 A token is on an object if tools.demo.objects_at says so, and on the background if it is on no object.
 
@@ -23,9 +24,13 @@ ms            time of the mask for a clip, one thread, the median; teacher token
               upper bound: the references on a CPU, beside whatever else the machine does
 
 Masks that draw at random are averaged over three seeds; brackets hold the standard deviation of "objects" over these.
+
+`bandwidth` needs no objects. It measures "lost" of each video, which it calls unexplained, for several quantiles, and
+says which to take: choose_quantile has the rule.
 """
 
 import json
+import math
 import os
 import statistics
 import time
@@ -36,22 +41,27 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from tqdm import tqdm
 
+from annotations import read_annotations
 from config import PRESETS
 from data import ClipDataset, DataConfig
 from files import atomic_write_text, escape_control
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
 from masking import MASKS, MaskConfig, keep_count, log_attention
-from runtime import run_cli
-from tasks import read_annotations
+from runtime import run_cli, select_device
 from teacher import SigLIP
 from tools.demo import objects_at, objects_kept
 from tools.sprites import SIZE, read_boxes
-from tools.tables import banner, print_header, print_row, try_or_message
+from tools.tables import banner, format_mean, print_header, print_row, try_or_message
+from video import eval_transform, read_frames
 
 PRESET = PRESETS["sprites"].mask
 QUANTILES = (0.02, 0.1, 0.5, 0.8, 0.9, 0.95, 0.98)
+CLASSICAL = 0.02                # Rodriguez & Laio, Science 2014
+BANDWIDTHS = (CLASSICAL, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+MARGIN = 1.0                    # per cent: unexplained shares that differ by less are alike
 PICKS = ("density", "random", "centre", "lowest")
 SEEDS = 3
 PERCENT_COLUMNS = ("objects", "clusters", "recurrence", "leakage", "same frame", "lost")
@@ -88,7 +98,21 @@ class Quantiles(Masks):
                 for quantile in QUANTILES for pick in PICKS}
 
 
-COMMANDS = {"masks": Masks, "quantiles": Quantiles}
+@dataclass
+class Bandwidth:
+    """Measure how much of your own videos no kept token explains, by the bandwidth d_c, and say which one to take."""
+    # video files; their number determines how small a difference can be told from noise
+    videos: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="VIDEO [VIDEO ...]")]
+    teacher: str = "out/demo/seed0/teacher"           # folder or hub id of a SigLIP checkpoint
+    ratio: float = PRESET.ratio                       # share of masked tokens
+    frames: int = 8                                   # frames of a clip; a video is one clip
+    device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: cuda if there is a GPU
+    seed: int = 0                                     # first of the three seeds of random tokens
+    commit: str = ""                                  # commit to print above the table; empty: ask git
+    out: str = ""                                     # JSON file to write; empty: none
+
+
+COMMANDS = {"masks": Masks, "quantiles": Quantiles, "bandwidth": Bandwidth}
 
 
 @dataclass
@@ -237,6 +261,92 @@ def format_cells(row: dict, columns: tuple[str, ...]) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The bandwidth for a teacher
+
+@torch.no_grad()
+def unexplained_shares(cfg: Bandwidth, teacher: SigLIP, path: str) -> dict[float | str, float] | None:
+    """Return "lost" of one video by quantile, and for "random" tokens. None if all tokens of the video are equal."""
+    video = eval_transform(read_frames(path, cfg.frames), teacher.cfg.vision_config.image_size)
+    device = next(teacher.parameters()).device
+    tokens = teacher.forward_features(teacher.normalize(video.to(device)))[None]                    # (1, T, N, C)
+    T, N = tokens.shape[1:3]
+    K = keep_count(N, cfg.ratio)
+
+    def unexplained(mask: MaskConfig, generator=None) -> float | None:
+        visible_ids = mask(tokens, K, generator=generator).cpu()
+        visible = torch.zeros(1, T * N, dtype=torch.bool).scatter(1, visible_ids, True).view(1, T, N)
+        return leakage(tokens.cpu(), visible)[2]
+
+    shares = {q: unexplained(replace(PRESET, quantile=q)) for q in BANDWIDTHS}
+    if None in shares.values():
+        return None
+    draws = [unexplained(MaskConfig("random_frame"), torch.Generator().manual_seed(cfg.seed + s)) for s in range(SEEDS)]
+    return shares | {"random": statistics.fmean(draws)}
+
+
+def choose_quantile(shares: dict[float, list[float]]) -> tuple[float, dict[float, list[float]], list[float]]:
+    """
+    Choose a bandwidth from unexplained shares in per cent: quantile -> one share a video. Return the quantile, the
+    differences of each quantile to the one of least mean, a number a video, and the quantiles that are alike.
+
+    Quantiles are alike if their mean is less than MARGIN, or at most two standard errors of the difference, above the
+    least mean. Of these, take the default of MaskConfig if it is one of them, else the largest: too small a bandwidth
+    lets clusters crowd in the densest background, and too large a one has not been seen to lose (docs/method.md §1).
+    """
+    best = min(shares, key=lambda q: statistics.fmean(shares[q]))
+    differences = {q: [x - y for x, y in zip(shares[q], shares[best], strict=True)] for q in shares}
+
+    def noise(xs: list[float]) -> float:
+        return 2 * statistics.stdev(xs) / len(xs) ** 0.5 if len(xs) > 1 else 0.0
+
+    alike = [q for q, xs in differences.items() if statistics.fmean(xs) <= noise(xs) or statistics.fmean(xs) < MARGIN]
+    return MaskConfig.quantile if MaskConfig.quantile in alike else max(alike), differences, alike
+
+
+def measure_bandwidth(cfg: Bandwidth):
+    """Measure the unexplained shares of the videos, print them by quantile, and say which quantile to take."""
+    keep_count(1, cfg.ratio)
+    check_outputs(cfg)
+    if not cfg.videos or cfg.frames < 1:
+        raise ValueError(f"videos and --frames must be at least one, got {len(cfg.videos)} and {cfg.frames}")
+    device = select_device(cfg.device)
+    teacher = SigLIP.from_pretrained(cfg.teacher, with_tokenizer=False).to(device)
+    by_video = {path: unexplained_shares(cfg, teacher, path) for path in tqdm(cfg.videos, "videos", leave=False)}
+    measured = [shares for shares in by_video.values() if shares]
+    if not measured:
+        raise ValueError(f"the tokens of a video must differ, got {len(by_video)} videos whose tokens are all equal")
+    percent = {key: [100 * row[key] for row in measured] for key in (*BANDWIDTHS, "random")}
+    N = math.prod(teacher.patch_grid)
+    banner(device.type, cfg.commit, "tools.mask_stats")
+    quantile = print_bandwidths(f"{len(measured)} videos, {cfg.frames} frames each, {keep_count(N, cfg.ratio)} of {N} "
+                                f"tokens a frame ({cfg.ratio:g} hidden)", percent)
+    if skipped := [path for path, shares in by_video.items() if not shares]:
+        print(escape_control(f"Left out, because all their tokens are equal: {', '.join(skipped)}"))
+    if cfg.out:
+        result = {**vars(cfg), "quantile": quantile, "unexplained": by_video}
+        atomic_write_text(cfg.out, json.dumps(result, indent=1) + "\n")
+        print(escape_control(f"written to {cfg.out}"))
+
+
+def print_bandwidths(title: str, percent: dict[float | str, list[float]]) -> float:
+    """Print unexplained shares in per cent, by quantile and for "random" tokens -> the quantile to take."""
+    random = percent["random"]
+    percent = {q: percent[q] for q in BANDWIDTHS}
+    quantile, differences, alike = choose_quantile(percent)
+    print_header(title, "quantile", "unexplained %", "above the least", "alike")
+    for q in percent:
+        print_row(f"{q:g}", format_mean(percent[q]), format_mean(differences[q]), "yes" if q in alike else "")
+    print_row("random tokens", format_mean(random), "", "")
+    alone = " One video: differences cannot be told from noise; give more." if len(random) == 1 else ""
+    print(f"\nMean over videos ± its standard error.{alone}")
+    means = {q: statistics.fmean(percent[q]) for q in percent}
+    print(f"Take --mask.quantile {quantile:g}: {means[quantile]:.1f} % unexplained. The least is "
+          f"{min(means.values()):.1f} %, the classical {CLASSICAL:g} has {means[CLASSICAL]:.1f} %, random tokens have "
+          f"{statistics.fmean(random):.1f} %.")
+    return quantile
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
 def check(cfg: Masks):
@@ -245,6 +355,11 @@ def check(cfg: Masks):
         raise ValueError("--ratio must be at least one number, got none")
     for ratio in cfg.ratio:
         keep_count(1, ratio)
+    check_outputs(cfg)
+
+
+def check_outputs(cfg: Masks | Bandwidth):
+    """Raise ValueError if the file --out cannot be written, or for a seed below 0."""
     folder = os.path.dirname(cfg.out) or "."
     if cfg.out and not os.path.isdir(folder):
         raise ValueError(f"--out {cfg.out}: no such folder {folder}")
@@ -287,7 +402,8 @@ def main(cfg: Masks):
 
 
 def cli():
-    main(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m tools.mask_stats"))
+    cfg = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m tools.mask_stats")
+    measure_bandwidth(cfg) if isinstance(cfg, Bandwidth) else main(cfg)
 
 
 if __name__ == "__main__":

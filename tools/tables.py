@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 
 import torch
-import triton
+
+from kernels import triton
 
 
 def print_row(*cells):

@@ -182,10 +182,11 @@ def models(tmp_path_factory):
     from masking import MaskConfig
     from model import ClusterSTM, VideoToText
     from runtime import RunContext
+    from tokenizer import build_wordpiece, load_tokenizer
     from tools.toy_teacher import ToyConfig, build_toy_teacher
     folder = str(tmp_path_factory.mktemp("models"))
-    data.build_wordpiece([*TEXTS[:50], "what does the", *ANSWERS[:5]], f"{folder}/tokenizer.json")
-    tokenizer = data.load_tokenizer(f"{folder}/tokenizer.json")
+    build_wordpiece([*TEXTS[:50], "what does the", *ANSWERS[:5]], f"{folder}/tokenizer.json")
+    tokenizer = load_tokenizer(f"{folder}/tokenizer.json")
     vit, text, model_cfg = configs(
         vit=dict(patch_size=8),
         text=dict(width=24, depth=2, heads=2, fusion_layers=1, max_length=24, vocab_size=tokenizer.get_vocab_size(),

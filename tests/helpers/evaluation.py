@@ -2,20 +2,23 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 
 import pytest
 import torch
 
 import eval as evaluation
-from data import Sample, collate, encode_texts, load_tokenizer
+from annotations import normalize_caption
+from data import Sample, collate
 from helpers.benchmarks import NAMES, as_list, eval_config, load_json
 from masking import MaskConfig
 from model import load_model
 from runtime import run_cli
 from targets import compute_targets
-from tasks import TASKS, normalize_caption, split_files
+from tasks import TASKS, split_files
 from teacher import SigLIP
+from tokenizer import encode_texts, load_tokenizer
 from video import eval_transform, read_frames
 
 
@@ -112,6 +115,7 @@ def run_interrupted(name, function):
     """
     def main():
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)            # a shell's background command ignores it
         for descriptor, stream in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"interrupted.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
+from annotations import Question
 from data import Sample
 from encoders import TextEncoderConfig, ViTConfig
 from files import save_weights
@@ -19,7 +20,6 @@ from helpers.benchmarks import write_json
 from helpers.kernels import seeded
 from model import ClusterSTM, ModelConfig, VideoToText
 from targets import TeacherTargets
-from tasks import Question
 
 VIT = ViTConfig(patch_size=4, width=16, depth=2, heads=2, drop_path=0.0)
 TEXT = TextEncoderConfig(width=12, depth=3, heads=2, fusion_layers=2, dropout=0.0, vocab_size=40, mask_token_id=4,
