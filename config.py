@@ -6,6 +6,7 @@ A run stores its Config in run_state.json, from which read_settings reads it for
 
 import math
 import os
+import shlex
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ import tyro
 from data import DataConfig
 from encoders import TextEncoderConfig, ViTConfig
 from files import config_from_dict
+from logs import LIBRARIES
 from masking import MASKS, MaskConfig, keep_count
 from model import ModelConfig
 from runtime import read_run_state
@@ -62,7 +64,10 @@ class Config:
     compile: bool = False         # compile the layers of teacher and student with torch.compile
     activation_checkpointing: bool = False      # recompute each layer's activations in the backward pass: saves memory
     max_skipped_steps: int = 0    # steps of a stage that may be skipped because loss or gradient is not finite
+    # further logs with the rows of log.jsonl: a folder for TensorBoard, a run of wandb; each needs its package
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     log_every: int = 10           # steps between two rows of log.jsonl
+    val_every: int = 0            # steps between two scorings on data.val_file; 0: only at the end of each stage
     save_every: int = 500         # steps between two checkpoints
     save_minutes: float = 30.0    # minutes after which a checkpoint is written between those; 0: none
     keep_checkpoints: int = 2     # number of newest checkpoints that are kept
@@ -81,12 +86,20 @@ class Config:
             name, value = next((name, value) for name, value in only_finetune.items() if value)
             raise ValueError(f"{name} must be empty unless stage is finetune, got {name} {value!r} and stage "
                              f"{self.stage!r}")
+        if unknown := {*self.log} - {*LIBRARIES}:
+            raise ValueError(f"log must name some of {', '.join(LIBRARIES)}, got {', '.join(sorted(unknown))}")
+        if self.stage == "finetune" and self.data.val_file:
+            raise ValueError("data.val_file must be empty for stage finetune, whose epochs are scored on select_split, "
+                             f"got {self.data.val_file!r}")
+        if self.val_every > 0 and not self.data.val_file:
+            raise ValueError(f"data.val_file must be an annotation file if val_every is above 0, got '' and "
+                             f"{self.val_every}")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"batch must be a multiple of micro_batch, got {self.batch} and {self.micro_batch}")
         for name, least in (("batch", 1), ("log_every", 1), ("save_every", 1), ("keep_checkpoints", 1),
                             ("steps", self.stage == "finetune"), ("unmasked_steps", 0), ("epochs", 0),
-                            ("max_skipped_steps", 0), ("save_minutes", 0)):
-            if getattr(self, name) < least:
+                            ("max_skipped_steps", 0), ("save_minutes", 0), ("val_every", 0)):
+            if not getattr(self, name) >= least:            # as NaN is not
                 raise ValueError(f"{name} must be at least {int(least)}, got {getattr(self, name)}")
 
     @property
@@ -106,9 +119,6 @@ WEB_DATA = DataConfig(
 PRESETS = {
     # The embedded run: everything is small enough for two CPU cores.
     "sprites": Config(
-        # So small a teacher gives nearly the same features to all background, and most pairs are background. 0.95 is
-        # the quantile at which sprites stand out, chosen on training clips (docs/log.md).
-        mask=MaskConfig(quantile=0.95),
         vit=ViTConfig(patch_size=8, width=96, depth=4, heads=3, drop_path=0.0, pos_embed="3d"),
         text=TextEncoderConfig(width=96, depth=3, heads=3, fusion_layers=1, dropout=0.0, max_length=36),
         model=ModelConfig(embed_dim=96, decoder_width=96, decoder_depth=1, decoder_heads=3),
@@ -150,6 +160,19 @@ def micro_batch_sizes(cfg: Config, world: int) -> dict[str, int]:
             raise ValueError(f"{stage}: batch must be a multiple of micro_batch x ranks, got {batch}, {sizes[stage]} "
                              f"and {world}")
     return sizes
+
+
+def next_command(cfg: Config, folder: str) -> str:
+    """Return the command that scores the trained model in `folder` on held-out clips of the data it was trained on."""
+    command, data = ["python", "eval.py", "--checkpoint", folder], cfg.data
+    root, name = os.path.split(data.train_file)
+    if data.val_file:
+        command += ["--data", data.val_file, "--data-root", data.val_root or data.video_root]
+    elif name != os.path.basename(DataConfig.train_file):
+        command += ["--data", "HELD_OUT.json", "--data-root", data.video_root]      # a file that only the user knows
+    elif data.train_file != DataConfig.train_file:                                  # the embedded set, elsewhere
+        command += ["--data-root", root]
+    return shlex.join(command)
 
 
 def name_run(train_file: str) -> str:

@@ -131,7 +131,7 @@ def read_json(path: str) -> dict:
         with open(path, encoding="utf-8") as f:
             values = json.load(f)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {format_error(error)}") from None
+        raise ValueError(f"{path} is not JSON: {format_error(error)}. Restore it from a copy") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: the content must be one JSON object, got a {type(values).__name__}")
     checksum = values.pop("checksum", None)
@@ -157,7 +157,8 @@ def config_from_dict(cls, values: dict, path: str, strict: bool = True):
     for key in known.keys() & values.keys():
         kind, value = known[key].type, values[key]
         kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-        if is_dataclass(kind) and isinstance(value, dict):
+        if is_dataclass(kind):
+            require(isinstance(value, dict), path, key, "an object", value)
             value = config_from_dict(kind, value, path, strict)
         elif typing.get_origin(kind) is tuple and isinstance(value, list):
             value = tuple(value)

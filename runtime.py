@@ -51,9 +51,9 @@ STAGES = ("teacher", "text", "pretrain", "unmasked", "finetune")
 
 # Settings that may differ when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
-    "resume", "stage", "device", "log_every", "save_every", "save_minutes", "keep_checkpoints", "max_skipped_steps",
-    "compile", "activation_checkpointing", "data.num_workers", "data.frame_cache", "data.resize_on_device",
-    "data.max_unreadable",
+    "resume", "device", "log", "log_every", "val_every", "save_every", "save_minutes", "keep_checkpoints",
+    "max_skipped_steps", "compile", "activation_checkpointing", "data.val_file", "data.val_root", "data.num_workers",
+    "data.frame_cache", "data.resize_on_device", "data.max_unreadable",
 )
 
 
@@ -255,6 +255,19 @@ class RunContext:
             dist.all_gather_object(values, value, self.group)
         return values
 
+    def call_on_rank0(self, function: Callable):
+        """Return what function() returns on rank 0, on all ranks. A ValueError or OSError of it is raised on all."""
+        error = result = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except (ValueError, OSError) as caught:
+                error = str(caught)
+        error, result = self.broadcast((error, result))
+        if error is not None:
+            raise ValueError(error)
+        return result
+
     def rank0_first(self, function: Callable):
         """Call function() on rank 0 before the other ranks, which then find the files that it wrote."""
         if self.rank > 0:
@@ -351,19 +364,13 @@ def lock_folder(folder: str):
 
 def pin_to_first_run(folder: str, run: RunContext, name: str, value):
     """Return the value of `name` in run_state.json, on all ranks. If it is absent, store rank 0's `value` first."""
-    error = ""
-    if run.rank == 0:
-        try:
-            pinned = read_run_state(folder)
-            if name not in pinned:
-                write_json(os.path.join(folder, "run_state.json"), pinned | {name: value})
-            value = pinned.get(name, value)
-        except (ValueError, OSError) as caught:
-            error = str(caught)
-    error, value = run.broadcast((error, value))
-    if error:
-        raise ValueError(error)
-    return value
+    def pin():
+        pinned = read_run_state(folder)
+        if name not in pinned:
+            write_json(os.path.join(folder, "run_state.json"), pinned | {name: value})
+        return pinned.get(name, value)
+
+    return run.call_on_rank0(pin)
 
 
 def read_run_state(folder: str) -> dict:
@@ -378,10 +385,19 @@ def pin_config(folder: str, run: RunContext, config: dict):
     change. (A run that has trained nothing yet may begin again with other settings: init_run removes the file.)
     """
     path = os.path.join(folder, "run_state.json")
+    run.call_on_rank0(lambda: require_settings(folder))
     pinned = pin_to_first_run(folder, run, "config", config)
-    if (pinned["stage"] == "finetune") != (config["stage"] == "finetune"):
-        raise ValueError(f"{path}: stage must be {pinned['stage']!r} as when the run began, got {config['stage']!r}")
-    check_same_config(pinned, config, path)
+    if not isinstance(pinned, dict):
+        raise ValueError(f"{path}: config must be an object, got {pinned!r}")
+    check_same_config({"stage": None} | pinned, config, path)
+
+
+def require_settings(folder: str):
+    """Raise a ValueError if a folder has trained models but not the settings they were trained with."""
+    trained = list_training_states(folder)
+    if trained and "config" not in read_run_state(folder):
+        raise ValueError(f"{folder}/run_state.json must have the settings of the run that wrote {trained[0]}: another "
+                         "version of train.py began it, or the file was deleted. Choose another --name")
 
 
 def describe_error(error: Exception, run: RunContext) -> Exception:
@@ -516,8 +532,22 @@ def load_checkpoint(run: RunContext, stage: str, model: nn.Module, optimizer) ->
     if state["stage"] != stage:
         return 0, {}
     load_state_dict_strict(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(optimizer, state["optimizer"], path)
     return state["step"], state["counts"]
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, path: str):
+    """Load the state of AdamW. ValueError if it is not one of these parameters."""
+    try:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                shapes = {key: optimizer.state[p][key].shape for key in ("exp_avg", "exp_avg_sq")} if p in \
+                    optimizer.state else {}
+                if any(shape != p.shape for shape in shapes.values()):
+                    raise ValueError(f"shapes {[*shapes.values()]} of a parameter of shape {p.shape}")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its optimizer state does not fit the model ({format_error(error):.200})") from None
 
 
 def read_checkpoint_state(path: str) -> dict:
@@ -530,26 +560,38 @@ def read_checkpoint_state(path: str) -> dict:
     except Exception as error:                  # an unpickler can raise anything if a file is not what it should be
         raise ValueError(f"{path} is not a checkpoint of train.py: {format_error(error):.200}") from None
     kinds = {"stage": str, "step": int, "counts": dict, "model": dict, "optimizer": dict, "config": dict}
-    for key, kind in kinds.items():
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
-            raise ValueError(f"{path} is not a checkpoint of train.py: its {key!r} must be of type {kind.__name__}")
+    reason = next((f"its {key!r} must be of type {kind.__name__}" for key, kind in kinds.items()
+                   if not isinstance(state, dict) or not isinstance(state.get(key), kind)), "")
+    if not reason and os.path.basename(path) != f"{state['stage']}-{state['step']:07d}.pt":
+        reason = f"it is of step {state['step']} of stage {state['stage']!r}"
+    if not reason and not all(isinstance(count, int) for count in state["counts"].values()):
+        reason = f"its counts must be integers, got {state['counts']}"
+    if not reason and not all(isinstance(x, Tensor) and x.layout == torch.strided for x in state["model"].values()):
+        reason = "its weights must be dense tensors"
+    if reason:
+        raise ValueError(f"{path} is not a checkpoint of train.py: {escape_control(reason)}")
     return state
 
 
 def check_same_config(before: dict, now: dict, path: str, prefix: str = ""):
     """Raise a ValueError at the first setting that differs and may not change on resume."""
     for key, value in now.items():
+        name = prefix + key
         value = list(value) if isinstance(value, tuple) else value
         previous = list(before[key]) if isinstance(before.get(key), tuple) else before.get(key)
-        if prefix + key in MAY_CHANGE_ON_RESUME:
+        same = previous == value
+        if name == "stage":                     # toy models may be trained by runs of their own before
+            same = (previous == "finetune") == (value == "finetune")
+        if name in MAY_CHANGE_ON_RESUME:
             continue
-        if isinstance(value, dict):
-            check_same_config(previous or {}, value, path, f"{prefix}{key}.")
+        if isinstance(value, dict) and isinstance(previous, dict):
+            check_same_config(previous, value, path, f"{name}.")
         elif key not in before:
-            raise ValueError(f"{path} has no {prefix}{key}: another version of train.py began the run, and this one "
-                             "cannot continue it")
-        elif previous != value:
-            raise ValueError(f"{path}: {prefix}{key} must be {previous!r} as when the run began, got {value!r}")
+            raise ValueError(f"{path} has no {name}: another version of train.py began the run, and this one cannot "
+                             "continue it")
+        elif not same:
+            hint = f"; rename the folder back to out/{previous}" if name == "name" else ""
+            raise ValueError(f"{path}: {name} must be {previous!r} as when the run began, got {value!r}{hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,7 +606,7 @@ def truncate_log(path: str, stage: str, step: int):
                 try:
                     row = json.loads(line)
                     row_position = STAGES.index(row["stage"]), int(row["step"])
-                except (ValueError, KeyError, TypeError):       # cut by a kill, or zeros after a loss of power
+                except (ValueError, KeyError, TypeError, OverflowError):        # cut by a kill, for example
                     print(f"{path}, line {i} is damaged and was dropped", flush=True)
                     continue
                 if row_position <= (STAGES.index(stage), step):

@@ -211,7 +211,8 @@ class TargetProvider:
         path = os.path.join(self.folder, "targets.bin")
         is_new = run.rank == 0 and not (cfg.resume and os.path.isfile(path))
         if is_new:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if os.path.isdir(self.folder):
+                shutil.rmtree(self.folder)
             os.makedirs(self.folder)
             open(path, "wb").close()
         run.barrier()
@@ -223,8 +224,8 @@ class TargetProvider:
             if total > free:
                 shutil.rmtree(self.folder)
                 raise ValueError(f"{self.folder}: the disk must have {total / 1e9:.3g} GB free for the targets of "
-                                 f"{self.num_views * num_clips} views, got {free / 1e9:.3g} GB; --data.num-views 0 "
-                                 "turns the cache off")
+                                 f"{self.num_views * num_clips} views, got {free / 1e9:.3g} GB; under another "
+                                 "--name, --data.num-views 0 turns the cache off")
             if total > 1e9:
                 print0(f"{self.folder} takes {total / 1e9:.3g} GB")
 

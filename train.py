@@ -37,8 +37,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval as evaluation
-from config import PRESETS, Config, batch_sizes, micro_batch_sizes, name_run, read_settings
-from data import Batch, ClipDataset, DataConfig, MixedDataset, load_tokenizer, resolve_tokenizer
+from annotations import Annotation, build_mapped_annotations
+from config import PRESETS, Config, batch_sizes, micro_batch_sizes, name_run, next_command, read_settings
+from data import Batch, ClipDataset, DataConfig, MixedDataset
 from encoders import Bert, BertLayer, Block, TextEncoderConfig, ViTConfig, bert_config, mask_tokens
 from files import (
     atomic_write_text,
@@ -47,39 +48,37 @@ from files import (
     load_state_dict_strict,
     read_checkpoint,
     read_json,
+    require,
     resolve_checkpoint,
     save_weights,
     write_json,
 )
+from logs import import_library
 from loop import Stage, train_stage
 from masking import MaskConfig
 from metrics import selection_metric
 from model import ClusterSTM, ModelConfig, VideoToText, load_model
 from runtime import (
+    BadMediaLog,
     RunContext,
     Stream,
     describe_error,
     init_run,
+    latest_checkpoint,
     list_training_states,
     pin_config,
     pin_to_first_run,
     print0,
     read_run_state,
+    require_settings,
     run_cli,
     seeded_generator,
     select_device,
 )
 from targets import TargetProvider, TeacherTargets, VisibleIdCache
-from tasks import (
-    build_mapped_annotations,
-    find_file,
-    get_task,
-    read_answers,
-    read_rows,
-    resolve_data_root,
-    split_files,
-)
+from tasks import find_file, get_task, read_answers, read_rows, resolve_data_root, split_files
 from teacher import EncoderLayer, SigLIP, VisionConfig, load_teacher, read_tower_config, require_fp8
+from tokenizer import load_tokenizer, resolve_tokenizer
 from tools.sprites import write_sprites
 from tools.toy_teacher import SigLIPTrainer, build_toy_teacher, sample_single_frames
 
@@ -91,8 +90,8 @@ def main(cfg: Config) -> nn.Module:
     run = setup(cfg)
     try:
         if is_finished(run):
-            print0(f"{run.folder}: the run is finished, nothing is left to do")
             model = load_model(run.folder)
+            print0(f"{run.folder}: the run is finished, nothing is left to do")
         else:
             model = (finetune if cfg.stage == "finetune" else pretrain)(run)
             pin_to_first_run(own_folder(run), run, "finished", True)
@@ -109,6 +108,10 @@ def setup(cfg: Config) -> RunContext:
     """Join the process group, choose the device, lock the folders that the run writes to."""
     cfg = replace(cfg, name=cfg.name or name_run(cfg.data.train_file))
     name = cfg.name
+    if not name.isprintable() or os.path.isabs(name) or ".." in name.split(os.sep):
+        raise ValueError(f"name must be that of a folder below out/, without control characters, got {name!r}")
+    for log in cfg.log:
+        import_library(log)
     device = select_device(cfg.device)
     if cfg.teacher_fp8:
         require_fp8(device)
@@ -141,12 +144,15 @@ def pin_settings(run: RunContext, folders: dict[str, str], sizes: dict[str, int]
         # The toy text encoder may be trained before a teacher is chosen.
         pin_config(folder, run, asdict(replace(run.cfg, teacher="") if folder == folders.get("text") else run.cfg))
     for stage, folder in folders.items():
+        if stage in ("teacher", "text") and run.call_on_rank0(partial(is_trained, folder)):
+            continue
         if stage != "teacher":
             sizes[stage] = pin_to_first_run(folder, run, f"micro_batch of {stage}", sizes[stage])
         batch = batch_sizes(run.cfg)[stage]
         if batch % (run.world * sizes[stage]):
             raise ValueError(f"{stage}: batch must be a multiple of micro_batch x ranks, got {batch}, {sizes[stage]} "
-                             f"(as when the run began) and {run.world}")
+                             f"(as when the run began) and {run.world}; the number of ranks must divide "
+                             f"{batch // sizes[stage]}")
     run.micro_batch_size.update(sizes)
 
 
@@ -160,8 +166,8 @@ def fix_config(run: RunContext, cfg: Config) -> RunContext:
     path = os.path.join(run.folder, "config.json")
     if run.rank == 0 and cfg.stage not in ("teacher", "text"):
         if not (list_training_states(run.folder) and os.path.isfile(path)):
-            # Targets cached for another config must not be read.
-            shutil.rmtree(os.path.join(run.folder, "target_cache"), ignore_errors=True)
+            if os.path.isdir(cache := os.path.join(run.folder, "target_cache")):
+                shutil.rmtree(cache)            # targets cached for another config must not be read
             write_json(path, asdict(cfg))
     if run.rank == 0:
         atomic_write_text(os.path.join(own_folder(run), "command.txt"), shlex.join(sys.argv) + "\n")
@@ -204,6 +210,11 @@ def require_unchanged(run: RunContext, name: str, digest, files: str):
         raise ValueError(f"{folder}/run_state.json: the {name} must be as when the run began; {files} has changed")
 
 
+def hash_rows(rows: list[Annotation]) -> str:
+    """Hash the texts of annotations, and which videos they are of."""
+    return hash_json([row.to_json() for row in rows])
+
+
 def pretrain(run: RunContext) -> nn.Module:
     """Train the toy models that are needed, then the student: masked pretraining and the unmasked stage."""
     cfg = run.cfg
@@ -213,6 +224,7 @@ def pretrain(run: RunContext) -> nn.Module:
     if cfg.data.train_file == DataConfig.train_file:
         run.rank0_first(lambda: os.path.exists(cfg.data.train_file)
                         or write_sprites(os.path.dirname(cfg.data.train_file)))
+    validation = Validation(run) if cfg.data.val_file and cfg.stage == "all" else None
     videos, images = build_datasets(run)
     if images and cfg.hides_tokens(cfg.mask.ratio) != cfg.hides_tokens(cfg.mask.image_ratio):
         raise ValueError(f"mask.ratio and mask.image_ratio must both hide some of {math.prod(cfg.grid)} tokens, or "
@@ -228,14 +240,18 @@ def pretrain(run: RunContext) -> nn.Module:
             train_toy_teacher(run, dataset, tokenizer)
         teacher = load_teacher(teacher_folder or run.cfg.teacher, run.device, cfg.teacher_fp8)
         if cfg.stage == "teacher":
+            print0(f"{run.cfg.teacher}: the toy teacher is trained")
             return teacher
     if not cfg.text_encoder:
         text_folder = train_toy_text_encoder(run, dataset, tokenizer)
     torch.manual_seed(cfg.seed)
     bert = Bert.from_pretrained(text_folder, **asdict(bert_config(run.cfg.text, cfg.vit.width)))
+    if cfg.stage == "text":
+        print0(f"{text_folder}: the toy text encoder is trained")
+        return bert
     if any(key.startswith("cls.") for key in bert.missing_keys):
         print0(f"{text_folder} has no masked-language-model head: a random one is trained")
-    return bert if cfg.stage == "text" else train_student(run, teacher, bert, dataset, tokenizer, init_from)
+    return train_student(run, teacher, bert, dataset, tokenizer, init_from, validation)
 
 
 def resolve_config(run: RunContext, tokenizer, teacher_folder: str) -> Config:
@@ -300,7 +316,7 @@ def train_toy_text_encoder(run: RunContext, dataset: Callable, tokenizer) -> str
 
 
 def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callable, tokenizer,
-                  init_from: str) -> nn.Module:
+                  init_from: str, validation: "Validation | None") -> nn.Module:
     """Masked pretraining, then the unmasked stage -> the trained student."""
     cfg, out = run.cfg, run.folder
     model = ClusterSTM(cfg.vit, cfg.text, cfg.model, bert)
@@ -308,8 +324,12 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
         model.init_from(init_from)
     model = wrap_layers(model.to(run.device).train(), cfg)
     before_unmasked = os.path.join(out, "before_unmasked")
+    at_step = lambda steps: validation.at_step(model, tokenizer, steps) if validation else {}
+    newest = latest_checkpoint(run) if cfg.resume else ""
     if cfg.resume and is_trained(before_unmasked):
         load_state_dict_strict(model, read_checkpoint(before_unmasked, "a trained model")[1], before_unmasked)
+    elif os.path.basename(newest).startswith("unmasked-"):
+        print0(f"{before_unmasked} was deleted and is not written again; the unmasked stage goes on from {newest}")
     else:
         provider = TargetProvider(run, wrap_layers(teacher, cfg), dataset(cfg.batch))
         no_decoder = not cfg.model.mrm_weight or (
@@ -317,7 +337,8 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
         train_stage(run, Stage(
             "pretrain", model, dataset(cfg.batch), tokenizer, cfg.batch, cfg.steps, cfg.lr,
             lambda batches: attach_batch_stats(model, batches, provider(batches)), loss_weights(cfg.model),
-            frozen=(r"^decoder\.",) if no_decoder else (), before_checkpoint=provider.flush_all_ranks))
+            frozen=(r"^decoder\.",) if no_decoder else (), at_step=at_step(cfg.steps),
+            before_checkpoint=provider.flush_all_ranks))
         provider.delete()
         save_model(run, model, tokenizer, before_unmasked)
     if cfg.unmasked_steps:
@@ -325,10 +346,54 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
         train_stage(run, Stage(
             "unmasked", model, dataset(batch), tokenizer, batch, cfg.unmasked_steps, cfg.lr * cfg.unmasked_lr_scale,
             lambda batches: attach_batch_stats(model, batches, [None] * len(batches)), loss_weights(cfg.model),
-            frozen=(r"^decoder\.",)))
+            frozen=(r"^decoder\.",), at_step=at_step(cfg.unmasked_steps)))
     save_model(run, model, tokenizer, out)
-    print0(f"{out}: trained. Next: python eval.py --checkpoint {out}")
+    print0(f"{out}: trained. Next: {next_command(cfg, out)}")
     return model
+
+
+class Validation:
+    """
+    Score the student during its training on the held-out videos of data.val_file: R@1, R@5 and R@10 in per cent, by the
+    similarity of all tokens, without re-ranking, as eval.py does.
+
+    The first MAX_VIDEOS videos of the file and their captions are ranked, so that the time is bounded. Videos that
+    cannot be read are left out, and listed in bad_media.jsonl.
+    """
+    MAX_VIDEOS = 1000
+
+    def __init__(self, run: RunContext):
+        cfg, self.run, self.task, missing = run.cfg, run, get_task("sprites"), []       # a task of retrieval
+        rows = read_rows(self.task, cfg.data.val_file, cfg.data.val_root or cfg.data.video_root, train=False,
+                         missing=missing)
+        videos = list(dict.fromkeys(row.media_id for row in rows))
+        if len(videos) > self.MAX_VIDEOS:
+            print0(f"{cfg.data.val_file}: the first {self.MAX_VIDEOS} of its {len(videos)} videos are scored")
+        chosen = {*videos[:self.MAX_VIDEOS]}
+        self.annotations = [row for row in rows if row.media_id in chosen]
+        self.missing = [(row.video, f"{row.source}: no such file") for row in missing]
+        self.protocol = evaluation.Protocol(cfg.text.max_length, workers=cfg.data.num_workers, skip_unreadable=True)
+
+    def at_step(self, model: ClusterSTM, tokenizer, steps: int) -> dict[int, Callable]:
+        """Return Stage.at_step of a stage of so many steps: every cfg.val_every steps, and after the last."""
+        every = self.run.cfg.val_every or max(1, steps)
+        return {step: partial(self, model, tokenizer) for step in (*range(every, steps, every), steps) if step}
+
+    def __call__(self, model: ClusterSTM, tokenizer) -> dict[str, float]:
+        """Return the recalls as they are logged, and the number of videos that were left out, if any."""
+        data = self.run.cfg.data
+        try:
+            scores = evaluation.evaluate(model.eval(), self.task, self.annotations, data, tokenizer,
+                                         self.protocol)["scores"]["similarity"]
+        except ValueError as error:
+            raise ValueError(f"{data.val_file} could not be scored: {error}") from None
+        model.train()
+        unreadable = dict(self.missing + self.protocol.unreadable)
+        if unreadable and self.run.rank == 0:
+            BadMediaLog(self.run.folder).add([
+                {"where": data.val_file, "video": video, "reason": reason} for video, reason in unreadable.items()])
+        return {f"val_{way}_{name}": scores[way][name] for way in ("T2V", "V2T") for name in ("R@1", "R@5", "R@10")} \
+            | ({"val_unreadable": len(unreadable)} if unreadable else {})
 
 
 def wrap_layers(model: nn.Module, cfg: Config, shapes_vary: bool = False) -> nn.Module:
@@ -423,6 +488,7 @@ def finetune(run: RunContext) -> nn.Module:
     train_file, video_root = split_files(task, "train", cfg.data_root)
     data = replace(cfg.data, train_file=train_file, video_root=video_root)
     annotations = read_rows(task, train_file, video_root, train=True)
+    require_unchanged(run, "annotations", hash_rows(annotations), train_file)
     dataset = run.rank0_first(lambda: ClipDataset(annotations, data, cfg.seed))
     epoch_steps = len(dataset) / cfg.batch
     steps = max(1, round(cfg.epochs * epoch_steps)) if cfg.epochs else cfg.steps
@@ -432,6 +498,7 @@ def finetune(run: RunContext) -> nn.Module:
     run = fix_config(run, replace(cfg, steps=steps, select_split=select_split, data=data))
 
     tokenizer = load_tokenizer(resolve_checkpoint(cfg.init_from, "a student"))
+    require_unchanged(run, "tokenizer", hash_json(tokenizer.to_str()), "the vocabulary")
     model = build_finetuned(run, task)
     visible_ids = VisibleIdCache(run, model.vit.grid_size, partial(wrap_layers, cfg=run.cfg, shapes_vary=True)) \
         if cfg.finetune_masked else lambda batch: None
@@ -482,17 +549,27 @@ class EpochSelector:
         self.path = os.path.join(run.folder, "epochs.json")
         self.history = []                       # {"step", "epoch", "score", "metric"} of each epoch so far
         if cfg.resume and os.path.isfile(self.path):
-            self.history = read_json(self.path)["epochs"]
+            self.history = read_json(self.path).get("epochs")
+            require(isinstance(self.history, list) and all({"step", "epoch", "score", "metric"} == row.keys()
+                                                           for row in self.history), self.path, "epochs",
+                    "a list of step, epoch, score and metric", self.history)
+            if not is_trained(run.folder) and cfg.select_split != "last":
+                print0(f"{run.folder}/model.safetensors, the best epoch's, was deleted: only later epochs can be kept")
+                self.history = []
         if cfg.select_split == "last":
             return
-        self.annotations = read_rows(task, *split_files(task, cfg.select_split, cfg.data_root), train=False)
+        file, root = split_files(task, cfg.select_split, cfg.data_root)
+        self.annotations = read_rows(task, file, root, train=False)
+        require_unchanged(run, f"annotations of {cfg.select_split}", hash_rows(self.annotations), file)
         self.protocol = evaluation.Protocol(
             max_text_length=task.max_text_length, max_answer_length=task.max_answer_length,
             rerank_topk=task.rerank_topk, workers=cfg.data.num_workers, cider_only=True)
         if cfg.finetune_masked:                 # clips of another split must not share ids with the training clips
             self.protocol.visible_fn = lambda batch: visible_ids(replace(batch, clip_ids=-1 - batch.clip_ids))
         if task.kind == "qa":
-            self.protocol.answers = read_answers(find_file(task.answer_list, resolve_data_root(task, cfg.data_root)))
+            file = find_file(task.answer_list, resolve_data_root(task, cfg.data_root))
+            self.protocol.answers = read_answers(file)
+            require_unchanged(run, "answers", hash_json(self.protocol.answers), file)
 
     def best(self) -> dict:
         return max(self.history, key=lambda row: row["score"])
@@ -549,8 +626,16 @@ def split_defaults(args: list[str]) -> tuple[Config, list[str], str]:
                          f"--init-from, got {preset!r}")
     if first.resume and not preset:
         name = finetune_name(first.task or "", first.init_from or "") if is_finetuning else name_run(first.train_file)
-        if settings := read_settings(os.path.join("out", first.name or name), first.stage):
+        folder = os.path.join("out", first.name or name)
+        if settings := read_settings(folder, first.stage):
+            if first.stage and is_finetuning != (settings.stage == "finetune"):
+                raise ValueError(f"{folder}: stage must be {settings.stage!r} as when the run began, got "
+                                 f"{first.stage!r}")
             return settings, args, ""
+        require_settings(folder)
+        if not is_finetuning and first.train_file == DataConfig.train_file:
+            raise ValueError(f"{folder} has no run to resume; `python train.py sprites --resume` begins one on the "
+                             "embedded set if there is none")
     if is_finetuning:
         return finetune_defaults(first.task or "", first.init_from or ""), args, ""
     return PRESETS[preset or "sprites"], args[1:] if preset else args, preset

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from helpers.damage import damaged_copies
 
+import annotations
 import files
-import tasks
+from annotations import build_mapped_annotations, iter_annotations, read_annotations
 from data import ClipDataset, DataConfig
-from tasks import build_mapped_annotations, iter_annotations, read_annotations
 
 ENTRY = '{"video": "a.mp4", "caption": "x"}'
 
@@ -40,8 +40,8 @@ def assert_refused(path, match):
 
 def test_captions_are_normalized_as_in_umt():
     text = '  A "Man", 3/4-asleep:  (he\'s <person> #1)!? ~;* '
-    assert tasks.normalize_caption(text) == "a man 3 4 asleep hes person 1"
-    assert tasks.normalize_caption(" .,!? ") == ""
+    assert annotations.normalize_caption(text) == "a man 3 4 asleep hes person 1"
+    assert annotations.normalize_caption(" .,!? ") == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_files_are_read_once_and_again_if_they_change(corpora, tmp_path, monkeyp
     first = build_mapped_annotations(corpora, out)
     assert len(os.listdir(out)) == 3
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "iter_rows", None)
+        patch.setattr(annotations, "iter_rows", None)
         again = build_mapped_annotations(corpora, out)
     assert list(again) == list(first) and again.digest == first.digest
     path = corpora[1][0]
@@ -413,7 +413,7 @@ def test_incomplete_files_are_written_again(corpora, tmp_path, extension):
 
 def test_processes_that_write_at_once_end_with_the_same_file(corpora, tmp_path, monkeypatch):
     fork, out, expected = multiprocessing.get_context("fork"), str(tmp_path / "out"), read_all(corpora)
-    barrier, results, iter_rows = fork.Barrier(2), fork.Queue(), tasks.iter_rows
+    barrier, results, iter_rows = fork.Barrier(2), fork.Queue(), annotations.iter_rows
 
     def iter_rows_together(*corpus):
         for i, annotation in enumerate(iter_rows(*corpus)):
@@ -425,7 +425,7 @@ def test_processes_that_write_at_once_end_with_the_same_file(corpora, tmp_path, 
         mapped = build_mapped_annotations(corpora, out)
         results.put((mapped.path, mapped.digest, list(mapped)))
 
-    monkeypatch.setattr(tasks, "iter_rows", iter_rows_together)
+    monkeypatch.setattr(annotations, "iter_rows", iter_rows_together)
     processes = [fork.Process(target=main) for _ in range(2)]
     for p in processes:
         p.start()
@@ -455,7 +455,7 @@ EXTENSIONS = [".json", ".jsonl", ".offsets"]
 
 def read_rows_of(path):
     """All that a run takes from the three files."""
-    mapped = tasks.MappedAnnotations(path)
+    mapped = annotations.MappedAnnotations(path)
     return mapped.digest, mapped.notes, [mapped[i] for i in range(len(mapped))]
 
 
@@ -506,14 +506,14 @@ def test_files_of_other_annotations_are_not_mixed(corpora, tmp_path):
         shutil.copy(tmp_path / f"kept{extension}", two + extension)
     with open(two + ".jsonl", "rb") as f:                                   # two rows of one file change places
         lines = f.readlines()
-    index = np.fromfile(two + ".offsets", tasks.INDEX_ENTRY)
+    index = np.fromfile(two + ".offsets", annotations.INDEX_ENTRY)
     index["crc"][[3, 4]], lines[3:5] = index["crc"][[4, 3]], lines[4:2:-1]
     index["end"] = np.cumsum([len(line) for line in lines])
     index.tofile(two + ".offsets")
     with open(two + ".jsonl", "wb") as f:
         f.writelines(lines)
-    assert_damage_is_named(two, lambda: tasks.MappedAnnotations(two)[3])
-    assert tasks.MappedAnnotations(two)[5].captions == ["two 5"]
+    assert_damage_is_named(two, lambda: annotations.MappedAnnotations(two)[3])
+    assert annotations.MappedAnnotations(two)[5].captions == ["two 5"]
 
 
 def test_a_damaged_row_stops_the_run_and_is_no_unreadable_video(tmp_path):
@@ -544,7 +544,7 @@ def test_a_full_disk_is_named_and_what_is_there_is_not_used(corpora, tmp_path, m
 
     out = str(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "atomic_write", full_disk)
+        patch.setattr(annotations, "atomic_write", full_disk)
         patch.setattr(files, "atomic_write", full_disk)
         with pytest.raises(files.WriteError, match=rf"annotations_\w+{extension} .*No space left") as error:
             build_mapped_annotations(corpora, out)

@@ -26,10 +26,11 @@ from helpers.models import (
     video_to_text,
 )
 
-from data import Sample, build_wordpiece, collate, decode_ids, encode_answers, load_tokenizer
+from annotations import Question
+from data import Sample, collate
 from model import ClusterSTM, VideoToText
 from targets import TeacherTargets
-from tasks import Question
+from tokenizer import build_wordpiece, decode_ids, encode_answers, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("seed_0")
 BOTH = pytest.mark.parametrize("has_question", [True, False], ids=["answers", "captions"])

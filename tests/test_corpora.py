@@ -35,13 +35,14 @@ from helpers.videos import ODD_IMAGES, ODD_VIDEOS, cut, write
 import data
 import loop
 import train
+from annotations import build_mapped_annotations, read_annotations
 from data import ClipDataset
 from masking import keep_count
 from model import ClusterSTM
 from runtime import RunContext, list_checkpoints
 from targets import TargetProvider, compute_targets
-from tasks import build_mapped_annotations, read_annotations
 from teacher import SigLIP
+from tokenizer import load_tokenizer
 
 UNCACHED = "--data.no-frame-cache --data.num-views 0 "
 
@@ -172,7 +173,7 @@ def test_cached_targets_skip_what_cannot_be_read(corpus_config, corpus, first_ru
     cfg = corpus_config("--name a --steps 26 --data.num-views 1")
     annotations = read_annotations(cfg.data.train_file, cfg.data.video_root, check=False)
     dataset = ClipDataset(annotations, cfg.data, cfg.seed)
-    tokenizer = data.load_tokenizer(f"{first_run}/out/first/text")
+    tokenizer = load_tokenizer(f"{first_run}/out/first/text")
     teacher, run = SigLIP.from_pretrained(cfg.teacher), RunContext(cfg, "out/a", torch.device("cpu"), 0, 1)
     provider = TargetProvider(run, teacher, dataset)
     assert provider.enabled

@@ -13,10 +13,10 @@ from helpers.videos import cut, noise_frames, numbers, write, write_frames
 from torch.utils.data import DataLoader
 
 import frame_cache
+from annotations import Annotation
 from data import ClipDataset, DataConfig
 from files import WriteError
 from frame_cache import DamagedCacheError, FrameCache, build_frame_cache
-from tasks import Annotation
 
 CFG = DataConfig(num_frames=4, image_size=24, cache_frames=10)
 

@@ -9,9 +9,9 @@ from helpers.runs import ROOT
 
 # Each file imports only files above it, and files of its own line. "tools" stands for the other files of tools/.
 ORDER = [
-    "kernels", "masking", "files", "runtime", "video", "frame_cache", "teacher", "encoders", "targets", "model",
-    "tasks", "metrics", "data", "eval", "tools.sprites tools.toy_teacher", "loop", "config", "train", "search",
-    "tools", "bench",
+    "kernels", "masking", "files", "runtime", "tokenizer", "annotations", "tasks", "video", "frame_cache", "inputs",
+    "teacher", "encoders", "targets", "products", "model", "metrics", "data", "eval",
+    "tools.sprites tools.toy_teacher", "logs", "loop", "config", "train", "search_page", "search", "tools", "bench",
 ]
 MAX_LINES = 700
 

@@ -259,7 +259,7 @@ def test_resume_refuses_a_micro_batch_size_that_does_not_fit_the_ranks(run_confi
     before = {path: os.stat(path).st_mtime_ns for path in list_checkpoints("out/run")}
     with launch_ranks(2, run_config(f"{SHORT} --micro-batch 0 --resume")) as processes:
         for code, _, err in wait_for_exit(processes):
-            assert_train_error(code, err, "pretrain: batch .* 8, 8 .* 2$")
+            assert_train_error(code, err, "pretrain: batch .* 8, 8 .* 2; the number of ranks must divide 1$")
     assert {path: os.stat(path).st_mtime_ns for path in list_checkpoints("out/run")} == before
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import tyro
-from helpers.benchmarks import load_json
+from helpers.benchmarks import load_json, write_json
 from helpers.processes import SHORT, assert_same_run, assert_train_error, interrupt, launch_ranks, wait_for_exit
-from helpers.runs import FIRST_RUN_FLAGS, Killed, argv, config, kill, weights, with_weights
+from helpers.runs import FIRST_RUN_FLAGS, Killed, argv, config, kill, on_ranks, weights, with_weights
 
 import eval as evaluation
 import train
@@ -115,11 +115,13 @@ def test_resume_never_starts_another_stage_or_task_in_a_folder(run_config, finet
     train.main(finetune_config("sprites-mc", "--name tuned --epochs 1"))
     train.main(run_config("--name run --steps 1 --unmasked-steps 0"))
     before = read_files("out")
-    for key, cfg in (("stage", run_config("--name tuned --steps 1 --unmasked-steps 0 --resume")),
-                     ("stage", finetune_config("sprites-mc", "--name run --epochs 1 --resume")),
-                     ("task", finetune_config("sprites", "--name tuned --epochs 1 --resume"))):
-        with pytest.raises(ValueError, match=f"^out/{cfg.name}/run_state.json: {key} must be"):
-            train.main(cfg)
+    for key, name, config_of in (
+            ("stage", "tuned", lambda: run_config("--name tuned --steps 1 --unmasked-steps 0 --resume")),
+            ("stage", "run", lambda: finetune_config("sprites-mc", "--name run --epochs 1 --resume")),
+            ("stage", "run", lambda: replace(finetune_config("sprites-mc", "--epochs 1"), name="run", resume=True)),
+            ("task", "tuned", lambda: finetune_config("sprites", "--name tuned --epochs 1 --resume"))):
+        with pytest.raises(ValueError, match=f"^out/{name}(/run_state.json)?: {key} must be"):
+            train.main(config_of())
     assert read_files("out") == before
 
 
@@ -136,6 +138,100 @@ def test_a_finished_run_says_so_and_changes_nothing(run_config, capsys):
     assert read_files("out/run") == before
     expected = weights("out/run")
     assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
+
+
+def test_models_without_their_settings_are_not_continued(run_config):
+    """As of a run that another version began, or whose run_state.json was deleted."""
+    train.main(run_config("--name run --steps 2 --unmasked-steps 1"))
+    os.remove("out/run/run_state.json")
+    before = read_files("out/run")
+    for resume in (lambda: train.main(run_config("--name run --steps 2 --unmasked-steps 1 --resume")),
+                   lambda: parse("--name", "run", "--resume"),
+                   lambda: train.main(parse("sprites", "--name", "run", "--resume"))):
+        with pytest.raises(ValueError, match="^out/run/run_state.json must have the settings of the run that wrote"):
+            resume()
+    assert read_files("out/run") == before
+
+
+def test_resume_of_a_name_that_has_no_run_is_refused(run_config):
+    for args in (("--name", "typo"), ("--seed", "3")):
+        with pytest.raises(ValueError, match="^out/(typo|sprites) has no run to resume"):
+            parse("--resume", *args)
+    assert parse("sprites", "--resume", "--name", "new").name == "new"          # for scripts that always pass it
+    assert parse("--resume", "--data.train-file", "own.json").data.train_file == "own.json"
+
+
+def test_a_renamed_folder_is_named(run_config):
+    interrupt(run_config(SHORT))
+    os.rename("out/run", "out/moved")
+    with pytest.raises(ValueError, match="name must be 'run' .* got 'moved'; rename the folder back to out/run"):
+        train.main(run_config(f"{SHORT} --name moved --resume"))
+
+
+@pytest.mark.parametrize("name", ["..", "../run", "a/../../b", "/tmp/run", "a\x1b[31m", "a\nb", "\udcff"])
+def test_a_name_outside_of_out_or_with_control_characters_is_refused(run_config, name):
+    with pytest.raises(ValueError, match="^name must be [^\n]*$"):
+        train.main(replace(run_config(), name=name))
+    assert not os.path.exists("out")
+
+
+def test_the_unmasked_stage_needs_no_model_of_before(run_config, undisturbed_run, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, "unmasked", 1)
+        with pytest.raises(Killed):
+            train.main(run_config(f"{SHORT} --save-every 1"))
+    shutil.rmtree("out/run/before_unmasked")
+    train.main(run_config(f"{SHORT} --save-every 1 --resume"))
+    assert "out/run/before_unmasked was deleted" in capsys.readouterr().out
+    expected = weights(undisturbed_run(SHORT))
+    assert all(torch.equal(x, expected[name]) for name, x in weights("out/run").items())
+    assert not os.path.exists("out/run/before_unmasked")
+
+
+def test_a_copied_project_goes_on(run_config, undisturbed_run, sprites, monkeypatch):
+    """The annotations are the same, though the folder of the videos is another one."""
+    shutil.copytree(sprites, "here/data")
+    monkeypatch.chdir("here")
+    cfg = run_config(SHORT)
+    cfg = replace(cfg, data=replace(cfg.data, train_file="data/sprites_train.json", video_root="data/videos"))
+    interrupt(cfg)
+    shutil.copytree("../here", "../there")
+    shutil.rmtree("../here")
+    monkeypatch.chdir("../there")
+    train.main(replace(cfg, resume=True))
+    expected = weights(undisturbed_run(SHORT))
+    assert all(torch.equal(x, expected[name]) for name, x in weights("out/run").items())
+
+
+@pytest.mark.parametrize("change, message", [
+    ("train rows", "the annotations must be"), ("answers", "the answers must be"), ("val rows", "annotations of val")])
+def test_other_data_of_a_finetuning_are_refused(finetune_config, sprites, monkeypatch, change, message):
+    monkeypatch.setattr(evaluation, "main", lambda cfg: None)
+    shutil.copytree(sprites, "data")
+    flags = "--name tuned --epochs 1 --select-split val --save-every 1"
+    cfg = replace(finetune_config("sprites-qa", flags), data_root="data")
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, "finetune", 1)
+        with pytest.raises(Killed):
+            train.main(cfg)
+    path = {"train rows": "data/sprites_qa_train.json", "answers": "data/sprites_qa_answer_list.json",
+            "val rows": "data/sprites_qa_val.json"}[change]
+    content = load_json(path)
+    write_json(path, content[::-1] if isinstance(content, list) else dict(reversed(content.items())))
+    with pytest.raises(ValueError, match=f"^out/tuned/run_state.json: .*{message}"):
+        train.main(replace(cfg, resume=True))
+
+
+def test_a_trained_toy_stage_leaves_the_number_of_ranks_open(sprites, tmp_path, monkeypatch):
+    """Its micro-batch of 8 clips, all on one rank, is over."""
+    monkeypatch.chdir(tmp_path)
+    cfg = config(sprites, f"{FIRST_RUN_FLAGS} --name toy --micro-batch 4")
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, "pretrain", 2)
+        with pytest.raises(Killed):
+            train.main(cfg)
+    on_ranks(2, replace(cfg, resume=True))
+    assert os.path.isfile("out/toy/model.safetensors")
 
 
 def test_a_model_that_was_deleted_is_written_again(run_config):
@@ -167,13 +263,24 @@ class Hostile:
         return open, ("hostile", "w")
 
 
+def other_shapes(state):
+    return state | {"optimizer": state["optimizer"] | {"state": {
+        i: values | {"exp_avg": torch.zeros(3)} for i, values in state["optimizer"]["state"].items()}}}
+
+
 @pytest.mark.parametrize("change", [
     lambda state: Hostile(), lambda state: state | {"counts": Hostile()}, lambda state: [state],
-    lambda state: state | {"step": "4"}, lambda state: state | {"model": {"w": torch.zeros(2)}},
+    lambda state: state | {"step": "4"}, lambda state: state | {"step": -3}, lambda state: state | {"step": 3},
+    lambda state: state | {"stage": "unmasked"}, lambda state: state | {"counts": {"skipped": "x"}},
+    lambda state: state | {"model": {"w": torch.zeros(2)}}, lambda state: state | {"model": {}},
+    lambda state: state | {"model": dict.fromkeys(state["model"], 5)},
+    lambda state: state | {"model": {key: x.to_sparse() for key, x in state["model"].items()}},
     lambda state: {key: x for key, x in state.items() if key != "optimizer"},
-    lambda state: state | {"config": {}}, lambda state: state | {"model": {}},
-], ids=["code", "code in a part", "a list", "a step that is no number", "other weights", "no optimizer", "no config",
-        "no weights"])
+    lambda state: state | {"optimizer": {}}, lambda state: state | {"optimizer": {"state": {}, "param_groups": []}},
+    other_shapes, lambda state: state | {"config": {}}, lambda state: state | {"config": state["config"] | {"data": 3}},
+], ids=["code", "code in a part", "a list", "a step that is no number", "step -3", "another step", "another stage",
+        "counts", "other weights", "no weights", "numbers for weights", "sparse weights", "no optimizer",
+        "an empty optimizer", "no groups", "shapes of the optimizer", "no config", "a part of the config"])
 def test_a_hostile_checkpoint_is_refused_with_one_line(run_config, change):
     interrupt(run_config(SHORT))
     path = list_checkpoints("out/run")[0]

@@ -32,11 +32,11 @@ from helpers.runs import ROOT, assert_same, config, log, on_ranks, weights, with
 import data
 import loop
 import train
+from annotations import read_annotations
 from data import ClipDataset
 from files import atomic_write_text, save_weights
 from model import ClusterSTM
 from runtime import RunContext, describe_error, list_checkpoints, verify_checkpoint
-from tasks import read_annotations
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints

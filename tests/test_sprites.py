@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import data
-from tasks import normalize_caption
+from annotations import normalize_caption
+from tokenizer import build_wordpiece, encode_texts, load_tokenizer
 from tools import sprites
 from tools.sprites import BRIEF, SETS, RenderedClip, clip_spec, multiple_choice, questions, write_sprites
 from video import read_frames
@@ -593,35 +593,35 @@ def test_a_clip_has_the_same_texts_in_every_set(folders, tmp_path):
 def test_captions_have_the_ids_that_they_would_have_alone(folders, tmp_path):
     folder = folders["sprites"]
     captions = [row["caption"] for row in read_list(folder, "sprites_train")]
-    data.build_wordpiece(captions, str(tmp_path / "alone.json"))
-    alone = data.load_tokenizer(str(tmp_path / "alone.json"))
-    tokenizer = data.load_tokenizer(f"{folder}/tokenizer.json")
+    build_wordpiece(captions, str(tmp_path / "alone.json"))
+    alone = load_tokenizer(str(tmp_path / "alone.json"))
+    tokenizer = load_tokenizer(f"{folder}/tokenizer.json")
     old, new = alone.get_vocab(), tokenizer.get_vocab()
     assert old == {word: i for word, i in new.items() if i < len(old)} and len(new) > len(old) + 20
-    assert data.encode_texts(tokenizer, captions, 50).equal(data.encode_texts(alone, captions, 50))
+    assert encode_texts(tokenizer, captions, 50).equal(encode_texts(alone, captions, 50))
     asked = [normalize_caption(row["question"]) for row in read_list(folder, "sprites_qa_train")]
     for text in asked + read_list(folder, "sprites_qa_answer_list"):        # each word has its own id
         assert tokenizer.encode(text, add_special_tokens=False).tokens == text.split()
     assert "##j" in new and "##j" not in old                                # of "object": captions have no j
-    crowd = data.load_tokenizer(f"{folders['crowd']}/tokenizer.json").get_vocab()
+    crowd = load_tokenizer(f"{folders['crowd']}/tokenizer.json").get_vocab()
     assert {"four", "appears", "briefly"} <= set(crowd)
 
 
 def test_captions_of_the_crowd_fit_32_tokens_except_one_in_500(tmp_path):
     captions = [text for split in sprites.SPLITS for i in range(2000)
                 for text in clip_spec(0, split, i, CROWD).captions()]
-    data.build_wordpiece(captions, str(tmp_path / "tokenizer.json"))
-    ids = data.encode_texts(data.load_tokenizer(str(tmp_path / "tokenizer.json")), captions, 40)
+    build_wordpiece(captions, str(tmp_path / "tokenizer.json"))
+    ids = encode_texts(load_tokenizer(str(tmp_path / "tokenizer.json")), captions, 40)
     assert 0 < (ids[:, 32] != 0).sum() < len(captions) / 500                # [CLS] and 31 words
     assert (ids[:, 35] == 0).all()
 
 
 def test_texts_fit_the_lengths_of_the_tasks(tmp_path):
     specs = [clip_spec(0, "train", i) for i in range(2000)]
-    data.build_wordpiece([spec.caption() for spec in specs], str(tmp_path / "tokenizer.json"))
-    tokenizer = data.load_tokenizer(str(tmp_path / "tokenizer.json"))
+    build_wordpiece([spec.caption() for spec in specs], str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     longest = max((text for spec in specs for text in spec.captions()), key=lambda text: len(text.split()))
-    assert data.encode_texts(tokenizer, [longest], 40)[0, 39] == 0                      # 39 with [CLS]
+    assert encode_texts(tokenizer, [longest], 40)[0, 39] == 0                           # 39 with [CLS]
     assert max(len(answer.split()) for answer in sprites.answer_list()) + 2 <= 8
     assert max(len(row["question"].split()) for i in range(100) for row in questions_of(0, "train", i)) <= 12
 

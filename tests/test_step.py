@@ -44,14 +44,15 @@ import model
 import targets
 import teacher
 import train
-from data import ClipDataset, collate, iterate_micro_batches, load_tokenizer
+from annotations import read_annotations
+from data import ClipDataset, collate, iterate_micro_batches
 from kernels import to_device
 from loop import Stage, forward_backward, train_stage
 from model import ClusterSTM, VideoToText
 from runtime import AsyncHostCopy, RunContext, Stream, seeded_generator
 from targets import TargetProvider
-from tasks import read_annotations
 from teacher import SigLIP
+from tokenizer import load_tokenizer
 from train import attach_batch_stats, wrap_layers
 
 CONFIGS = configs(vit={"drop_path": 0.3}, text={"dropout": 0.2})

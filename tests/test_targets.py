@@ -12,12 +12,13 @@ from helpers.runs import Killed, assert_close_runs, assert_same, kill, log, on_r
 from helpers.siglip import random_clips, tiny_siglip
 
 import train
-from data import ClipDataset, UnreadableError, iterate_micro_batches, load_tokenizer
+from annotations import read_annotations
+from data import ClipDataset, UnreadableError, iterate_micro_batches
 from masking import MASK_INPUTS, MASKS, MaskConfig, cluster_stm, keep_count, token_sizes
 from runtime import RunContext
 from targets import TargetProvider, TeacherTargets, VisibleIdCache, compute_targets, compute_visible_ids, select_visible
-from tasks import read_annotations
 from teacher import SigLIP
+from tokenizer import load_tokenizer
 from video import resize_like_pillow
 
 B, E, TN, CLIPS = 8, 16, 4 * 16, 24         # of the tiny run: batch, joint space, tokens of a clip, clips

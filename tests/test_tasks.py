@@ -13,7 +13,8 @@ from helpers.benchmarks import as_list, assert_refused, eval_config, load_json, 
 from helpers.runs import assert_one_line, command
 
 import eval as evaluation
-from tasks import TASK_KINDS, TASKS, find_file, find_media, get_task, media_id, read_answers, read_rows, split_files
+from annotations import media_id
+from tasks import TASK_KINDS, TASKS, find_file, find_media, get_task, read_answers, read_rows, split_files
 
 TEST_ROWS = {           # task: rows of the published test split
     "msrvtt": 1000, "msrvtt-7k": 1000, "lsmdc": 1000, "msvd": 670, "ssv2-template": 174, "msrvtt-qa": 72821,

@@ -36,15 +36,17 @@ from helpers.runs import (
     write_rows,
 )
 
+import logs
 import loop
 import train
-from data import ClipDataset, DataConfig, load_tokenizer
+from annotations import read_annotations
+from data import ClipDataset, DataConfig
 from encoders import Bert
 from files import config_from_dict, read_json
 from model import ClusterSTM, ModelConfig
 from runtime import MAY_CHANGE_ON_RESUME, RunContext, list_checkpoints
-from tasks import read_annotations
 from teacher import SigLIP
+from tokenizer import load_tokenizer
 
 RUN_FILES = {"config.json", "command.txt", "lock", "log.jsonl", "before_unmasked", "model.safetensors",
              "run_state.json", "checkpoints", "tokenizer.json"}
@@ -242,7 +244,9 @@ CHANGES = [("lr", "--lr 1e-2", "0.002", "0.01"), ("seed", "--seed 4", "3", "4"),
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "unmasked"])
-def test_resume_names_a_setting_that_must_not_change(run_config, stage):
+def test_resume_names_a_setting_that_must_not_change(run_config, sprites, monkeypatch, stage):
+    monkeypatch.setattr(train, "import_library", Mock())
+    monkeypatch.setitem(logs.WRITERS, "wandb", Mock())
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, stage, 4)
         with pytest.raises(Killed):
@@ -253,7 +257,8 @@ def test_resume_names_a_setting_that_must_not_change(run_config, stage):
         message = str(error.value)
         assert message.startswith("out/killed/") and f" {setting} " in message
         assert before in message and message.endswith(now)
-    allowed = """--device cpu --log-every 3 --save-every 7 --save-minutes 9 --keep-checkpoints 3 --max-skipped-steps 1
+    allowed = f"""--log wandb --val-every 5 --data.val-file {sprites}/sprites_val.json --data.val-root {sprites}/videos
+                 --device cpu --log-every 3 --save-every 7 --save-minutes 9 --keep-checkpoints 3 --max-skipped-steps 1
                  --no-compile --activation-checkpointing --data.num-workers 1 --data.no-frame-cache
                  --data.no-resize-on-device --data.max-unreadable 0.2"""
     for name in {*MAY_CHANGE_ON_RESUME} - {"resume", "stage"}:
@@ -396,7 +401,7 @@ def test_clips_per_second_are_of_the_steps_of_a_row_without_pauses(run_config, m
             yield []
 
     run, loader = RunContext(run_config(), ".", torch.device("cpu"), 0, 1), load()
-    train_log = loop.TrainLog(run, loop.Stage("pretrain", None, None, None, 8, 9, 1.0, None), 4)
+    train_log = loop.TrainLog(run, loop.Stage("pretrain", None, range(16), None, 8, 9, 1.0, None), 4)
     for step, step_time in ((6, 3), (7, 1)):
         train_log.wait_for(loader)
         seconds[0] += step_time
@@ -404,7 +409,9 @@ def test_clips_per_second_are_of_the_steps_of_a_row_without_pauses(run_config, m
             seconds[0] += 100
         train_log.write(step, {"vtc": torch.ones(())}, torch.ones(()), 1.0, {})
     # 16 clips in 4 s, then 8 in 2 s; a second of each was spent on waiting.
-    assert [(row["clips/s"], row["data_wait"]) for row in read_rows("log.jsonl")] == [(4, 0.25), (4, 0.5)]
+    rows = read_rows("log.jsonl")
+    assert [(row["clips/s"], row["data_wait"]) for row in rows] == [(4, 0.25), (4, 0.5)]
+    assert [(row["seconds"], row["epoch"]) for row in rows] == [(104, 3), (206, 3.5)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

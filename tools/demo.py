@@ -18,13 +18,13 @@ import torch
 import tyro
 from torch import Tensor
 
+from annotations import read_annotations
 from config import PRESETS
 from data import ClipDataset, DataConfig
 from files import read_json
 from masking import keep_count
 from runtime import num_cpus, run_cli
 from targets import select_visible
-from tasks import read_annotations
 from teacher import SigLIP
 from tools import show
 from tools.sprites import read_boxes
@@ -129,13 +129,12 @@ def main(cfg: Config):
 
     step("draw the clips and write them as videos", [f"-m tools.sprites --out {clips} --seed {cfg.seed}"])
     data = f"--seed {cfg.seed} --data.train-file {clips}/sprites_train.json --data.video-root {clips}/videos --resume"
-    step("train a small SigLIP on single frames", [f"train.py --stage teacher --name demo/seed{cfg.seed} {data}"],
-         one_command)
-    step("train the text encoder on the captions", [f"train.py --stage text --name demo/seed{cfg.seed} {data}"],
-         one_command)
+    train = "train.py sprites --name demo/seed"
+    step("train a small SigLIP on single frames", [f"{train}{cfg.seed} --stage teacher {data}"], one_command)
+    step("train the text encoder on the captions", [f"{train}{cfg.seed} --stage text {data}"], one_command)
     flags = f"--teacher {folder}/teacher --text-encoder {folder}/text {data}"
     step("pretrain on the tokens that each mask keeps, then a little on all",
-         [f"train.py --name demo/seed{cfg.seed}/{mask} --mask.name {mask} {flags}" for mask in DEMO_MASKS])
+         [f"{train}{cfg.seed}/{mask} --mask.name {mask} {flags}" for mask in DEMO_MASKS])
     evaluate = f"eval.py --task sprites --data-root {clips}"
     step("evaluate on held-out clips, all tokens, before the unmasked stage",
          [f"{evaluate} --checkpoint {folder}/{mask}/before_unmasked" for mask in DEMO_MASKS])

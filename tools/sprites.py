@@ -22,10 +22,10 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from data import build_wordpiece
+from annotations import normalize_caption
 from files import WriteError, atomic_write, atomic_write_text, escape_control, format_error, read_json, write_json
 from runtime import parallel_map, run_cli
-from tasks import normalize_caption
+from tokenizer import build_wordpiece
 from video import write_video
 
 # ---------------------------------------------------------------------------------------------------------------------
