@@ -15,7 +15,7 @@ demo: .venv/installed
 	@$(BIN)/python -m tools.demo
 
 test: .venv/installed-dev
-	@echo "== test: pytest, then ruff (about seven minutes on two CPU cores)"
+	@echo "== test: pytest, then ruff (about nine minutes on two CPU cores)"
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	@$(BIN)/ruff check .
 

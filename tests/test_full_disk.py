@@ -16,7 +16,7 @@ from runtime import run_cli
 FLAGS = """--name run --steps 4 --unmasked-steps 2 --toy.steps 2 --toy.text-steps 2 --save-every 2 --log-every 2
     --data.num-views 1"""
 BYTES_LEFT = 8              # that still fit into a file
-EVERY = 6
+EVERY = 9
 
 
 def fill_disk_at(write):
