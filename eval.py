@@ -589,8 +589,8 @@ def main(cfg: Config) -> dict:
     for video, reason in [(a.video, f"{a.source}: no file {a.video}") for a in missing or []] + protocol.unreadable:
         unreadable.setdefault(video, reason)
     notes += split_notes(cfg, task, path, annotations, missing or [], unreadable, results)
-    train_file = run_config["data"].get("train_file", "sprites_")           # of a converted model it is not known
-    if task.default_root and not cfg.data and not os.path.basename(train_file).startswith("sprites_"):
+    train_file = run_config["data"].get("train_file")       # None of a converted model
+    if train_file and task.default_root and not cfg.data and not os.path.basename(train_file).startswith("sprites_"):
         notes.append(f"trained on {train_file}, but scored on the embedded set: --data and --data-root score your own")
     if run_config.get("finetune_masked") and not cfg.mask:
         notes.append(f"fine-tuned on masked clips only: --mask {run_config['mask']['name']} evaluates it on such clips")

@@ -540,12 +540,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, path: st
     """Load the state of AdamW. ValueError if it is not one of these parameters."""
     try:
         optimizer.load_state_dict(state)
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                shapes = {key: optimizer.state[p][key].shape for key in ("exp_avg", "exp_avg_sq")} if p in \
-                    optimizer.state else {}
-                if any(shape != p.shape for shape in shapes.values()):
-                    raise ValueError(f"shapes {[*shapes.values()]} of a parameter of shape {p.shape}")
+        for p, moments in optimizer.state.items():
+            shapes = [moments[key].shape for key in ("exp_avg", "exp_avg_sq")]
+            if shapes != [p.shape] * 2:
+                raise ValueError(f"shapes {shapes} of a parameter of shape {p.shape}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its optimizer state does not fit the model ({format_error(error):.200})") from None
 

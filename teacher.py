@@ -25,19 +25,18 @@ from torch import Tensor, nn
 from files import (
     atomic_write_text,
     config_from_dict,
-    format_error,
     load_state_dict_strict,
     read_checkpoint,
     read_json,
     require,
     resolve_checkpoint,
     save_weights,
-    verify_tokenizer,
     write_json,
 )
 from inputs import embed_clips, embed_texts, iter_clips
 from kernels import to_device
 from kernels.window_attention import window_attention
+from tokenizer import read_tokenizer
 from video import RESAMPLE_MODES, patchify, resize_like_pillow
 
 ACTIVATIONS = {
@@ -633,13 +632,7 @@ def load_siglip_tokenizer(folder: str, cfg: TextConfig) -> Tokenizer:
     """
     path, config_path = (os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer_config.json"))
     require_tokenizer(folder)
-    verify_tokenizer(path)
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except BaseException as error:      # the library raises plain Exception, and PanicException, which is none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"{path} must be a tokenizer of the tokenizers library, got {format_error(error)}") from None
+    tokenizer = read_tokenizer(path)
     options = read_json(config_path) if os.path.isfile(config_path) else {}
     lower, steps, end, pad = options.get("do_lower_case", True), [], None, None
     if options.get("tokenizer_class") in PLAIN_TOKENIZER_CLASSES and "do_lower_case" not in options:

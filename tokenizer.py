@@ -52,6 +52,25 @@ def build_wordpiece(captions: Iterable[str], path: str, vocab_size: int = 2000, 
     atomic_write_text(path, tokenizer.to_str(pretty=True))
 
 
+def read_tokenizer(path: str) -> Tokenizer:
+    """
+    Read a tokenizer.json, or the word pieces of a vocab.txt. ValueError if it is none, or if a tokenizer.json is not
+    the one that the weights beside it were saved with.
+    """
+    try:
+        if path.endswith(".txt"):
+            return Tokenizer(models.WordPiece.from_file(path, unk_token="[UNK]"))
+        verify_tokenizer(path)
+        return Tokenizer.from_file(path)
+    except (ValueError, OSError):
+        raise
+    except BaseException as error:      # the library raises plain Exception, and PanicException, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        kind = "vocab.txt" if path.endswith(".txt") else "tokenizer.json"
+        raise ValueError(f"{path}: not a {kind} ({format_error(error)})") from None
+
+
 def load_tokenizer(path: str) -> Tokenizer:
     """
     Load a tokenizer.json, a vocab.txt, or a folder that has one: ours, or that of a BERT checkpoint, which then
@@ -66,19 +85,10 @@ def load_tokenizer(path: str) -> Tokenizer:
     kind = "vocab.txt" if path.endswith(".txt") else "tokenizer.json"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such {kind}")
-    if kind == "tokenizer.json":
-        verify_tokenizer(path)
-    try:
-        if kind == "vocab.txt":
-            tokenizer = Tokenizer(models.WordPiece.from_file(path, unk_token="[UNK]"))
-            tokenizer.normalizer = normalizers.BertNormalizer()
-            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        else:
-            tokenizer = Tokenizer.from_file(path)
-    except BaseException as error:      # the library raises plain Exception, and PanicException, which is none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"{path}: not a {kind} ({format_error(error)})") from None
+    tokenizer = read_tokenizer(path)
+    if kind == "vocab.txt":
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     missing = [token for token, i in ids.items() if i is None]
     if missing:

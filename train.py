@@ -176,8 +176,9 @@ def fix_config(run: RunContext, cfg: Config) -> RunContext:
 
 def is_finished(run: RunContext) -> bool:
     """Return, on all ranks, whether an earlier process has finished the run: all its stages and its scoring."""
-    finished = run.rank == 0 and run.cfg.resume and bool(read_run_state(own_folder(run)).get("finished"))
-    return run.broadcast(finished and run.cfg.stage in ("all", "finetune") and is_trained(run.folder))
+    if not run.cfg.resume or run.cfg.stage in ("teacher", "text"):
+        return False
+    return run.call_on_rank0(lambda: is_trained(run.folder) and bool(read_run_state(run.folder).get("finished")))
 
 
 def is_trained(folder: str) -> bool:
@@ -325,8 +326,9 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
     model = wrap_layers(model.to(run.device).train(), cfg)
     before_unmasked = os.path.join(out, "before_unmasked")
     at_step = lambda steps: validation.at_step(model, tokenizer, steps) if validation else {}
-    newest = latest_checkpoint(run) if cfg.resume else ""
-    if cfg.resume and is_trained(before_unmasked):
+    is_pretrained = cfg.resume and is_trained(before_unmasked)
+    newest = latest_checkpoint(run) if cfg.resume and not is_pretrained else ""
+    if is_pretrained:
         load_state_dict_strict(model, read_checkpoint(before_unmasked, "a trained model")[1], before_unmasked)
     elif os.path.basename(newest).startswith("unmasked-"):
         print0(f"{before_unmasked} was deleted and is not written again; the unmasked stage goes on from {newest}")
