@@ -1,38 +1,31 @@
 """
 Annotation files -> `Annotation` objects, and their memory-mapped copy.
 
-An annotation file is a JSON list of objects, a file with one object per line, or VindLU's SQLite database.
+formats.py reads the entries of a file, whatever its format; media.py the samples of tar shards, which stand wherever an
+annotation file may.
 """
 
-import codecs
 import hashlib
 import json
-import mmap
+import math
 import os
 import re
-import sqlite3
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
-from urllib.parse import quote
 
-import ijson
 import numpy as np
 from tqdm import tqdm
 
 from files import atomic_write, escape_control, read_json, write_json
+from formats import check_annotation_file, iter_annotations, list_sources, shorten
+from media import Media, expand_shards, is_shards, iter_samples
 from runtime import print0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotations
-
-def shorten(value) -> str:
-    """Return the repr of a value, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
 
 def normalize_caption(caption: str) -> str:
     """Normalise a text as UMT does (multi_modality/dataset/utils.py, pre_text)."""
@@ -54,142 +47,48 @@ class Question:
 @dataclass
 class Annotation:
     """One video or image with its texts."""
-    video: str                                     # path
+    video: str                                     # media.name: the path, if it is all of a file
     captions: list[str]                            # normalised
     frame_caption: str | None                      # a caption that is true of each single frame, if the file has one
     media_id: int                                  # media_id(video)
     questions: list[Question] = field(default_factory=list)
     correct_index: int | None = None               # multiple choice: index of the true caption
     source: str = ""                               # annotation file and row, for messages
+    media: Media | None = None                     # where its frames are; None becomes Media(video)
+
+    def __post_init__(self):
+        self.media = self.media or Media(self.video)
 
     def to_json(self) -> str:
         """Format as JSON, without the media_id, which depends on the place of the project's folder."""
-        return json.dumps({key: value for key, value in vars(self).items() if key != "media_id"}, default=vars)
+        values = {key: value for key, value in vars(self).items() if key not in ("media_id", "media")}
+        if self.media != Media(self.video):
+            values["media"] = {key: value for key, value in self.media._asdict().items()
+                               if value != Media._field_defaults.get(key)}
+        return json.dumps(values, default=vars)
 
     @classmethod
     def from_json(cls, line: bytes) -> "Annotation":
-        fields = json.loads(line)
-        return cls(**fields, media_id=media_id(fields["video"]))
+        values = json.loads(line)
+        media = Media(**values.pop("media")) if "media" in values else None
+        return cls(**values, media_id=media_id(values["video"]), media=media)
 
 
-HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")      # a high surrogate without its low one
-
-
-def _check_surrogates(path: str):
-    """Raise a ValueError for half a surrogate pair in a JSON file, which ijson would read as "?" without an error."""
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for match in HALF_PAIR.finditer(content):
-            start = match.start()
-            before = content[max(0, start - 64):start]
-            if (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:             # otherwise the backslash is escaped
-                raise ValueError(f"{path}, byte {start}: must be valid Unicode, got half a surrogate pair "
-                                 f"{match.group().decode()}")
-
-
-def _open_text(path: str):
-    """Open a UTF-8 file for reading bytes, after its byte-order mark if it has one."""
-    f = open(path, "rb")
-    if f.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-        f.seek(0)
-    return f
-
-
-def _iter_json_list(path: str) -> Iterator:
-    count = 0
-    if os.path.getsize(path):
-        _check_surrogates(path)
-    with _open_text(path) as f:
-        start = f.tell()
-        try:
-            if next(ijson.basic_parse(f))[0] == "start_array":
-                f.seek(start)
-                for entry in ijson.items(f, "item", use_float=True):
-                    yield entry
-                    count += 1
-                return
-        except (ijson.JSONError, ValueError) as error:                      # ValueError: not UTF-8
-            reason = re.split(r"\n|\\n", str(error).removeprefix("b'"))[0]   # the rest shows the bytes around it
-            raise ValueError(f"{path}, row {count}: not JSON ({reason})") from None
-        f.seek(start)
-        raise ValueError(f"{path}: must hold a list of rows, got {shorten(f.read(100).decode(errors='replace'))}")
-
-
-def _iter_json_lines(path: str) -> Iterator:
-    number = 0
-    try:
-        with _open_text(path) as f:
-            for line in f:
-                number += 1
-                if line.strip():
-                    yield json.loads(line.decode())
-    except ValueError as error:                                             # not JSON or not UTF-8
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-
-
-def _is_json_lines(path: str) -> bool:
-    """Say whether a file has a value on each line rather than one list. The content decides, for many are misnamed."""
-    with _open_text(path) as f:
-        lines = filter(bytes.strip, iter(lambda: f.readline(2 ** 20), b""))     # a list may be a line of gigabytes
-        first, second = (next(lines, b"").lstrip()[:1] for _ in range(2))
-    return first != b"[" if path.endswith(".jsonl") else first == second and first in (b"{", b'"')
-
-
-def _iter_sqlite(path: str) -> Iterator[dict]:
-    try:
-        with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as database:
-            database.row_factory = sqlite3.Row
-            for row in database.execute("select * from annos order by id"):
-                yield dict(row)
-    except sqlite3.Error as error:
-        raise ValueError(f"{path}: must be SQLite with a table annos ({error})") from None
-
-
-def check_annotation_file(path: str):
-    """Raise a FileNotFoundError if there is no such file. It says if the folder is not there either."""
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path):
-        raise FileNotFoundError(f"{path}: must be an annotation file, got a folder")
-    if not os.path.isfile(path):
-        hint = "" if os.path.isdir(folder) else f", nor a folder {folder}"
-        raise FileNotFoundError(f"{path}: there is no such annotation file{hint}")
-
-
-def iter_annotations(path: str) -> Iterator:
+def iter_objects(path: str, notes: list[str] | None = None, max_damaged: float = 0.0) -> Iterator[tuple[str, dict]]:
     """
-    Yield the entries of an annotation file as they are in the file; a file without entries is an error.
-
-    The file is a JSON list, a file with one JSON value per line, or VindLU's SQLite in a .sqlite or .db file, a table
-    annos(id, image or video, caption). JSON lists are streamed, because they may be larger than memory. A byte-order
-    mark before UTF-8 is skipped.
-
-    The parser of JSON lists is stricter than Python's: NaN, Infinity and integers beyond 64 bits are errors.
+    Yield (source, entry) for each entry of an annotation file, which must be a JSON object, or for each sample of tar
+    shards, whose entry has a Media as "video". notes, max_damaged: see iter_samples; if `notes` is None, print them.
     """
-    check_annotation_file(path)
-    if path.endswith((".sqlite", ".db")):
-        entries = _iter_sqlite(path)
-    else:
-        entries = _iter_json_lines(path) if _is_json_lines(path) else _iter_json_list(path)
-    count = 0
-    for entry in entries:
-        yield entry
-        count += 1
-    if not count:
-        raise ValueError(f"{path}: must hold a list of rows, got an empty one")
-
-
-def iter_objects(path: str) -> Iterator[tuple[str, dict]]:
-    """
-    Yield (source, entry) for each entry of an annotation file, which must be a JSON object. A clip is taken from the
-    whole video, so a row with the "start" or "end" of its text in the video is an error.
-    """
+    if is_shards(path):
+        shard_notes = []
+        for source, media, caption in iter_samples(path, max_damaged, shard_notes):
+            yield source, {"video": media, "caption": caption}
+        add_notes(shard_notes, notes)
+        return
     for i, entry in enumerate(iter_annotations(path)):
         source = f"{path}, row {i}"
         if not isinstance(entry, dict):
             raise ValueError(f"{source}: must be an object, got {shorten(entry)}")
-        for key in ("start", "end"):
-            if entry.get(key) is not None:
-                raise ValueError(f'{source}: must have no "{key}", because clips are taken from whole videos, got '
-                                 f'{shorten(entry[key])}; cut the video there, or remove the key to use all of it')
         yield source, entry
 
 
@@ -200,6 +99,29 @@ def parse_file_names(entry: dict, source: str) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f'{source}: "video" or "image" must be a file name or a list of them, got {shorten(entry)}')
     return names
+
+
+def parse_seconds(entry: dict, key: str, default: float, source: str) -> float:
+    """Return the "start" or "end" of a row; a row without it has the default."""
+    value = entry.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f'{source}: "{key}" must be a number of seconds, 0 or more, got {shorten(value)}')
+    return float(value)
+
+
+def parse_media(entry: dict, root: str, source: str) -> list[Media]:
+    """
+    Return the files of a row, which are under root, as Media with the row's "start" and "end": the seconds of the video
+    that its texts are about, both optional.
+    """
+    if isinstance(entry.get("video"), Media):
+        return [entry["video"]]
+    start, end = parse_seconds(entry, "start", 0.0, source), parse_seconds(entry, "end", math.inf, source)
+    if end <= start:
+        raise ValueError(f'{source}: "end" must be above "start", got {end:g} and {start:g}')
+    return [Media(os.path.join(root, name), start=start, end=end) for name in parse_file_names(entry, source)]
 
 
 def parse_texts(entry: dict, key: str, source: str, empty: list[str] | None = None) -> list[str]:
@@ -236,50 +158,65 @@ def note_empty_captions(path: str, empty: list[str], count: int, notes: list[str
     listed = ", ".join(rows[:20] + ["..."] * (len(rows) > 20))
     if not count:
         raise ValueError(f"{path}: no caption has words, got {len(empty)} without, in {listed}")
-    note = f"{path}: {len(empty)} of {len(empty) + count} captions have no words and are left out: {listed}"
-    print0(escape_control(note)) if notes is None else notes.append(note)
+    add_notes([f"{path}: {len(empty)} of {len(empty) + count} captions have no words and are left out: {listed}"],
+              notes)
+
+
+def add_notes(new: list[str], notes: list[str] | None):
+    """Append lines to `notes`; if it is None, print them."""
+    if notes is not None:
+        notes.extend(new)
+        return
+    for note in new:
+        print0(escape_control(note))
 
 
 def media_id(video: str) -> int:
-    """Hash the absolute path to 63 bits. Two corpora may use one name for two files."""
+    """
+    Hash Annotation.video, as an absolute path, to 63 bits. Two corpora may use one name for two files.
+
+    Captions of one medium are never negatives of each other, and an evaluation encodes each medium once. So two clips
+    of a video that begin or end at different seconds are two media: what a caption says of one need not be true of the
+    other. If they overlap, they are negatives nevertheless.
+    """
     path = os.path.abspath(video).encode(errors="surrogatepass")            # a name may not be valid Unicode
     return int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big") >> 1
 
 
 def check_files_exist(annotations: list[Annotation], root: str):
     """Raise FileNotFoundError if videos do not exist. The message names the first and counts all."""
-    if not os.path.isdir(root):
+    exists = {path: os.path.isfile(path) for path in {a.media.path for a in annotations}}
+    missing = [a for a in annotations if not exists[a.media.path]]
+    if missing and not os.path.isdir(root):
         path = annotations[0].source.rpartition(", row")[0]
         raise FileNotFoundError(f"{root}: there is no such folder of the videos in {path}")
-    exists = {video: os.path.isfile(video) for video in {a.video for a in annotations}}
-    missing = [a for a in annotations if not exists[a.video]]
     if missing:
-        raise FileNotFoundError(f"{missing[0].source}: there is no file {missing[0].video} "
+        raise FileNotFoundError(f"{missing[0].source}: there is no file {missing[0].media.path} "
                                 f"({len(missing)} of {len(annotations)} rows have no file)")
 
 
-def make_annotation(source: str, root: str, name: str, captions: list[str], frame_caption: str | None = None,
+def make_annotation(source: str, media: Media, captions: list[str], frame_caption: str | None = None,
                     **fields) -> Annotation:
-    """Make the Annotation of the file `name` under root."""
-    video = os.path.join(root, name)
-    return Annotation(video, captions, frame_caption, media_id(video), source=source, **fields)
+    """Make the Annotation of a Media."""
+    return Annotation(media.name, captions, frame_caption, media_id(media.name), source=source, media=media, **fields)
 
 
-def iter_rows(path: str, root: str, notes: list[str] | None = None) -> Iterator[Annotation]:
+def iter_rows(path: str, root: str, notes: list[str] | None = None, max_damaged: float = 0.0) -> Iterator[Annotation]:
     """
-    Yield an Annotation for each row {"video" or "image": name under root, "caption": text or list of texts}, in order.
+    Yield an Annotation for each row {"video" or "image": name under root, "caption": text or list of texts}, in order;
+    "start" and "end" may say which seconds of the video. Tar shards have such rows too: see iter_objects.
 
     This is the form of UMT's and VindLU's files. If the name is a list, the captions are true of each of these videos,
     and each gets an Annotation with the same source. Our own key "still" has a caption that is true of each frame.
     Captions without words are left out and counted in `notes`: see note_empty_captions.
     """
     empty, count = [], 0
-    for source, entry in iter_objects(path):
+    for source, entry in iter_objects(path, notes, max_damaged):
         captions = [normalize_caption(text) for text in parse_texts(entry, "caption", source, empty)]
         still = normalize_caption(entry["still"]) if isinstance(entry.get("still"), str) else ""
         count += len(captions)
-        for name in parse_file_names(entry, source) if captions else ():
-            yield make_annotation(source, root, name, captions, frame_caption=still or None)
+        for media in parse_media(entry, root, source) if captions else ():
+            yield make_annotation(source, media, captions, frame_caption=still or None)
     note_empty_captions(path, empty, count, notes)
 
 
@@ -343,37 +280,44 @@ class MappedAnnotations(Sequence):
         return MappedAnnotations, (self.path,)
 
 
-def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str) -> MappedAnnotations:
+def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str,
+                             max_damaged: float = 0.0) -> MappedAnnotations:
     """
     Write the annotations of all corpora, (annotation file, video folder) each, to a memory-mapped file in `folder`.
+    Tar shards need no video folder; max_damaged is the share of them that may be damaged (see iter_samples).
 
-    The file is written unless it exists; a change of an annotation file gives another name. If several processes need
-    it, one should call this first.
+    The file is written unless it exists; a change of an annotation file or shard gives another name. If several
+    processes need it, one should call this first.
     """
+    sources = []
     for path, root in corpora:
+        if is_shards(path):
+            sources += [(shard, (path, max_damaged)) for shard in expand_shards(path)]
+            continue
         check_annotation_file(path)
         if not os.path.isdir(root):
             raise FileNotFoundError(f"{root}: there is no such folder of the videos in {path}")
-    stats = [os.stat(path) for path, _ in corpora]
-    key = [ROWS_VERSION] + [(os.path.abspath(path), root, s.st_size, s.st_mtime_ns)
-           for (path, root), s in zip(corpora, stats, strict=True)]
+        sources += [(source, root) for source in list_sources(path)]
+    stats = [os.stat(source) for source, _ in sources]
+    key = [ROWS_VERSION] + [(os.path.abspath(source), root, s.st_size, s.st_mtime_ns)
+           for (source, root), s in zip(sources, stats, strict=True)]
     name = "annotations_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
     out = os.path.join(folder, name)
     if not all(os.path.exists(out + extension) for extension in (".json", ".jsonl", ".offsets")):
         os.makedirs(folder, exist_ok=True)
-        write_mapped_annotations(corpora, out)
+        write_mapped_annotations(corpora, out, max_damaged)
     annotations = MappedAnnotations(out)
     for note in annotations.notes:
         print0(escape_control(note))
     return annotations
 
 
-def write_mapped_annotations(corpora: list[tuple[str, str]], out: str):
+def write_mapped_annotations(corpora: list[tuple[str, str]], out: str, max_damaged: float):
     """Write the three files of MappedAnnotations."""
     index, digest, notes, end = bytearray(), hashlib.blake2b(digest_size=16), [], 0
     with atomic_write(out + ".jsonl") as f:
         for path, root in corpora:
-            rows = iter_rows(path, root, notes)
+            rows = iter_rows(path, root, notes, max_damaged)
             for annotation in tqdm(rows, escape_control(path), unit=" rows", mininterval=1, disable=None):
                 line = (annotation.to_json() + "\n").encode()
                 digest.update(line)

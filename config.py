@@ -17,6 +17,7 @@ from encoders import TextEncoderConfig, ViTConfig
 from files import config_from_dict
 from logs import LIBRARIES
 from masking import MASKS, MaskConfig, keep_count
+from media import is_shards
 from model import ModelConfig
 from runtime import read_run_state
 from tasks import TASKS
@@ -29,7 +30,8 @@ class Config:
     Train ClusterSTM. A preset may come first: `sprites` (the embedded run, the default), `base` or `large` (the paper's
     sizes). All results are written to out/NAME.
     """
-    name: str = ""                # name of the run; empty: the name of the annotation file without _train
+    # name of the run; empty: the name of the annotation file without _train, or of the folder of the shards
+    name: str = ""
     # all: pretrain, after training the toy models that are needed; teacher, text: train only this toy model; finetune:
     # fine-tune for --task
     stage: Literal["all", "teacher", "text", "finetune"] = "all"
@@ -166,7 +168,9 @@ def next_command(cfg: Config, folder: str) -> str:
     """Return the command that scores the trained model in `folder` on held-out clips of the data it was trained on."""
     command, data = ["python", "eval.py", "--checkpoint", folder], cfg.data
     root, name = os.path.split(data.train_file)
-    if data.val_file:
+    if is_shards(data.val_file):
+        command += ["--data", data.val_file]
+    elif data.val_file:
         command += ["--data", data.val_file, "--data-root", data.val_root or data.video_root]
     elif name != os.path.basename(DataConfig.train_file):
         command += ["--data", "HELD_OUT.json", "--data-root", data.video_root]      # a file that only the user knows
@@ -176,7 +180,9 @@ def next_command(cfg: Config, folder: str) -> str:
 
 
 def name_run(train_file: str) -> str:
-    """Name a run after its annotation file: data/sprites/sprites_train.json -> sprites."""
+    """Name a run after its annotation file, data/sprites/sprites_train.json -> sprites, or after its shards' folder."""
+    if is_shards(train_file):
+        return os.path.basename(os.path.dirname(os.path.abspath(train_file)))
     return os.path.splitext(os.path.basename(train_file))[0].removesuffix("_train")
 
 

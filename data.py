@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from annotations import Annotation, Question
 from frame_cache import DamagedCacheError, build_frame_cache
+from media import expand_shards, is_shards
 from runtime import STAGES, RunContext
 from tasks import get_task
 from tokenizer import encode_answers, encode_texts
@@ -36,11 +37,12 @@ from video import eval_transform, read_frames, resize, sample_frame_indices, tra
 @dataclass(frozen=True)
 class DataConfig:
     """Which data is read, and how frames and crops are taken from a video."""
-    train_file: str = "data/sprites/sprites_train.json"  # annotation file: a JSON list of {"video", "caption"}
-    video_root: str = "data/sprites/videos"              # folder that the "video" names are relative to
-    extra_videos: tuple[str, ...] = ()   # further video corpora, each FILE=FOLDER
-    image_corpora: tuple[str, ...] = ()  # image corpora, each FILE=FOLDER; an image is a clip of one frame
-    val_file: str = ""              # annotation file of held-out videos, on which training is scored; empty: none
+    # annotation file: a JSON list of {"video", "caption"}; or tar shards, "shards/{00000..00999}.tar"
+    train_file: str = "data/sprites/sprites_train.json"
+    video_root: str = "data/sprites/videos"              # folder that the "video" names are relative to; not of shards
+    extra_videos: tuple[str, ...] = ()   # further video corpora, each FILE=FOLDER, or tar shards
+    image_corpora: tuple[str, ...] = ()  # image corpora, each FILE=FOLDER, or tar shards; an image is one frame
+    val_file: str = ""              # annotations or shards of held-out videos, on which training is scored; empty: none
     val_root: str = ""              # folder that its "video" names are relative to; empty: as video_root
     num_frames: int = 8             # frames per clip (T)
     image_size: int = 64            # height and width of a frame, pixels
@@ -54,13 +56,14 @@ class DataConfig:
     cache_jpeg_quality: int = 0     # store cached frames as JPEG of this quality, 1 to 100; 0: uncompressed
     num_workers: int = 0            # loader processes per rank; 0: load in the main process
     resize_on_device: bool = False  # resize training crops on the GPU instead of in the loader processes
-    max_unreadable: float = 0.1     # largest fraction of videos that may be unreadable before the run stops
+    max_unreadable: float = 0.1     # largest fraction of videos, and of shards, that may be unreadable in a run
 
     def __post_init__(self):
         for name in ("extra_videos", "image_corpora"):
             for corpus in getattr(self, name):
-                if not all(corpus.partition("=")[::2]):
-                    raise ValueError(f"data.{name} must be FILE=FOLDER, got {corpus!r}")
+                path, _, root = corpus.partition("=")
+                if not is_shards(corpus) and (not (path and root) or is_shards(path)):
+                    raise ValueError(f"data.{name} must be FILE=FOLDER, or tar shards alone, got {corpus!r}")
         for name, least in (("num_frames", 1), ("image_size", 1), ("max_seconds", 0), ("num_views", 0),
                             ("cache_image_size", 0), ("num_workers", 0)):
             if getattr(self, name) < least:
@@ -79,9 +82,15 @@ class DataConfig:
                              f"{self.num_frames}")
 
     def corpora(self, images: bool = False) -> list[tuple[str, str]]:
-        """List (annotation file, media folder) of each video corpus, or of each image corpus."""
-        listed = [tuple(corpus.partition("=")[::2]) for corpus in (self.image_corpora if images else self.extra_videos)]
+        """List (annotation file, media folder) of each video corpus, or of each image corpus. Shards have no folder."""
+        listed = [(corpus, "") if is_shards(corpus) else tuple(corpus.partition("=")[::2])
+                  for corpus in (self.image_corpora if images else self.extra_videos)]
         return listed if images else [(self.train_file, self.video_root), *listed]
+
+    def cache_folder(self) -> str:
+        """The folder of the frame cache: that of the annotation file, or of the first shard."""
+        path = expand_shards(self.train_file)[0] if is_shards(self.train_file) else self.train_file
+        return os.path.dirname(path) or "."
 
 
 @dataclass
@@ -99,7 +108,7 @@ class Sample:
 
 
 class UnreadableError(ValueError):
-    """A video cannot be read. record: {"where": file and row, "video": path, "reason"}."""
+    """A video cannot be read. record: {"where": file and row, "video": Annotation.video, "reason"}."""
 
     def __init__(self, annotation: Annotation, error: Exception):
         super().__init__(f"{annotation.source}: {error}")
@@ -127,8 +136,9 @@ class ClipDataset(torch.utils.data.Dataset):
         """index_offset: the clip_id of the first annotation, if other datasets of the run come before this one."""
         self.annotations, self.cfg, self.seed, self.train = annotations, cfg, seed, train
         self.index_offset = index_offset
-        cache_folder = cache_folder or os.path.dirname(cfg.train_file) or "."
-        self.cache = build_frame_cache(annotations, cfg, cache_folder) if cfg.frame_cache else None
+        self.cache = None
+        if cfg.frame_cache:
+            self.cache = build_frame_cache(annotations, cfg, cache_folder or cfg.cache_folder())
         self.epoch, self.permutation = -1, None
 
     def __len__(self):
@@ -140,9 +150,9 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, n: int) -> Sample:
         if not self.train:
-            frames = self.load_frames(self.annotations[n], "middle", None)
-            video = eval_transform(frames, self.cfg.image_size)
-            return self.make_sample(n, 0, video, self.annotations[n].captions[0])
+            annotation = self.annotations[n]
+            video = eval_transform(self.load_frames(annotation, "middle", None), self.cfg.image_size)
+            return self.make_sample(annotation, n, 0, video, annotation.captions[0])
         if n < 0:
             raise IndexError(f"the number of a sample must be at least 0, got {n}")
         epoch, i = divmod(n, len(self.annotations))
@@ -173,19 +183,18 @@ class ClipDataset(torch.utils.data.Dataset):
         except (ValueError, OSError) as error:
             raise UnreadableError(annotation, error) from None
         video = train_transform(frames, cfg.image_size, cfg.min_crop_scale, cfg.hflip, rng, cfg.resize_on_device)
-        return self.make_sample(index, view_id, video, caption)
+        return self.make_sample(annotation, index, view_id, video, caption)
 
     def load_frames(self, annotation: Annotation, strategy: str, rng: np.random.Generator | None) -> Tensor:
         """Read num_frames frames of a video (T, 3, H, W) uint8, from the cache if there is one."""
         num_frames = self.cfg.num_frames
         if self.cache is None:
-            return read_frames(annotation.video, num_frames, strategy, rng, seconds=self.cfg.max_seconds)
+            return read_frames(annotation.media, num_frames, strategy, rng, seconds=self.cfg.max_seconds)
         frames = self.cache[annotation.video]
         indices = sample_frame_indices(num_frames, len(frames), strategy, rng)
         return torch.from_numpy(frames[indices])
 
-    def make_sample(self, index: int, view_id: int, video: Tensor, caption: str) -> Sample:
-        annotation = self.annotations[index]
+    def make_sample(self, annotation: Annotation, index: int, view_id: int, video: Tensor, caption: str) -> Sample:
         return Sample(video, caption, annotation.frame_caption or caption, annotation.media_id,
                       self.index_offset + index, view_id, annotation.questions, image_size=self.cfg.image_size)
 
@@ -230,7 +239,7 @@ class Batch:
     text_ids: Tensor                               # (B, L) int64; of questions (Q, L)
     captions: list[str]
     frame_captions: list[str]
-    media_ids: Tensor                              # (B,) int64, equal for clips of one file
+    media_ids: Tensor                              # (B,) int64, equal for one clip of one file
     clip_ids: Tensor                               # (B,) int64, stays on the host
     view_ids: Tensor                               # (B,) int64, stays on the host
     seed: int                                      # of all random draws for this batch

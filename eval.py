@@ -46,6 +46,7 @@ from data import ClipDataset, DataConfig, init_loader_worker, require_readable
 from files import atomic_write, atomic_write_text, config_from_dict, escape_control, read_json
 from inputs import require_finite
 from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig, keep_count
+from media import is_shards
 from model import ClusterSTM, VideoToText, load_model
 from runtime import all_gather_lists, all_reduce_sum, bf16_autocast, rank_and_world, run_cli, select_device
 from targets import compute_visible_ids
@@ -64,7 +65,7 @@ class Config:
     task: Annotated[str, tyro.conf.arg(help=TASK_HELP)] = "sprites"
     checkpoint: str = "out/sprites"     # folder that train.py wrote
     data_root: str = ""     # folder of annotations and videos, or of the videos of --data; sprites tasks need none
-    data: str = ""          # your own annotation file, in the task's format; empty: the task's
+    data: str = ""          # your own annotation file, in the task's format, or tar shards; empty: the task's
     answers: str = ""       # questions: JSON file that lists the answers to rank; empty: the task's list
     split: Literal["test", "val"] = "test"              # split of the task; not to be given with --data
     mask: Annotated[str, tyro.conf.arg(help=MASK_HELP)] = ""
@@ -84,7 +85,7 @@ class Config:
     save_scores: bool = False   # retrieval, multiple choice: write all scores and ranks too, beside the JSON file
 
     def __post_init__(self):
-        if self.data and not self.data_root:
+        if self.data and not self.data_root and not is_shards(self.data):
             raise ValueError(f"--data-root must be the folder of the videos in --data {self.data}, got ''")
         if self.mask and self.mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
@@ -529,7 +530,7 @@ def split_notes(cfg: Config, task: Task, path: str, annotations: list[Annotation
         notes.append(f"SCORED WITHOUT {len(unreadable)} OF {len({a.video for a in (*annotations, *missing)})} VIDEOS, "
                      f"which could not be read, the first: {next(iter(unreadable.values()))}")
     count, unit = len(annotations) + len(missing), "videos"
-    if task.kind != "caption":
+    if task.kind != "caption" and not cfg.data:
         count, unit = sum(1 for _ in iter_annotations(path)), "rows"
     if not cfg.data and cfg.split == "test" and task.test_rows and count != task.test_rows:
         notes.append(f"{path} has {count} {unit}, the published split has {task.test_rows}: not comparable")

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from files import WriteError, atomic_write, read_json, write_json
+from media import Media
 from runtime import parallel_map
 from video import decode_frames, num_frames_within, sample_frame_indices
 
@@ -35,7 +36,7 @@ class DamagedCacheError(ValueError):
 
 class FrameCache:
     """
-    cache[video path] -> CachedFrames. ValueError, with the reason, if the video could not be read; DamagedCacheError
+    cache[Media.name] -> CachedFrames. ValueError, with the reason, if the video could not be read; DamagedCacheError
     if the files are not as they were written.
     """
 
@@ -53,7 +54,7 @@ class FrameCache:
             raise self.damaged(f"{path}.bin is damaged: it must have {index['size']} bytes, got {size}")
         self.index = index["videos"]
         self.entries = {video: (offset, shape) for video, offset, shape in self.index}
-        self.data = np.memmap(path + ".bin", np.uint8, mode="r")
+        self.data = np.asarray(np.memmap(path + ".bin", np.uint8, mode="r"))     # slices of a memmap are slow to make
 
     def __getitem__(self, video: str) -> "CachedFrames":
         offset, shape = self.entries[video]
@@ -119,26 +120,28 @@ def encode_jpeg(frame: np.ndarray, quality: int) -> bytes:
 def build_frame_cache(rows: Sequence, cfg, folder: str) -> FrameCache:
     """
     Return the cache of the videos of all rows, in folder/frames_HASH.{bin,json}. If it is not there, decode the videos
-    into it on all cores. The hash covers the settings and the size and time of each video file, so changed videos get
-    a new cache. If several processes share the folder, one of them should call this first.
+    into it on all cores. The hash covers the settings, the clips, and the size and time of each file, so changed videos
+    or shards get a new cache. If several processes share the folder, one of them should call this first.
 
-    rows have .video and .source; cfg is a data.DataConfig. ValueError, naming the first unreadable video, if their
+    rows have .media and .source; cfg is a data.DataConfig. ValueError, naming the first unreadable video, if their
     share is above cfg.max_unreadable.
     """
-    sources = {}                                    # video path -> source of its first row
+    sources = {}                                    # Media -> source of its first row
     for row in rows:
-        sources.setdefault(row.video, row.source)
+        sources.setdefault(row.media, row.source)
     size = cfg.cache_image_size or cfg.image_size
-    stats = [os.stat(video) if os.path.isfile(video) else None for video in sources]
+    stats = {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) if os.path.isfile(path) else ()
+             for path in {media.path for media in sources}}
     settings = [CACHE_VERSION, cfg.cache_frames, size, float(cfg.max_seconds), cfg.cache_jpeg_quality]
-    key = [*settings, [(v, *((s.st_size, s.st_mtime_ns) if s else ())) for v, s in zip(sources, stats, strict=True)]]
+    key = [*settings, [(media.name, *stats[media.path]) for media in sources]]
     path = os.path.join(folder, "frames_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
 
     def check(index):
-        unreadable = [(video, reason) for video, offset, reason in index if offset is None]
+        unreadable = [(source, reason) for source, (_, offset, reason) in zip(sources.values(), index, strict=True)
+                      if offset is None]
         if len(unreadable) > min(cfg.max_unreadable * len(index), len(index) - 1):
-            video, reason = unreadable[0]
-            raise ValueError(f"{sources[video]}: {reason} ({len(unreadable)} of {len(index)} videos cannot be read, "
+            source, reason = unreadable[0]
+            raise ValueError(f"{source}: {reason} ({len(unreadable)} of {len(index)} videos cannot be read, "
                              f"data.max_unreadable is {cfg.max_unreadable:g})")
 
     if os.path.exists(path + ".json"):
@@ -149,11 +152,11 @@ def build_frame_cache(rows: Sequence, cfg, folder: str) -> FrameCache:
     read = partial(_read_for_cache, cfg.cache_frames, size, cfg.max_seconds, cfg.cache_jpeg_quality)
     try:
         with atomic_write(path + ".bin") as f:
-            for video, frames in zip(sources, parallel_map(read, list(sources), "decoding"), strict=True):
+            for media, frames in zip(sources, parallel_map(read, list(sources), "decoding"), strict=True):
                 if isinstance(frames, str):
-                    index.append((video, None, frames))
+                    index.append((media.name, None, frames))
                     continue
-                index.append((video, f.tell(), (len(frames),) if isinstance(frames, list) else frames.shape))
+                index.append((media.name, f.tell(), (len(frames),) if isinstance(frames, list) else frames.shape))
                 write_frames(f, path, frames)
             check(index)
             num_bytes = f.tell()
@@ -164,7 +167,8 @@ def build_frame_cache(rows: Sequence, cfg, folder: str) -> FrameCache:
     return FrameCache(path)
 
 
-def _read_for_cache(count: int, size: int, seconds: float, quality: int, video: str) -> np.ndarray | list[bytes] | str:
+def _read_for_cache(count: int, size: int, seconds: float, quality: int,
+                    video: Media) -> np.ndarray | list[bytes] | str:
     """
     Return `count` evenly spaced frames (n, 3, h, w), or n JPEGs if quality > 0. If the video is unreadable, return the
     reason: all unreadable videos are counted before the run stops.

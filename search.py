@@ -59,6 +59,7 @@ from files import (
     write_safetensors,
 )
 from inputs import require_finite
+from media import VIDEO_EXTENSIONS
 from model import ClusterSTM
 from runtime import bf16_autocast, num_cpus, run_cli, select_device
 from search_page import Answer, Hit, format_time
@@ -68,10 +69,6 @@ from video import RESAMPLE_MODES, eval_transform, resize_like_pillow, sample_fra
 
 VERSION = 1             # of the index: increase it if the format or the preprocessing of frames changes
 SAVE_EVERY = 60         # seconds of indexing that a crash may lose
-EXTENSIONS = tuple("." + name for name in """
-    mp4 m4v mov qt mkv webm avi divx wmv asf flv f4v mpg mpeg mpe m1v m2v vob ts mts m2ts m2t mod tod mxf gif apng
-    ogv ogm 3gp 3gpp 3g2 y4m rm rmvb dv nut h264 264 h265 265 hevc ivf mjpg mjpeg wtv amv
-    """.split())
 
 
 @dataclass
@@ -227,9 +224,9 @@ def list_videos(folder: str) -> dict[str, list[int]]:
     paths = []
     for parent, names in walk_folders(folder):
         paths += [os.path.relpath(os.path.join(parent, name), folder) for name in names
-                  if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
+                  if not name.startswith(".") and name.lower().endswith(VIDEO_EXTENSIONS)]
     if not paths:
-        raise FileNotFoundError(f"{folder} has no video; a video's name ends in one of {' '.join(EXTENSIONS)}")
+        raise FileNotFoundError(f"{folder} has no video; a video's name ends in one of {' '.join(VIDEO_EXTENSIONS)}")
     return {path: file_stamp(os.path.join(folder, path)) for path in sorted(paths)}
 
 

@@ -3,8 +3,10 @@ The table of benchmarks: their files, evaluation settings, fine-tuning recipes a
 
 All files of a benchmark are under one folder, --data-root, in VindLU's layout. UMT uses the same annotation files:
 
-    DATA_ROOT/anno_downstream/msrvtt_ret_train9k.json   (or DATA_ROOT/msrvtt_ret_train9k.json; also .jsonl and .sqlite)
+    DATA_ROOT/anno_downstream/msrvtt_ret_train9k.json   (or DATA_ROOT/msrvtt_ret_train9k.json)
     DATA_ROOT/videos_images/msrvtt/video0.mp4           (or another folder of the task's media_dirs)
+
+The official files of MSR-VTT retrieval are found too. The extension may be any that formats.py reads.
 
 The recipes are UMT's (OpenGVLab/unmasked_teacher, multi_modality/exp/finetuning, the 25M files). The recipes of
 captioning and of the embedded data set are our own. T2V is text-to-video retrieval, which UMT's logs call img_r;
@@ -20,16 +22,16 @@ from annotations import (
     Annotation,
     Question,
     check_files_exist,
-    iter_annotations,
     iter_objects,
     make_annotation,
     normalize_caption,
     note_empty_captions,
-    parse_file_names,
+    parse_media,
     parse_texts,
     read_annotations,
-    shorten,
 )
+from formats import EXTENSIONS, iter_annotations, shorten
+from media import Media
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of benchmarks
@@ -82,6 +84,8 @@ def sprites_task(kind: str, train_file: str, test_file: str, max_text_length: in
 
 
 MSRVTT, MSVD = "videos_images/msrvtt|videos_images/msrvtt_2fps_224", "videos_images/msvd|videos_images/msvd_2fps_224"
+MSRVTT_TEST = "msrvtt_ret_test1k|msrvtt_test1k|MSRVTT_JSFUSION_test"
+MSRVTT_7K = "msrvtt_ret_train7k|MSRVTT_train.7k"
 ANET = "videos_images/activitynet|videos_images/activity_net_2fps_360"
 SSV2 = "videos_images/ssv2"
 ANSWERS = dict(max_answer_length=5)         # [CLS], three word pieces and [SEP], as in UMT
@@ -90,10 +94,10 @@ CAPTIONS = dict(max_answer_length=32)
 TASKS = {
     # Retrieval. The "val" and "test" lists of MSR-VTT 1k-A are the same, so there is no list for model selection.
     "msrvtt": Task(
-        "retrieval", MSRVTT, "msrvtt_ret_train9k", "", "msrvtt_ret_test1k|msrvtt_test1k", 32,
+        "retrieval", MSRVTT, "msrvtt_ret_train9k|MSRVTT_train.9k", "", MSRVTT_TEST, 32,
         Recipe(1e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), test_rows=1000),
     "msrvtt-7k": Task(
-        "retrieval", MSRVTT, "msrvtt_ret_train7k", "", "msrvtt_ret_test1k|msrvtt_test1k", 32,
+        "retrieval", MSRVTT, MSRVTT_7K, "", MSRVTT_TEST, 32,
         Recipe(1e-5, 10, 1, 0.2), Recipe(2e-5, 7, 1, 0.3), test_rows=1000),
     "didemo": Task(
         "retrieval", "videos_images/didemo|videos_images/didemo_2fps_360_trimed30",
@@ -131,7 +135,7 @@ TASKS = {
         answer_list="anet_qa_answer_list", **ANSWERS),
     # Multiple choice, trained as retrieval.
     "msrvtt-mc": Task(
-        "choice", MSRVTT, "msrvtt_ret_train7k", "", "msrvtt_mc_test", 32,
+        "choice", MSRVTT, MSRVTT_7K, "", "msrvtt_mc_test", 32,
         Recipe(8e-5, 3, 0, 0.2), Recipe(4e-5, 5, 0, 0.3), test_rows=2990),
     # Captioning: 6513 / 497 / 2990 and 1200 / 100 / 670 videos. A row has one caption or a list of captions.
     "msrvtt-caption": Task(
@@ -165,7 +169,7 @@ def get_task(name: str) -> Task:
 def find_file(names: str, root: str) -> str:
     """Find the first annotation file under root that has one of the names (separated by |)."""
     candidates = [f"{folder}{name}{extension}" for name in names.split("|") for folder in ("anno_downstream/", "")
-                  for extension in (".json", ".jsonl", ".sqlite", ".db")]
+                  for extension in EXTENSIONS]
     for candidate in candidates:
         if os.path.isfile(os.path.join(root, candidate)):
             return os.path.join(root, candidate)
@@ -224,19 +228,19 @@ def read_rows(task: Task, path: str, root: str, train: bool, missing: list | Non
     else:
         annotations = read_retrieval(path, root, task.paragraph, train, notes)
     if missing is not None:
-        exists = {video: os.path.isfile(video) for video in {a.video for a in annotations}}
-        missing += [a for a in annotations if not exists[a.video]]
-        annotations = [a for a in annotations if exists[a.video]] or annotations
+        exists = {path: os.path.isfile(path) for path in {a.media.path for a in annotations}}
+        missing += [a for a in annotations if not exists[a.media.path]]
+        annotations = [a for a in annotations if exists[a.media.path]] or annotations
     check_files_exist(annotations, root)
     return annotations
 
 
-def single_file(entry: dict, source: str) -> str:
-    """Return the one file name of an entry that must not list several."""
-    names = parse_file_names(entry, source)
-    if len(names) > 1:
-        raise ValueError(f'{source}: "video" must be one file name, got {len(names)}')
-    return names[0]
+def single_media(entry: dict, root: str, source: str) -> Media:
+    """Return the one video of an entry that must not list several."""
+    media = parse_media(entry, root, source)
+    if len(media) > 1:
+        raise ValueError(f'{source}: "video" must be one file name, got {len(media)}')
+    return media[0]
 
 
 def read_retrieval(path: str, root: str, paragraph: bool, train: bool, notes: list | None = None) -> list[Annotation]:
@@ -261,7 +265,8 @@ def read_choices(path: str, root: str) -> list[Annotation]:
             raise ValueError(f'{source}: "caption" must be a list of two texts or more, got one text')
         if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < len(captions):
             raise ValueError(f'{source}: "answer" must be 0 to {len(captions) - 1}, got {correct!r}')
-        annotations.append(make_annotation(source, root, single_file(entry, source), captions, correct_index=correct))
+        media = single_media(entry, root, source)
+        annotations.append(make_annotation(source, media, captions, correct_index=correct))
     return annotations
 
 
@@ -290,9 +295,9 @@ def read_questions(path: str, root: str, texts_per_clip: int) -> list[Annotation
         question_type = "" if question_type is None else str(question_type)     # a number in ActivityNet-QA
         weights = {answer: n / len(answers) for answer, n in Counter(answers).items()}
         question = Question(normalize_caption(texts[0]), weights, question_id, question_type, source)
-        items.append((source, single_file(entry, source), question))
-    return [make_annotation(source, root, name, [q.text for q in questions], questions=questions)
-            for source, name, questions in group_by_clip(items, texts_per_clip)]
+        items.append((source, single_media(entry, root, source), question))
+    return [make_annotation(source, media, [q.text for q in questions], questions=questions)
+            for source, media, questions in group_by_clip(items, texts_per_clip)]
 
 
 def read_captions(path: str, root: str, texts_per_clip: int, notes: list[str] | None = None) -> list[Annotation]:
@@ -303,30 +308,30 @@ def read_captions(path: str, root: str, texts_per_clip: int, notes: list[str] | 
     texts_per_clip is 0, it has all of them, not normalised, because the captioning metrics have their own tokenizer.
     """
     empty = []
-    items = [(source, single_file(entry, source), text) for source, entry in iter_objects(path)
+    items = [(source, single_media(entry, root, source), text) for source, entry in iter_objects(path, notes)
              for text in parse_texts(entry, "caption", source, empty)]
     note_empty_captions(path, empty, len(items), notes)
     annotations = []
-    for source, name, captions in group_by_clip(items, texts_per_clip):
+    for source, media, captions in group_by_clip(items, texts_per_clip):
         captions = [normalize_caption(text) for text in captions] if texts_per_clip else captions
         weights = {text: n / len(captions) for text, n in Counter(captions).items()}
-        annotations.append(make_annotation(source, root, name, captions, questions=[Question("", weights)]))
+        annotations.append(make_annotation(source, media, captions, questions=[Question("", weights)]))
     return annotations
 
 
 def group_by_clip(items: list[tuple], texts_per_clip: int) -> list[tuple]:
     """
-    Group (source, name, item) by name, in order of first appearance: (source of the first item, name, items). A group
-    has up to texts_per_clip items, or all of them if it is 0.
+    Group (source, media, item) by media, in order of first appearance: (source of the first item, media, items). A
+    group has up to texts_per_clip items, or all of them if it is 0.
     """
     clips = {}
-    for source, name, item in items:
-        clips.setdefault(name, []).append((source, item))
+    for source, media, item in items:
+        clips.setdefault(media, []).append((source, item))
     groups = []
-    for name, members in clips.items():
+    for media, members in clips.items():
         size = texts_per_clip or len(members)
         chunks = (members[i:i + size] for i in range(0, len(members), size))
-        groups += [(chunk[0][0], name, [item for _, item in chunk]) for chunk in chunks]
+        groups += [(chunk[0][0], media, [item for _, item in chunk]) for chunk in chunks]
     return groups
 
 

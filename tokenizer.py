@@ -59,7 +59,9 @@ def read_tokenizer(path: str) -> Tokenizer:
     """
     try:
         if path.endswith(".txt"):
-            return Tokenizer(models.WordPiece.from_file(path, unk_token="[UNK]"))
+            pieces = models.WordPiece.read_file(path)       # piece -> id; before the first one may be a byte-order mark
+            pieces = {piece if i else piece.removeprefix("\ufeff"): i for piece, i in pieces.items()}
+            return Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
         verify_tokenizer(path)
         return Tokenizer.from_file(path)
     except (ValueError, OSError):

@@ -195,7 +195,8 @@ def build_datasets(run: RunContext) -> tuple[ClipDataset, ClipDataset | None]:
     """Build the datasets of videos and of images. Rank 0 reads and decodes first; the others open what it wrote."""
     cfg, offset, datasets = run.cfg.data, 0, []
     corpora = cfg.corpora(), cfg.corpora(images=True)
-    annotations = [run.rank0_first(partial(build_mapped_annotations, part, "out")) for part in corpora if part]
+    annotations = [run.rank0_first(partial(build_mapped_annotations, part, "out", cfg.max_unreadable))
+                   for part in corpora if part]
     require_unchanged(run, "annotations", [part.digest for part in annotations], f"{cfg.train_file} or another corpus")
     for part, view in zip(annotations, (cfg, replace(cfg, num_frames=1, max_seconds=0, image_corpora=())),
                           strict=False):

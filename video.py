@@ -1,5 +1,5 @@
 """
-Video file -> frames (T, 3, H, W) uint8 -> crops (T, 3, s, s); the two image resizes; patches.
+Video -> frames (T, 3, H, W) uint8 -> crops (T, 3, s, s); the two image resizes; patches.
 
 If codec and container allow it, only the packets that the requested frames depend on are decoded. For an intact file
 the result equals that of a full decode bit for bit. If the packets do not tell which frames the decoder shows, the
@@ -8,6 +8,7 @@ whole file is decoded. Of several video streams the best one is read, as ffmpeg 
 
 import os
 from bisect import bisect
+from io import BytesIO
 from itertools import accumulate, dropwhile, islice, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from files import format_error
+from media import Media, as_media
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which frames, and decoding them
@@ -51,16 +53,33 @@ def num_frames_within(times: np.ndarray, seconds: float) -> int:
     """
     if not seconds or not len(times):
         return len(times)
-    ends = np.append(times[1:], times[-1] * len(times) / max(1, len(times) - 1))    # the last one has the mean length
+    mean_length = (times[-1] - times[0]) / max(1, len(times) - 1)
+    ends = np.append(times[1:], times[-1] + mean_length)
     return max(1, int((ends <= seconds + 1.2e-3).sum()))                    # start and end can be rounded to 1 ms
 
 
-def read_frames(path: str, num_frames: int, strategy: str = "middle", rng: np.random.Generator | None = None,
+def frames_of_clip(times: np.ndarray, start: float, end: float) -> tuple[int, int]:
+    """
+    Return (first, stop): the frames with start <= time < end, to a microsecond, libav's unit. If no frame begins there,
+    it is the one that is shown at `start`. ValueError if the clip begins behind the end of the video.
+    """
+    first, stop = np.searchsorted(times.round(6), (round(start, 6), round(end, 6))).tolist()
+    if first < stop:
+        return first, stop
+    duration = times[-1] + times[-1] / max(1, len(times) - 1)               # the last frame has the mean length
+    if start >= duration:
+        raise ValueError(f"the clip must begin before the end of the video, got a start of {start:g} s in a video of "
+                         f"{duration:g} s")
+    shown = max(0, first - 1)
+    return shown, shown + 1
+
+
+def read_frames(path: str | Media, num_frames: int, strategy: str = "middle", rng: np.random.Generator | None = None,
                 seconds: float = 0) -> Tensor:
     """
     Read num_frames frames of a video, or all if num_frames is 0 -> (T, 3, H, W) uint8.
 
-    seconds: use only this many from the start; 0: all.
+    seconds: use only this many from the start, or from the start of the clip; 0: all.
 
     For an intact file the frames equal those of a full decode bit for bit. A frame that fails to decode is replaced by
     the previous good one; more than 10 % such frames in the file are an error. Damage in parts that are not decoded
@@ -78,7 +97,7 @@ MAX_FRAMES = 2 ** 24        # of a file: three days at 60 a second
 MAX_BYTES = 2 ** 33         # of the frames that are decoded into memory at once
 
 
-def decode_frames(path: str, select, size: int | None) -> Tensor:
+def decode_frames(path: str | Media, select, size: int | None) -> Tensor:
     """Decode the frames that `select` chooses (see iter_frames) -> (T, 3, H, W) uint8."""
     images, indices, turn = [], [], None
 
@@ -90,29 +109,33 @@ def decode_frames(path: str, select, size: int | None) -> Tensor:
         turn = turn or display_turn(frame)
         images.append(frame_to_tensor(frame, size, turn))
         if len(indices) * images[0].nbytes > MAX_BYTES:
-            raise ValueError(f"{path}: decoded frames may take {MAX_BYTES} bytes of memory (got {len(indices)} frames "
-                             f"of {images[0].nbytes})")
+            raise ValueError(f"{as_media(path).name}: decoded frames may take {MAX_BYTES} bytes of memory (got "
+                             f"{len(indices)} frames of {images[0].nbytes})")
     if len({image.shape for image in images}) > 1:
-        raise ValueError(f"{path}: the frame size changes within the video")
+        raise ValueError(f"{as_media(path).name}: the frame size changes within the video")
     return torch.stack(images)                                              # (T, 3, H, W)
 
 
-def iter_frames(path: str, select):
+def iter_frames(path: str | Media, select):
     """
     Yield the frames of a video that `select` chooses, each as soon as it is decoded; none is kept.
 
-    select(times (n,), seconds since the first frame) -> ascending frame indices, repeats allowed.
+    select(times (n,), seconds since the first frame) -> ascending frame indices, repeats allowed. In a clip of a video
+    it is given the frames of the clip, with the seconds since the start of the clip.
 
     Each frame is decoded from the keyframe before it. If that fails for one of them, the file is decoded from its
     start; then a missing frame is replaced by the one before it, and too many missing frames raise at the end.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+    media = as_media(path)
+    if not os.path.isfile(media.path):
+        raise FileNotFoundError(f"{media.path}: no such file")
     try:
-        container, stream = open_video(path)
+        container, stream = open_video(media)
         with container:
             pts, seconds, packets = frame_timestamps(container, stream)
-            indices, num_yielded = select(seconds), 0
+            first, stop = frames_of_clip(seconds, media.start, media.end) if len(seconds) else (0, 0)
+            indices = [first + i for i in select(seconds[first:stop] - media.start)]
+            num_yielded = 0
             for index, frame in iter_frames_seeking(container, stream, pts, packets, sorted(set(indices))):
                 while num_yielded < len(indices) and indices[num_yielded] == index:
                     yield frame
@@ -120,7 +143,7 @@ def iter_frames(path: str, select):
         if num_yielded == len(indices):
             return
         num_missing, previous = len(pts), None
-        for index, frame in iter_frames_sequential(path, pts):
+        for index, frame in iter_frames_sequential(media, pts):
             while num_yielded < len(indices) and indices[num_yielded] <= index:
                 # If the requested frame is missing, the previous one replaces it.
                 yield frame if indices[num_yielded] == index else previous or frame
@@ -130,9 +153,9 @@ def iter_frames(path: str, select):
                 return
         check_missing(num_missing, len(pts))
     except (av.FFmpegError, ValueError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"{media.name}: {getattr(error, 'strerror', None) or error}") from None
     except Exception as error:                      # libraries raise other types too on corrupt bytes
-        raise ValueError(f"{path}: {type(error).__name__}: {format_error(error)}") from error
+        raise ValueError(f"{media.name}: {type(error).__name__}: {format_error(error)}") from error
     for _ in indices[num_yielded:]:
         yield previous
 
@@ -156,13 +179,15 @@ OPTIONS = {
 }
 
 
-def open_video(path: str):
+def open_video(path: str | Media):
     """
     Open a file -> (container, its best video stream). ValueError if it has none, if its format is not one of FORMATS,
     if its codec is unknown, or if its frames are too large.
     """
-    try:                                            # "file:", since a path with a colon is no address
-        container = av.open(f"file:{path}", options=OPTIONS, metadata_errors="ignore")      # a title need not be UTF-8
+    media = as_media(path)
+    options = OPTIONS | {"protocol_whitelist": "file,subfile"} if media.member else OPTIONS
+    try:
+        container = av.open(media.url, options=options, metadata_errors="ignore")           # a title need not be UTF-8
     except av.error.ArgumentError:
         raise ValueError("is damaged, or in no format of videos or images that is read (video.FORMATS)") from None
     stream = container.streams.best("video")
@@ -203,7 +228,7 @@ def frame_timestamps(container, stream) -> tuple[list[int | None], np.ndarray, l
     the first frame; the packets in file order). The frames are counted here because the count in the file's header
     can be wrong. If the packets do not tell the frames (see are_frames), the whole file is decoded to count them.
     """
-    path, codec = container.name.removeprefix("file:"), stream.codec_context.name
+    media, codec = Media.from_url(container.name), stream.codec_context.name
     num_shown = NUM_SHOWN.get(codec, lambda packet: 1)
     packets = [Packet(p.pts, p.dts, p.size, p.pos, p.is_keyframe, 0 if p.is_discard else num_shown(p), p.is_corrupt)
                for p in islice(container.demux(stream), MAX_FRAMES) if p.size]
@@ -212,13 +237,13 @@ def frame_timestamps(container, stream) -> tuple[list[int | None], np.ndarray, l
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     time_base = float(stream.time_base or 1 / rate)
     if not are_frames(container, stream, packets):
-        times = decode_timestamps(path, len(packets))
+        times = decode_timestamps(media, len(packets))
         return [None] * len(times), seconds_since_first(times, time_base, rate), packets
     shown, avi = [packet for packet in packets if packet.num_shown], container.format.name == "avi"
     count = len(shown)
     if any(packet.is_corrupt for packet in shown):                          # the file ends inside a packet, and the
         count = max(count, stream.frames)                                   # rest of its index is missing
-        if count > os.path.getsize(path):
+        if count > media.num_bytes():
             raise ValueError(f"the header claims {count} frames, more than the file has bytes")
         check_missing(count - len(shown), count)
     # AVI has no presentation times; libav fills them in from the times at which packets are decoded.
@@ -318,7 +343,7 @@ def begins_with_damage(container, context) -> bool:
     """
     if context.name not in ("h264", "hevc"):
         return False
-    container, stream = open_video(container.name.removeprefix("file:"))
+    container, stream = open_video(Media.from_url(container.name))
     with container:
         try:
             next(packet for packet in container.demux(stream) if packet.size).decode()
@@ -372,7 +397,7 @@ def has_only_frames(extradata: bytes | None) -> bool:
         return False
 
 
-def decode_timestamps(path: str, num_packets: int) -> list[int | None]:
+def decode_timestamps(path: str | Media, num_packets: int) -> list[int | None]:
     """Decode the whole file -> a timestamp for each frame, in the order in which they are shown, or None."""
     times, num_lost = [], 0
     for frame in iter_decoded(path):
@@ -440,7 +465,7 @@ def decode_from_keyframe(container, stream, packets: list[Packet], key: int, pac
                 return
 
 
-def iter_frames_sequential(path: str, pts: list[int | None]):
+def iter_frames_sequential(path: str | Media, pts: list[int | None]):
     """Decode the whole file; yield (index in presentation order, frame) of each frame that decodes, in that order."""
     index_of_pts = {time: i for i, time in enumerate(pts) if time is not None}
     index = -1
@@ -452,7 +477,7 @@ def iter_frames_sequential(path: str, pts: list[int | None]):
             yield index, frame
 
 
-def iter_decoded(path: str):
+def iter_decoded(path: str | Media):
     """
     Decode the whole file; yield its frames in the order in which they are shown, and None for each one that is lost,
     where it would be shown. Packets before the first keyframe cannot be decoded, and are not lost: the decoders of
@@ -544,10 +569,14 @@ def display_turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
 
 
-def exif_orientation(path: str) -> int:
+def exif_orientation(path: str | Media) -> int:
     """Read the EXIF orientation of an image, 1 to 8, with Pillow: PyAV gives its angle, but not whether it mirrors."""
+    media = as_media(path)
     try:
-        with Image.open(path) as image:
+        with open(media.path, "rb") as f:
+            f.seek(media.offset)
+            content = BytesIO(f.read(media.size)) if media.member else f
+            image = Image.open(content)
             return value if (value := image.getexif().get(0x0112)) in EXIF_TURNS else 1
     except (OSError, ValueError, SyntaxError):      # a format that libav reads and Pillow does not; or damaged EXIF
         return 1

@@ -78,9 +78,6 @@ def test_a_media_id_belongs_to_a_file_and_not_to_a_name(tmp_path, monkeypatch):
     ([{"video": "a.mp4", "caption": ["x", 3]}], r"row 0.*\['x', 3\]"),
     ([{"video": "a.mp4", "caption": []}], r"row 0.*\[\]"),
     ([{"video": "a.mp4", "caption": ["x", "", None]}], r"row 0.*\['x', '', None\]"),
-    ([{"video": "a.mp4", "caption": "x", "start": 3.5, "end": 7}], r'row 0.*"start".*whole.*3\.5'),
-    ([{"video": "a.mp4", "caption": "x", "start": 0}], r'row 0.*"start".*0'),
-    ([{"video": "a.mp4", "caption": "x", "start": None, "end": "0:07"}], r"""row 0.*"end".*'0:07'"""),
     ([{"video": "a.mp4", "caption": "x"}] + 2 * [{"video": "b.mp4", "caption": "x"}], "row 1.*b.mp4 .2 of 3"),
 ])
 def test_a_bad_row_is_named_in_one_line(tmp_path, rows, match):
@@ -229,14 +226,14 @@ def test_rows_before_an_error_are_read(tmp_path):
     ("[{'video': 1}]", "row 0"),
     ("\ufeff\ufeff" + f"[{ENTRY}]", "row 0"),                               # only one mark is skipped
     (f"[\ufeff{ENTRY}]", "row 0"),
-    (f"[{ENTRY}]".encode("utf-16"), "row 0"),                               # which begins with a mark of its own
+    (f"[{ENTRY}]".encode("utf-16"), "UTF-8.*UTF-16"),                       # which begins with a mark of its own
     (f"[{ENTRY}, ".encode() + b'{"video": "\xff"}]', "row 1.*UTF"),
     (f"[{ENTRY}, ".encode() + b'{"video": "\xed\xa0\x80"}]', "row 1.*utf"),         # half a surrogate pair as bytes
     ("[1, NaN]", "row 1"),
     ("[-Infinity]", "row 0"),
     ("[1e400]", "row 0.*overflow"),
     ("[9223372036854775808]", "row 0.*overflow"),
-    (ENTRY, "list.*video.*a.mp4"),
+    ("3.5", "list.*'3.5'"),
     ('"\\n"', "list"),
     ("null", "list.*'null'"),
     ("[ ]", "list.*empty"),
@@ -269,7 +266,6 @@ def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path, name, mark)
 @pytest.mark.parametrize("text, match", [
     (f"{ENTRY}\n{ENTRY[:-1]}\n", "line 2"),
     (f"{ENTRY}\n{ENTRY},\n", "line 2"),
-    (f"{ENTRY}\n[{ENTRY}]", "list"),
     (json.dumps({"info": {}, "videos": [json.loads(ENTRY)]}), "list.*info"),
     (json.dumps({"info": {}, "videos": [json.loads(ENTRY)]}, indent=1), "list.*info"),
 ])

@@ -303,7 +303,7 @@ def mixed(monkeypatch):
     """mixed(videos, images, batch, seed) -> MixedDataset of so many clips; the frames show the file and a draw."""
     def read(path, count, strategy, rng, seconds):
         frames = torch.empty(count, 3, 4, 4, dtype=torch.uint8)
-        frames[:], frames[:, 1] = int(path.split("/")[1]), int(rng.integers(256))
+        frames[:], frames[:, 1] = int(path.path.split("/")[1]), int(rng.integers(256))
         return frames
 
     def clips(kind, count, offset, num_frames, seed):

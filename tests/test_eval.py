@@ -31,7 +31,7 @@ from helpers.runs import assert_one_line, command, in_processes
 import eval as evaluation
 from annotations import normalize_caption, read_annotations
 from config import Config as TrainConfig
-from config import next_command
+from config import name_run, next_command
 from data import ClipDataset, DataConfig, ReadableClips, init_loader_worker
 from files import save_weights
 from inputs import require_finite
@@ -334,10 +334,19 @@ def test_scoring_the_embedded_set_after_training_on_other_captions_is_said(check
      "python eval.py --checkpoint out/x --data b.json --data-root v"),
     ({"train_file": "a.json", "video_root": "v", "val_file": "b.json", "val_root": "w"},
      "python eval.py --checkpoint out/x --data b.json --data-root w"),
+    ({"train_file": "web/{00..07}.tar", "val_file": "held out/00.tar"},
+     "python eval.py --checkpoint out/x --data 'held out/00.tar'"),
 ])
 def test_the_next_command_scores_the_data_of_the_run(data, expected):
     assert next_command(TrainConfig(data=DataConfig(**data)), "out/x") == expected
     tyro.cli(evaluation.Config, args=shlex.split(expected)[2:])             # eval.py takes it
+
+
+def test_a_run_is_named_after_its_data(tmp_path, monkeypatch):
+    os.makedirs(tmp_path / "web")
+    monkeypatch.chdir(tmp_path / "web")
+    names = map(name_run, ("data/sprites/sprites_train.json", "a b.jsonl", "x/cc3m/{00000..00331}.tar", "{0..9}.tar"))
+    assert [*names] == ["sprites", "a b", "cc3m", "web"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

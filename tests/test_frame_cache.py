@@ -17,6 +17,7 @@ from annotations import Annotation
 from data import ClipDataset, DataConfig
 from files import WriteError
 from frame_cache import DamagedCacheError, FrameCache, build_frame_cache
+from media import Media
 
 CFG = DataConfig(num_frames=4, image_size=24, cache_frames=10)
 
@@ -25,6 +26,10 @@ CFG = DataConfig(num_frames=4, image_size=24, cache_frames=10)
 class Row:
     video: str
     source: str = ""
+
+    @property
+    def media(self):
+        return Media(self.video)
 
 
 @pytest.fixture

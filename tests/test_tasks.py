@@ -311,7 +311,7 @@ def test_a_bad_file_ends_a_command_with_one_line(models, benchmarks_copy, capsys
     (["dog", "cat", "dog"], "msvd_qa_answer_list.json.*'dog'"),
     (["dog", ""], "msvd_qa_answer_list.json, row 1.*''"),
     (["dog", 3], "msvd_qa_answer_list.json, row 1.*3"),
-    ({"dog": 0}, "msvd_qa_answer_list.json.*list.*dog"),
+    ({"dog": 0}, "msvd_qa_answer_list.json, row 0.*text.*dog"),
     ([], "msvd_qa_answer_list.json.*empty"),
 ])
 def test_an_answer_list_must_exist_and_have_no_duplicates(models, benchmarks_copy, capsys, answers, match):

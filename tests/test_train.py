@@ -586,7 +586,7 @@ def test_invalid_settings_end_with_one_line_and_write_no_model(run_config, sprit
     ({"video": "broken.mp4"}, r"row 2: .*broken.mp4: .*\(1 of 3 "),
     ({"video": "absent.mp4"}, r"rows.json, row 2: .*absent.mp4: .*\(1 of 3 "),
     ({"caption": 3}, r"rows.json, row 2: .*caption.*3"),
-    ({"start": 1.5}, r"rows.json, row 2: .*start"),
+    ({"start": 1.5, "end": 1}, r'rows.json, row 2: .*"end".*"start", got 1 and 1.5'),
 ])
 def test_bad_data_is_reported_before_training(run_config, sprites, first_run, capsys, changes, message):
     os.symlink(f"{sprites}/videos", "videos")
