@@ -362,9 +362,12 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(cfg)
         self.output = BertOutput(cfg, cfg.intermediate_size)
 
-    def forward(self, x, mask, context=None, context_index=None, context_mask=None, past=(None, None)):
-        """past: the KV caches of self-attention and cross-attention. The rest is as in BertSelfAttention."""
-        x = self.attention(x, x, mask, None, past[0])
+    def forward(self, x, mask, context=None, context_index=None, context_mask=None, past=(None, None), only_cls=False):
+        """
+        past: the KV caches of self-attention and cross-attention. only_cls: compute only the state of [CLS], (M, 1, D).
+        The rest is as in BertSelfAttention.
+        """
+        x = self.attention(x[:, :1] if only_cls else x, x, mask, None, past[0])
         if context is not None:
             x = self.crossattention(x, context, context_mask, context_index, past[1])
         return self.output(nnf.gelu(self.intermediate.dense(x)), x)
@@ -460,6 +463,21 @@ class Bert(nn.Module):
         for layer in self.bert.encoder.layer[self.num_text_layers:]:
             states = layer(states, mask, context, context_index, context_mask)
         return states
+
+    def forward_cls(self, states: Tensor, ids: Tensor, context: Tensor, context_index: Tensor | None = None,
+                    full: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """
+        Run the fusion layers as forward_fusion does, for the states of [CLS] -> (M, D), and None. What only the other
+        states need is left out of the last layer, most of its work.
+
+        full (B,): one text for each context, in order, of which all states are returned too, (B, L, D), not None.
+        """
+        *layers, last = self.bert.encoder.layer[self.num_text_layers:]
+        mask = self.attention_mask(ids)
+        for layer in layers:
+            states = layer(states, mask, context, context_index)
+        cls = last(states, mask, context, context_index, only_cls=True).squeeze(1)
+        return cls, None if full is None else last(states[full], mask[full], context)
 
     def lm_logits(self, states: Tensor) -> Tensor:
         """states (..., D) -> logits (..., vocab_size)."""

@@ -243,7 +243,7 @@ class ClusterSTM(nn.Module):
 
         Text m is matched with clip clip_index[m], or with clip m if there is no index.
         """
-        return self.itm_head(self.bert.forward_fusion(states, ids, tokens, clip_index)[:, 0])
+        return self.itm_head(self.bert.forward_cls(states, ids, tokens, clip_index)[0])
 
     def forward_features(self, batch: "Batch", targets: TeacherTargets | None, mlm_inputs: tuple | None):
         """-> tokens (B, S, C), video feature (B, E'), states (2B, L, D), masked texts last, text feature (B, E')."""
@@ -384,16 +384,18 @@ class ClusterSTM(nn.Module):
         texts = states[:B]
         in_order = torch.stack([texts, texts[negative_text]] + [states[B:]] * self.use_mlm, 1)      # (B, 3, L, D)
         in_order_ids = torch.stack([ids, ids[negative_text]] + [ids] * self.use_mlm, 1)
-        fused = self.bert.forward_fusion(torch.cat([in_order.flatten(0, 1), texts]),
-                                         torch.cat([in_order_ids.flatten(0, 1), ids]), tokens, negative_clip)
-        in_order, of_negative_clip = fused[:-B].unflatten(0, in_order.shape[:2]), fused[-B:]
-        logits = self.itm_head(torch.cat([in_order[:, 0, 0], of_negative_clip[:, 0], in_order[:, 1, 0]])).float()
+        masked = torch.arange(2, 3 * B, 3, device=ids.device) if self.use_mlm else None
+        cls, masked_states = self.bert.forward_cls(
+            torch.cat([in_order.flatten(0, 1), texts]), torch.cat([in_order_ids.flatten(0, 1), ids]), tokens,
+            negative_clip, masked)
+        of_own_clip, of_negative_clip = cls[:-B].view(B, -1, cls.shape[-1]), cls[-B:]
+        logits = self.itm_head(torch.cat([of_own_clip[:, 0], of_negative_clip, of_own_clip[:, 1]])).float()
         label = torch.cat([torch.ones_like(negative_clip), torch.zeros_like(negative_clip).repeat(2)])
         valid = torch.cat([torch.ones_like(has_clip), has_clip, has_text])
         errors = nnf.cross_entropy(logits, label, reduction="none")
         losses = {"vtm": errors.where(valid, 0).sum() / valid.sum()}
         if self.use_mlm:
-            losses["mlm"] = self.bert.mlm_loss(in_order[:, 2], stats.mlm_inputs[1]) / stats.mlm_denominator
+            losses["mlm"] = self.bert.mlm_loss(masked_states, stats.mlm_inputs[1]) / stats.mlm_denominator
         return losses
 
     def forward(self, batch: "Batch", targets: TeacherTargets | None,

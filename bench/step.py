@@ -131,8 +131,11 @@ def flops(cfg: train.Config, teacher: SigLIPConfig, B: int) -> dict[str, int]:
     mrm = B * (2 * E * E + form)                                # G, then the forms
     logits = max_masked_tokens(B * L)
     fusion = layer_flops(L, D) + 4 * L * D * D + 4 * L * S * D  # of a text in a fusion layer, cross-attention included
-    bert = 2 * B * (text.depth - text.fusion_layers) * layer_flops(L, D) + text.fusion_layers * (
-        4 * B * fusion + 4 * B * S * vit.width * D)
+    video_kv = 4 * S * vit.width * D                            # keys and values of a clip's tokens
+    # The last layer has the state of [CLS] alone for all four texts of a clip, and all states of the masked one.
+    fusion_cls = 4 * L * D * D + 24 * D * D + 4 * (L + S) * D
+    bert = B * (2 * (text.depth - text.fusion_layers) * layer_flops(L, D)
+                + (text.fusion_layers - 1) * (4 * fusion + video_kv) + 4 * fusion_cls + fusion + 2 * video_kv)
     heads = logits * (2 * D * D + 2 * D * text.vocab_size) + 2 * B * D * model.embed_dim + 2 * B * B * model.embed_dim \
         + 12 * B * D
     return {

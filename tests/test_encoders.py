@@ -257,6 +257,30 @@ def test_gradients_of_texts_in_order_equal_those_of_repeated_clips():
         torch.testing.assert_close(x, y, **TIGHT)
 
 
+@pytest.mark.parametrize("per_clip, index, full", [
+    (3, [2, 0, 1], [1, 4, 7]), (2, [1], [0, 2, 4]), (1, [], None), (0, [2, 2, 1, 0], None)], ids=str)
+def test_states_of_cls_are_those_of_all_layers(per_clip, index, full):
+    """And so are all states of the texts in `full`, and the gradients."""
+    model, ids = bert(encoder_width=16), random_ids(3 * per_clip + len(index))
+    video, index = torch.randn(3, 8, 16, dtype=torch.float64, requires_grad=True), torch.tensor(index, dtype=torch.long)
+    full = None if full is None else torch.tensor(full)
+    states = model.forward_text(ids)
+    cls, others = model.forward_cls(states, ids, video, index, full)
+    expected = model.forward_fusion(states, ids, video, index)
+    torch.testing.assert_close(cls, expected[:, 0], **TIGHT)
+    weight, total, expected_total = torch.randn_like(cls), 0, 0
+    if full is None:
+        assert others is None
+    else:
+        torch.testing.assert_close(others, expected[full], **TIGHT)
+        total, expected_total = (others ** 3).sum(), (expected[full] ** 3).sum()
+    inputs = [video, *model.bert.encoder.layer[-1].parameters(), *model.bert.encoder.layer[0].parameters()]
+    found, wanted = (torch.autograd.grad((x * weight).sum() + y, inputs, retain_graph=True)
+                     for x, y in ((cls, total), (expected[:, 0], expected_total)))
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, **TIGHT)
+
+
 def test_attention_weights_are_dropped_in_training_alone():
     """Their mean over many draws is that of evaluation, for texts in order, which share their keys, and by an index."""
     cfg, draws = BertConfig(hidden_size=12, num_attention_heads=2, hidden_dropout_prob=0.4), 2000

@@ -114,9 +114,10 @@ def test_compiled_layers_give_the_same_losses_and_share_programs(count_graphs, p
                                             strict=True)):
         assert row == pytest.approx(plain, rel=1e-5), step
     graphs, breaks = count_graphs()
-    # Blocks with and without drop path, blocks of the decoder, text layers, fusion layers; each again if the number of
-    # tokens changes, and without gradient if there are several micro-batches.
-    assert breaks == 0 and 4 <= graphs <= (8 if parts == 1 else 13)
+    # Blocks with and without drop path, blocks of the decoder, text layers, fusion layers, the last of them for [CLS] and
+    # for masked texts; each again if the number of tokens changes, and without gradient if there are several
+    # micro-batches.
+    assert breaks == 0 and 4 <= graphs <= (12 if parts == 1 else 17)
 
 
 def test_a_compiled_teacher_computes_the_same_targets(count_graphs):
@@ -139,7 +140,7 @@ def test_a_run_may_change_compile_and_activation_checkpointing_on_resume(run_con
         with pytest.raises(Killed):
             train.main(run_config("--name a --compile --activation-checkpointing"))
     graphs, breaks = count_graphs()
-    assert breaks == 0 and 0 < graphs <= 16         # with the pixels and the layers of the teacher
+    assert breaks == 0 and 0 < graphs <= 20         # with the pixels and the layers of the teacher
     train.main(run_config("--name a --resume"))
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, "pretrain", 9)
@@ -159,7 +160,8 @@ def test_only_layers_with_a_gradient_are_recomputed():
         net = wrap_layers(ClusterSTM(*CONFIGS).train(), options)
         net(batch, to_fp32(batch_targets))
         layers = [call.args[0].__self__ for call in checkpoint.call_args_list]
-        assert len(layers) == len({*layers}) == 2 + 2 + 3           # of ViT, decoder and BERT
+        assert len({*layers}) == 2 + 2 + 3                          # of ViT, decoder and BERT, whose last runs twice
+        assert len(layers) == 2 + 2 + 4
         checkpoint.reset_mock()
         wrap_layers(ClusterSTM(*CONFIGS).eval(), options).encode_video(batch.video)
         assert not checkpoint.called
