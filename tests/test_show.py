@@ -168,6 +168,73 @@ def test_a_cluster_keeps_its_number_from_frame_to_frame():
     assert torch.equal(matched.gather(1, matched_centres), torch.arange(3).expand(5, 3))
 
 
+def test_a_cluster_is_known_again_by_all_its_tokens_in_all_frames_before():
+    """Six objects of four tokens, numbered at random: two are gone for two frames, and each centre is an odd token."""
+    generator = torch.Generator().manual_seed(1)
+    T, K = 6, 6
+    objects = torch.randn(K + 2, 16, generator=generator)
+    present = [[*range(K)]] * 2 + [[0, 1, 2, 3, K, K + 1]] * 2 + [[*range(K)]] * 2          # two others in their place
+    object_of = torch.stack([torch.tensor(ids)[torch.randperm(K, generator=generator)] for ids in present])    # (T, K)
+    tokens = objects[object_of].repeat_interleave(4, 1) + 0.3 * torch.randn(T, 4 * K, 16, generator=generator)
+    tokens *= 0.1 + 3 * torch.rand(T, 4 * K, 1, generator=generator)                        # lengths do not matter
+    centres = 4 * torch.arange(K).expand(T, K)
+    tokens.scatter_(1, centres[..., None].expand(-1, -1, 16), objects[object_of.roll(1, 1)])
+    labels = torch.arange(K).repeat_interleave(4).expand(T, 4 * K)
+    matched, matched_centres = show.match_clusters(tokens, labels, centres)
+    number = {i: matched[0, 4 * k].item() for k, i in enumerate(object_of[0].tolist())}
+    for t in range(T):
+        assert sorted(matched[t, ::4].tolist()) == [*range(K)]
+        assert torch.equal(matched[t].gather(0, matched_centres[t]), torch.arange(K))
+        for k, i in enumerate(object_of[t].tolist()):
+            assert (matched[t, 4 * k:4 * k + 4] == matched[t, 4 * k]).all()
+            assert matched[t, 4 * k] == number[i] if i < K else matched[t, 4 * k] in (number[4], number[5])
+
+
+@pytest.mark.parametrize("sizes, lengths", [([2, 10], [1, 1]), ([10, 2], [1, 1]), ([6, 6], [1, 9]), ([6, 6], [9, 1])],
+                         ids=str)
+def test_a_cluster_is_known_again_if_it_grows_or_brightens(sizes, lengths):
+    """Two objects at an angle of 60 degrees change their sizes, or their tokens' lengths, with each other."""
+    objects = torch.tensor([[1.0, 0], [0.5, 0.75 ** 0.5]])
+    order = [(0, sizes, lengths), (1, sizes[::-1], lengths[::-1])]          # of cluster 0: the object
+    tokens = torch.stack([torch.cat([objects[first].expand(size[first], 2) * length[first],
+                                     objects[1 - first].expand(size[1 - first], 2) * length[1 - first]])
+                          for first, size, length in order])
+    counts = [(size[first], size[1 - first]) for first, size, _ in order]
+    labels = torch.stack([torch.tensor([0] * a + [1] * b) for a, b in counts])
+    centres = torch.tensor([[0, a] for a, _ in counts])
+    matched, matched_centres = show.match_clusters(tokens, labels, centres)
+    assert torch.equal(matched, torch.stack([labels[0], 1 - labels[1]]))
+    assert matched_centres.tolist() == [[0, counts[0][0]], [counts[1][0], 0]]
+
+
+def test_a_cluster_is_known_again_if_it_comes_to_look_as_another_did_at_first():
+    """Over six frames the first object turns from e0 to e2, the second from e1 to e0."""
+    angle = torch.linspace(0, 1.4, 6)
+    first = torch.stack([angle.cos(), 0 * angle, angle.sin()], -1)
+    second = torch.stack([angle.sin(), angle.cos(), 0 * angle], -1)
+    tokens = torch.stack([first, second], 1)                                # (T, N, C)
+    tokens[1::2] = tokens[1::2].flip(1)
+    labels = torch.arange(2).expand(6, 2)
+    matched, _ = show.match_clusters(tokens, labels, labels)
+    assert matched.tolist() == [[0, 1], [1, 0]] * 3
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 9, 26])
+def test_no_exchange_of_two_pairs_is_better(K):
+    generator = torch.Generator().manual_seed(K)
+    for score in (torch.randn(K, K, generator=generator), torch.randint(-2, 3, (K, K), generator=generator).float(),
+                  -1e3 * torch.rand(K, K, generator=generator)):
+        column = show.assign_pairs(score).tolist()
+        assert sorted(column) == [*range(K)]
+        total = sum(score[i, j].item() for i, j in enumerate(column))
+        assert K == 1 or total >= score.diagonal().sum().item() - 1e-3
+        for i in range(K):
+            for j in range(i):
+                kept = score[i, column[i]] + score[j, column[j]]
+                assert kept >= score[i, column[j]] + score[j, column[i]] - 1e-3
+    assert show.assign_pairs(torch.tensor([[0.9, 0.8], [0.85, 0.1]])).tolist() == [1, 0]        # not 0.9 first
+
+
 def test_the_figures_above_a_mask_are_those_counted_by_hand():
     masks = {"a": np.array([[1, 1, 0, 0], [1, 0, 0, 1]], bool), "b": np.array([[1, 1, 1, 0], [0, 0, 0, 1]], bool)}
     clip = show.ClipMasks((2, 2), np.array([[0, 0, 1, 1], [0, 1, 1, 1]]), np.array([[0, 2], [0, 1]]), masks,
@@ -333,6 +400,31 @@ def test_plot_masks_draws_frames_clusters_and_each_mask(teacher, video, figures)
             assert bright.sum() == keep_count(16, 0.75)
 
 
+@pytest.mark.parametrize("shape", [(18, 32), (32, 18), (20, 20)], ids=str)
+def test_frames_of_any_shape_fill_the_picture(monkeypatch, tmp_path, figures, shape):
+    """Six rows of five frames: clusters and the tokens of four masks, each mask its own."""
+    generator = np.random.default_rng(0)
+    video = torch.from_numpy(generator.integers(100, 255, (5, 3, *shape), np.uint8))
+    names = {"ClusterSTM": "cluster_stm", "UMT": "umt", "tube": "tube", "random": "random_frame"}
+    masks = {title: np.eye(4, dtype=bool)[[i] * 5] for i, title in enumerate(names)}
+    clip = show.ClipMasks((2, 2), np.tile([0, 1, 1, 1], (5, 1)), np.tile([0, 1], (5, 1)), masks, {})
+    monkeypatch.setattr(show, "compute_masks", lambda *args: clip)
+    show.plot_masks(video, None, {title: MaskConfig(name) for title, name in names.items()}, str(tmp_path / "m.png"))
+    figure, = figures
+    axes = np.array(figure.axes).reshape(6, 5)
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == [
+        "frames", "2 clusters a frame", *(f"{title} keeps" for title in names)]
+    boxes = [axis.get_window_extent() for axis in figure.axes]
+    assert all(box.height / box.width == pytest.approx(shape[0] / shape[1], rel=0.02) for box in boxes)
+    assert sum(box.width * box.height for box in boxes) > 0.6 * figure.bbox.width * figure.bbox.height
+    for t in range(5):
+        frame = video[t].permute(1, 2, 0).numpy() / 255
+        for i in range(4):
+            y, x = (slice(k * side // 2, (k + 1) * side // 2) for k, side in zip(divmod(i, 2), shape, strict=True))
+            image = axes[2 + i, t].get_images()[0].get_array()
+            assert (image == frame).all(-1).sum() == shape[0] * shape[1] // 4 and (image == frame)[y, x].all()
+
+
 def test_masked_tokens_are_darkened_and_clusters_tinted():
     frames = np.random.default_rng(0).uniform(0.2, 1, (2, 6, 6, 3))
     visible = np.zeros((2, 6), bool)
@@ -371,6 +463,7 @@ def test_plot_losses_has_a_panel_per_loss_and_a_line_per_run(tmp_path, monkeypat
     xy = {line.get_label(): line.get_xydata() for line in axes[1].get_lines()}
     assert xy["one"][:, 0].tolist() == list(range(1, 13)) and xy["two"][:, 0].tolist() == [1, 2, 3, 4]
     assert xy["one"][:, 1].tolist() == [2 / s for s in (*range(1, 10), 1, 2, 3)]
+    assert [axis.get_ylabel() for axis in axes] == ["normalised squared error", "nats", "nats", "nats"]
     assert legend_texts(figures[0]) == ["one", "two"]
 
 
@@ -395,7 +488,7 @@ def test_runs_of_different_lengths_have_a_colour_each_and_the_same_axis(tmp_path
             assert all(to_hex(line.get_color()) == colours[line.get_label()] for line in lines)
             starts = {to_hex(line.get_color()): line.get_xdata()[0] for line in axis.get_lines() if line not in lines}
             assert starts == {colours[f"r{i}"]: 3 + i for i in range(count)}
-            assert [text.get_text() for text in axis.texts] == ["unmasked"] * count
+            assert [text.get_text() for text in axis.texts] == ["pretrain", "unmasked"] * count
         points, = (line for line in axes[show.TITLES["val_T2V_R@1"]].get_lines() if len(line.get_xdata()) == 1)
         assert points.get_xydata().tolist() == [[5, 40]] and points.get_marker() == "."         # no line, so a dot
 
@@ -406,7 +499,8 @@ def test_stages_that_begin_at_the_same_step_are_named_once(tmp_path, monkeypatch
         write_log(name, [("pretrain", 30, ("vtc",)), ("unmasked", 2, ("vtc",))])
     write_log("c", [("pretrain", 5, ("vtc",))])
     show.main(show.RunCommand(("a", "b", "c"), "runs.png"))
-    assert [text.get_text() for text in figures[0].axes[0].texts] == ["unmasked"]
+    names = {text.get_text(): (text.get_ha(), text.get_position()[0]) for text in figures[0].axes[0].texts}
+    assert names == {"pretrain": ("right", 30), "unmasked": ("left", 30)} and len(figures[0].axes[0].texts) == 2
     assert {line.get_marker() for line in figures[0].axes[0].get_lines()[:1]} == {"None"}
 
 

@@ -11,7 +11,7 @@ import os
 import textwrap
 import time
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Annotated
 
 import matplotlib
@@ -125,21 +125,32 @@ def compute_masks(video: Tensor, teacher: SigLIP, configs: dict[str, MaskConfig]
 
 def match_clusters(tokens: Tensor, labels: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Renumber the clusters so that a cluster has the number of the most similar cluster in the frame before.
+    Renumber the clusters of each frame so that a number stands for similar tokens in all frames.
 
-    tokens (T, N, C), labels (T, N), centres (T, K) -> labels, centres. Centres are paired greedily, the most similar
-    two first.
+    tokens (T, N, C), labels (T, N), centres (T, K) -> labels, centres. A token's similarity to a number is its mean
+    cosine with all tokens of that number in the frames before; its frame's numbers are chosen for the largest sum.
     """
     T, K = centres.shape
-    x = nnf.normalize(tokens.gather(1, centres[..., None].expand(-1, -1, tokens.shape[2])), dim=-1)     # (T, K, C)
-    number = torch.arange(K).repeat(T, 1)
+    members = nnf.one_hot(labels, K).float()                                                    # (T, N, K)
+    sums, sizes = members.transpose(1, 2) @ nnf.normalize(tokens.float(), dim=-1), members.sum(1)[..., None]
+    number, (total, count) = torch.arange(K).repeat(T, 1), (sums[0].clone(), sizes[0].clone())  # (K, C), (K, 1)
     for t in range(1, T):
-        similarity = x[t] @ x[t - 1].T                                                          # (K, K)
-        for _ in range(K):
-            now, before = divmod(similarity.argmax().item(), K)
-            number[t, now] = number[t - 1, before]
-            similarity[now], similarity[:, before] = -torch.inf, -torch.inf
+        number[t] = assign_pairs(sums[t] @ (total / count).T)
+        total[number[t]] += sums[t]
+        count[number[t]] += sizes[t]
     return number.gather(1, labels), torch.empty_like(centres).scatter(1, number, centres)
+
+
+def assign_pairs(score: Tensor) -> Tensor:
+    """score (K, K) -> a column for each row, (K,), so that no exchange of two columns raises the sum of the scores."""
+    column = torch.arange(len(score))
+    while True:
+        chosen = score[:, column]
+        gain = chosen + chosen.T - chosen.diagonal() - chosen.diagonal()[:, None]               # of each exchange
+        i, j = divmod(gain.argmax().item(), len(score))
+        if gain[i, j] <= 1e-5:                                  # rounding alone must not exchange them for ever
+            return column
+        column[[i, j]] = column[[j, i]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +204,7 @@ def mark_centres(frames: np.ndarray, labels: np.ndarray, centres: np.ndarray, gr
 
 
 def plot_masks(video: Tensor, teacher: SigLIP, configs: dict[str, MaskConfig], out: str):
-    """Draw video (T, 3, S, S) uint8 as a picture: one row for the frames, the clusters, and each mask."""
+    """Draw video (T, 3, H, W) uint8 as a picture: one row for the frames, the clusters, and each mask."""
     cluster_cfg = next((cfg for cfg in configs.values() if cfg.name == "cluster_stm"), None)
     result = compute_masks(video, teacher, configs, cluster_cfg or MaskConfig())
     frames = video.permute(0, 2, 3, 1).numpy() / 255
@@ -203,7 +214,8 @@ def plot_masks(video: Tensor, teacher: SigLIP, configs: dict[str, MaskConfig], o
             rows[f"{result.centres.shape[1]} clusters a frame"] = colour_clusters(
                 frames, result.labels, result.centres, result.grid)
         rows[f"{name} keeps"] = dim(frames, visible, result.grid)
-    figure, axes = plt.subplots(len(rows), T, figsize=(1.25 * T + 1.5, 1.3 * len(rows)), squeeze=False)
+    width, height = 1.25 * np.sqrt(np.divide(video.shape[-2:][::-1], video.shape[-2:]))         # inches a frame
+    figure, axes = plt.subplots(len(rows), T, figsize=(width * T + 1.5, (height + 0.05) * len(rows)), squeeze=False)
     for row_axes, (name, images) in zip(axes, rows.items(), strict=True):
         row_axes[0].set_ylabel(name.replace("_frame", ""), rotation=0, ha="right", va="center")
         for axis, image in zip(row_axes, images, strict=True):
@@ -373,6 +385,7 @@ TITLES = {"mrm": "MRM (1 = the clip's mean)", "align": "visible tokens", "pixels
           "val_T2V_R@1": "held-out T2V R@1, %", "val_V2T_R@1": "held-out V2T R@1, %",
           "clips/s": "clips a second", "data_wait": "share of time waiting for data", "lr": "learning rate",
           "grad_norm": "norm of the gradient", "memory": "peak memory, GiB"}
+UNITS = {name: "nats" for name in ("sigmoid", "vtc", "vtm", "mlm", "lm")} | {"mrm": "normalised squared error"}
 FROM_ZERO = ("val_T2V_R@1", "val_V2T_R@1", "clips/s", "data_wait", "memory")
 
 
@@ -385,13 +398,17 @@ def first_steps(log: list[dict]) -> dict[str, int]:
 
 
 def mark_stages(axis, first: dict[str, int], colour, named: set):
-    """Draw a dotted line where a stage of a run begins after another, with its name, once at a place (`named`)."""
-    for stage, step in list(first.items())[1:]:
+    """
+    Draw a dotted line where a stage of a run begins after another, with the names of both beside it, once at a place
+    (`named`).
+    """
+    for (before, _), (stage, step) in pairwise(first.items()):
         axis.axvline(step, color=colour, linewidth=0.8, linestyle=":")
         if (stage, step) not in named:
             named.add((stage, step))
-            axis.text(step, 0.99, as_label(stage), fontsize=7, color="grey", rotation=90, ha="right", va="top",
-                      transform=axis.get_xaxis_transform())
+            for name, side in ((before, "right"), (stage, "left")):
+                axis.text(step, 0.99, as_label(name), fontsize=7, color="grey", rotation=90, ha=side, va="top",
+                          transform=axis.get_xaxis_transform())
 
 
 def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
@@ -422,9 +439,11 @@ def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
                       marker="." if len(steps) < 20 else None, markersize=4)
             mark_stages(axis, first, colour, named)
             end = max([end, *(row["step"] + first[row["stage"]] for row in log)])
-        axis.set(title=TITLES.get(name, name.upper()), xlabel="step", xlim=(0, 1.02 * end))
+        axis.set(title=TITLES.get(name, name.upper()), xlabel="step", ylabel=UNITS.get(name, ""), xlim=(0, 1.02 * end))
         if name in ("mrm", "grad_norm"):
             axis.set(yscale="log")
+            axis.yaxis.set_major_formatter("{x:g}")                     # 0.5, not 5 x 10^-1
+            axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
         if name in FROM_ZERO:
             axis.set(ylim=(0, None))
     for axis in axes.flat[len(names):]:
