@@ -119,11 +119,13 @@ WEB_DATA = DataConfig(
     train_file="data/webvid_cc3m_train.json", video_root="data/videos", num_frames=4, image_size=224,
     min_crop_scale=0.5, hflip=True, num_views=0, frame_cache=False, num_workers=12, resize_on_device=True)
 PRESETS = {
-    # The embedded run: everything is small enough for two CPU cores.
+    # The embedded run: everything is small enough for two CPU cores, and no step is taken that hardly helps.
     "sprites": Config(
+        steps=480, unmasked_steps=36, lr=2e-3,
         vit=ViTConfig(patch_size=8, width=96, depth=4, heads=3, drop_path=0.0, pos_embed="3d"),
         text=TextEncoderConfig(width=96, depth=3, heads=3, fusion_layers=1, dropout=0.0, max_length=36),
-        model=ModelConfig(embed_dim=96, decoder_width=96, decoder_depth=1, decoder_heads=3),
+        model=ModelConfig(embed_dim=96, decoder_width=96, decoder_depth=1, decoder_heads=3, decoder_query_ratio=0.1),
+        toy=ToyConfig(steps=400, lr=3e-3, text_steps=150, text_lr=2e-3),
     ),
     # UMT's stage 2 (its exp/pretraining/b16_5m.py) with r = 0.85 for 0.8 and a SigLIP teacher for CLIP; bf16 for fp16
     # and gradient clipping are ours. Steps: ten epochs of 5 M clips.

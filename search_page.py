@@ -98,6 +98,11 @@ def escape(text: str) -> str:
     return "".join(f"&#{ord(c)};" if c in "{}$" else c for c in text)
 
 
+def is_moving_picture(hit: Hit) -> bool:
+    """Say whether the file of a hit is shown as a picture, which browsers move by themselves."""
+    return hit.name.lower().endswith((".gif", ".apng"))
+
+
 def render_answers(answers: list[Answer], link, preview) -> str:
     """
     Render answers as HTML.
@@ -115,19 +120,28 @@ def render_answers(answers: list[Answer], link, preview) -> str:
     return "\n".join(parts)
 
 
-def render_hit(rank: int, hit: Hit, link, preview, playing: bool) -> str:
-    """Render one hit as a clip that begins and ends with its best segment, or as a picture if that is what moves."""
+def render_clip(hit: Hit, address: str, preview, playing: bool) -> tuple[str, str]:
+    """
+    Render a hit as a clip that begins and ends with its best segment, or as a picture if that is what moves.
+
+    Returns the HTML, and what is wrong with the preview, if anything is.
+    """
     try:
         poster, problem = f' poster="{escape(preview(hit))}"', ""
     except (ValueError, OSError) as error:
         poster, problem = "", f"<br>no preview: {escape(str(error))}"
-    whole, address = hit.parts == 1, escape(link(hit))
-    if hit.name.lower().endswith((".gif", ".apng")):
-        clip = f'<img src="{address}" alt="">'
-    else:
-        address += f"#t={round(hit.start, 3)}" + ("" if whole else f",{round(hit.end, 3)}")
-        options = ("autoplay" if playing else 'preload="none"') + " loop" * whole      # browsers loop no segments
-        clip = f'<video src="{address}"{poster} controls muted playsinline {options}></video>'
+    if is_moving_picture(hit):
+        return f'<img src="{address}" alt="">', problem
+    options = ("autoplay" if playing else 'preload="none"') + " loop" * (hit.parts == 1)    # browsers loop no segments
+    return f'<video src="{address}"{poster} controls muted playsinline {options}></video>', problem
+
+
+def render_hit(rank: int, hit: Hit, link, preview, playing: bool) -> str:
+    """Render one hit with its score, name and time."""
+    address = escape(link(hit))
+    if not is_moving_picture(hit):
+        address += f"#t={round(hit.start, 3)}" + ("" if hit.parts == 1 else f",{round(hit.end, 3)}")
+    clip, problem = render_clip(hit, address, preview, playing)
     return (f'<figure>{clip}<figcaption>{rank}. <b>{hit.score:.3f}</b> <a href="{address}">{escape(hit.name)}</a> '
             f"{format_time(hit.start)}–{format_time(hit.end)}{problem}</figcaption></figure>")
 

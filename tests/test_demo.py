@@ -13,9 +13,11 @@ from helpers.commands import parse
 from helpers.runs import command
 from PIL import Image
 
+from config import PRESETS
 from masking import MASKS, MaskConfig
 from tasks import get_task
 from tools import demo
+from tools.demo_page import DemoResults, MaskResult, Recall
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Objects on which a token is kept
@@ -71,10 +73,16 @@ def test_the_boxes_of_the_sprites_are_read(sprites):
     assert demo.objects_kept(ids, boxes, 64, 8) == pytest.approx(objects_kept_by_loop(ids, boxes, 64, 8))
 
 
-def test_the_analysis_draws_pictures_and_counts_objects(first_run, sprites, tmp_path, monkeypatch):
+def test_the_share_of_kept_tokens_on_objects_is_what_a_loop_counts(sprites):
+    boxes = np.load(f"{sprites}/sprites_boxes.npz")["test"]                 # (clips, T, 3, 4)
+    ids = torch.stack([torch.randperm(512, generator=torch.Generator().manual_seed(i))[:85] for i in range(12)])
+    on_object = demo.objects_at(boxes, 64, 8)                               # (clips, T, 3, N)
+    hits = [on_object[b, i // 64, :, i % 64].any().item() for b in range(12) for i in ids[b].tolist()]
+    assert demo.share_on_objects(ids, boxes, 64, 8) == pytest.approx(np.mean(hits)) and 0 < np.mean(hits) < 0.2
+
+
+def test_the_analysis_draws_a_picture_and_counts_objects(first_run, sprites, tmp_path, monkeypatch):
     os.symlink(f"{first_run}/out/first/teacher", tmp_path / "teacher")
-    for name in demo.DEMO_MASKS:
-        os.symlink(f"{first_run}/out/first", tmp_path / name)
     with open(f"{sprites}/sprites_test.json") as f:
         moving = next(row["caption"] for row in json.load(f) if row["caption"].count("moves") == 2)
     monkeypatch.setattr(demo, "NUM_ANALYSED", 12)
@@ -82,12 +90,13 @@ def test_the_analysis_draws_pictures_and_counts_objects(first_run, sprites, tmp_
     monkeypatch.setitem(demo.PRESETS, "sprites", preset)
     data = demo.DataConfig(num_frames=8, image_size=16, frame_cache=False)
     with mock.patch.object(demo, "DataConfig", return_value=data):          # the run's teacher sees 16 x 16 pixels
-        shares, caption = demo.analyse(str(tmp_path), sprites, 0)
-    assert shares.keys() == set(demo.DEMO_MASKS.values()) and all(0 < share <= 1 for share in shares.values())
-    assert caption == moving
-    for name in ("masks.png", "losses.png"):
-        with Image.open(tmp_path / name) as image:
-            assert min(image.size) > 100
+        found = demo.analyse(str(tmp_path), sprites, 0)
+    assert found["clip_caption"] == moving
+    for name in ("shares", "on_object"):
+        assert found[name].keys() == set(demo.DEMO_MASKS.values())
+        assert all(0 < share < 1 for share in found[name].values())
+    with Image.open(tmp_path / "masks.png") as image:
+        assert min(image.size) > 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,11 +105,27 @@ def test_the_analysis_draws_pictures_and_counts_objects(first_run, sprites, tmp_
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_commands_parse_and_fit_together(tmp_path, monkeypatch, seed):
     monkeypatch.chdir(tmp_path)
-    lines = []
-    monkeypatch.setattr(demo, "run_commands", lambda commands, environment: lines.extend(commands))
-    monkeypatch.setattr(demo, "analyse", lambda *_: ({title: 0.5 for title in demo.DEMO_MASKS.values()}, "a circle"))
-    monkeypatch.setattr(demo, "write_report", lambda *_: "# report")
+    lines, drawn, pages = [], {}, []
+    monkeypatch.setattr(demo, "run_commands", lambda commands, threads: lines.extend(commands))
+    monkeypatch.setattr(demo, "analyse", lambda *_: {"shares": {"random": 0.5}, "clip_caption": "a circle"})
+    monkeypatch.setattr(demo.show, "plot_losses", lambda folders, out: drawn.update(folders))
+    monkeypatch.setattr(demo, "read_results", lambda *_, timings, **fields: SimpleNamespace(
+        timings=dict(timings), **fields))
+    monkeypatch.setattr(demo, "write_page", lambda path, results: pages.append((path, results)))
+    monkeypatch.setattr(demo, "format_report", lambda results: "# report")
     demo.main(demo.Config(seed=seed))
+    assert [*drawn.values()] == [f"out/demo/seed{seed}/{name}" for name in demo.DEMO_MASKS]
+    report = "out/demo/report" if seed == 0 else f"out/demo/seed{seed}/report"
+    assert {path for path, _ in pages} == {f"{report}.html"} and os.path.isfile(f"{report}.md")
+
+    # Each page tells of all steps: those that are over, the one that runs, those to come.
+    steps = [[*results.timings, *filter(None, [results.running]), *results.remaining] for _, results in pages]
+    assert all(titles == steps[0] for titles in steps) and len(pages) == len(steps[0])
+    assert pages[-1][1].running == "" and pages[-1][1].remaining == []
+    # The first figure comes before the text encoder and the students are trained.
+    known = [results.shares for _, results in pages]
+    assert known[0] == {} and known[-1] == {"random": 0.5} and len(pages[known.index(known[-1])][1].timings) == 3
+
     parsed = [parse(line) for line in lines]
     drawn, = (settings for name, settings in parsed if name == "tools.sprites")
     runs = [settings for name, settings in parsed if name == "train.py"]
@@ -123,7 +148,10 @@ def test_the_commands_parse_and_fit_together(tmp_path, monkeypatch, seed):
         student = student_of[cfg.checkpoint.removesuffix("/before_unmasked")]
         assert cfg.data_root == drawn["out"] and cfg.mask in ("", student.mask.name) and get_task(cfg.task)
     assert len({(cfg.checkpoint, cfg.mask) for cfg in scored}) == len(scored) == 3 * len(demo.DEMO_MASKS)
-    assert os.path.isfile("out/demo/report.md" if seed == 0 else f"out/demo/seed{seed}/report.md")
+    assert [cfg.checkpoint for cfg in scored if cfg.save_scores] == [f"out/{s.name}" for s in students]
+    for cfg in scored:                                                      # where read_results looks for it
+        name = "kept" if cfg.mask else "before" if cfg.checkpoint.endswith("before_unmasked") else "after"
+        assert cfg.out == f"{cfg.checkpoint.removesuffix('/before_unmasked')}/{name}.json"
 
 
 def test_a_command_that_fails_ends_the_demo_with_its_output(tmp_path, monkeypatch):
@@ -131,11 +159,12 @@ def test_a_command_that_fails_ends_the_demo_with_its_output(tmp_path, monkeypatc
     os.makedirs("out/demo")
     (tmp_path / "good.py").write_text("print('fine')")
     (tmp_path / "bad.py").write_text("import os, sys; sys.exit('bad.py: out of ' + os.environ['LUCK'])")
-    demo.run_commands(["good.py", "good.py"], {"LUCK": "luck"})
+    monkeypatch.setenv("LUCK", "luck")
+    demo.run_commands(["good.py", "good.py"], 1)
     with pytest.raises(ValueError, match="(?s)`python bad.py --x 1` .* 1.*bad.py: out of luck"):
-        demo.run_commands(["good.py", "bad.py --x 1"], {"LUCK": "luck"})
+        demo.run_commands(["good.py", "bad.py --x 1"], 1)
     with pytest.raises(ValueError, match="`python bad.py` .* 1"):
-        demo.run_commands(["bad.py", "good.py"], {"LUCK": "luck"})
+        demo.run_commands(["bad.py", "good.py"], 1)
 
 
 def test_help_shows_the_command_as_it_is_typed(capsys):
@@ -146,29 +175,17 @@ def test_help_shows_the_command_as_it_is_typed(capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 
-def test_the_report_has_the_numbers_that_the_steps_left(tmp_path):
-    scores = iter(range(10, 99))
-    expected = {}
-    for name, title in demo.DEMO_MASKS.items():
-        os.makedirs(tmp_path / name / "before_unmasked")
-        expected[title] = []
-        for path in ("before_unmasked/eval-sprites-all", f"before_unmasked/eval-sprites-{name}", "eval-sprites-all"):
-            t2v, v2t, matched = (next(scores) + 0.5 for _ in range(3))
-            result = {key: {"T2V": {"R@1": a}, "V2T": {"R@1": b}} for key, a, b in (
-                ("similarity", t2v, v2t), ("match, top 16", matched, 0), ("chance", 0, 0))}
-            (tmp_path / name / f"{path}.json").write_text(json.dumps({"videos": 512, "scores": result}))
-            expected[title] += [t2v, v2t]
-        expected[title].append(matched)
-        rows = [{"stage": "pretrain", "step": s, "mrm": 1 / s} for s in range(1, 9)]
-        rows.append({"stage": "unmasked", "step": 1, "vtc": 1})
-        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shares = {title: 0.25 + 0.5 * i for i, title in enumerate(demo.DEMO_MASKS.values())}
-    report = demo.write_report(str(tmp_path), shares, "a small red circle", {"one": 61.0}, 63.0, False, 0)
+def test_the_report_has_the_numbers_of_the_results():
+    masks = [MaskResult(title, *(Recall(x + 0.5, x, x + 2) for x in range(10 * i, 10 * i + 3)), 0.25 + 0.5 * i)
+             for i, title in enumerate(("ClusterSTM", "random"))]
+    results = DemoResults(0, PRESETS["sprites"], 4096, 512, masks, "a small red circle", timings={"one": 61.0},
+                          seconds=63.0, machine="No GPU")
+    report = demo.format_report(results)
     tables = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
     cells = {row[0]: row[1:] for row in tables}
-    for title, values in expected.items():
-        *recalls, objects, mrm = cells[title]
-        assert [float(cell) for cell in recalls] == values and objects == f"{100 * shares[title]:.0f} %"
-        assert float(mrm) == pytest.approx(np.mean([1 / s for s in range(4, 9)]), abs=0.005)
-        assert len(cells[title]) == len(cells["mask"])
-    assert cells["one"] == ["61 s"] and "512" in report and "a small red circle" in report
+    for i, mask in enumerate(masks):
+        objects, *recalls = cells[mask.title]
+        assert objects == f"{25 + 50 * i} %" and len(recalls) == len(cells["mask"]) - 1 == 3
+        assert recalls == [f"{10 * i + j}.5 ({10 * i + j}.0 to {10 * i + j + 2}.0)" for j in range(3)]
+    assert cells["one"] == ["61 s"] and cells["all"] == ["63 s"]
+    assert "512" in report and "a small red circle" in report and "6 of 64 tokens" in report

@@ -24,6 +24,7 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 import numpy as np
 import pytest
 import torch
+from helpers.browser import open_browser
 from helpers.runs import ROOT, assert_one_line, command
 from helpers.videos import timed, write, write_blocks
 from PIL import Image
@@ -423,14 +424,8 @@ def test_the_app_sends_the_clips_of_the_index_alone_and_to_this_machine_alone(ap
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,16 +1,19 @@
 """
-The embedded demo, end to end: draw clips, train a teacher, pretrain with two masks, evaluate -> a report with pictures.
+The embedded demo, end to end: draw clips, train a teacher, pretrain with two masks, evaluate -> a page with pictures.
 
     python -m tools.demo                # what `make demo` runs; --seed 1 draws other clips, teacher and students
 
 Each step is a command that can also be typed; it is printed before it runs. A demo that was stopped goes on where it
-stopped. It writes out/demo/seedN and the report out/demo/report.md (out/demo/seedN/report.md for seeds above 0).
+stopped. It writes out/demo/seedN, the page out/demo/report.html and the short report out/demo/report.md (of seeds above
+0: both in out/demo/seedN). The page is written after each step: pictures of the masks come as soon as the teacher is
+trained.
 """
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,33 +24,36 @@ from torch import Tensor
 from annotations import read_annotations
 from config import PRESETS
 from data import ClipDataset, DataConfig
-from files import read_json
-from masking import keep_count
+from files import atomic_write_text
 from runtime import num_cpus, run_cli
 from targets import select_visible
 from teacher import SigLIP
 from tools import show
+from tools.demo_page import DemoResults, read_results, write_page
 from tools.sprites import read_boxes
 
 DEMO_MASKS = {"cluster_stm": "ClusterSTM", "random_frame": "random"}        # name in masking.MASKS -> title
-NUM_ANALYSED = 256          # held-out clips on which the share of objects kept is counted
+SHOWN_MASKS = {"cluster_stm": "ClusterSTM", "umt": "UMT", "tube": "tube", "random_frame": "random"}     # in masks.png
+NUM_ANALYSED = 256          # held-out clips on which the objects that keep a token are counted
+# glibc returns freed memory to the system and faults it in again at each step, a tenth of the time. Here it keeps it.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 33)}
 
 
 @dataclass
 class Config:
-    """Draw a data set, train a teacher, pretrain with two masks and evaluate: out/demo/report.md has the results."""
+    """Draw a data set, train a teacher, pretrain with two masks and evaluate: out/demo/report.html has the results."""
     seed: int = 0             # seed of the clips, the teacher and the students
 
 
-def run_commands(commands: list[str], environment: dict[str, str]):
-    """Run commands side by side. If one fails, the demo ends with that command and its log."""
-    running = []
+def run_commands(commands: list[str], threads: int):
+    """Run commands side by side, each with so many threads. If one fails, the demo ends with it and its log."""
+    environment, running = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads)}, []
     for i, command in enumerate(commands):
         print(f"$ python {command}", flush=True)
         # The first command shows its progress; the others write to a log.
         log = None if i == 0 else open(os.path.join("out", "demo", f"log{i}.txt"), "w")
         running.append((command, log, subprocess.Popen([sys.executable, *command.split()], stdout=log, stderr=log,
-                                                       env={**os.environ, **environment})))
+                                                       env=environment)))
     for command, log, process in running:
         if process.wait():
             output = f"; its output ends with: {open(log.name).read()[-2000:]}" if log else ""
@@ -82,135 +88,134 @@ def objects_kept(visible_ids: Tensor, boxes: np.ndarray, size: int, patch: int) 
     return ((objects_at(boxes, size, patch) & visible).any(-1) & in_view).sum().item() / in_view.sum().item()
 
 
-@torch.no_grad()
-def analyse(folder: str, clips_folder: str, seed: int) -> tuple[dict[str, float], str]:
-    """
-    Draw the pictures of the runs and of one held-out clip.
+def share_on_objects(visible_ids: Tensor, boxes: np.ndarray, size: int, patch: int) -> float:
+    """visible_ids (B, TK), boxes as in objects_at -> the share of the visible tokens that lie on an object."""
+    return objects_at(boxes, size, patch).any(2).flatten(1).gather(1, visible_ids).float().mean().item()
 
-    Returns the share of held-out objects that each mask keeps, and the caption of the clip in the picture.
+
+@torch.no_grad()
+def analyse(folder: str, clips_folder: str, seed: int) -> dict:
     """
-    teacher = SigLIP.from_pretrained(f"{folder}/teacher")
-    preset = PRESETS["sprites"]
-    masks = {title: replace(preset.mask, name=name) for name, title in DEMO_MASKS.items()}
+    Draw what masks keep of one held-out clip, masks.png -> the fields `shares`, `on_object` and `clip_caption` of
+    read_results: by mask, the share of held-out objects that keep a token and the share of kept tokens on objects.
+    """
+    teacher, preset = SigLIP.from_pretrained(f"{folder}/teacher"), PRESETS["sprites"]
+    masks = {title: replace(preset.mask, name=name) for name, title in SHOWN_MASKS.items()}
     annotations = read_annotations(f"{clips_folder}/sprites_test.json", f"{clips_folder}/videos")
     dataset = ClipDataset(annotations, DataConfig(frame_cache=False), train=False)
     video = torch.stack([dataset[i].video for i in range(NUM_ANALYSED)])
-    tokens = torch.stack([teacher.encode_image(teacher.normalize(v))[0] for v in video])        # (B, T, N, C)
-    boxes = read_boxes(clips_folder, "test")[:NUM_ANALYSED]
     moving = next(i for i, a in enumerate(annotations) if a.captions[0].count("moves") == 2)    # two objects move in it
     show.plot_masks(video[moving], teacher, masks, f"{folder}/masks.png")
-    show.plot_losses({title: f"{folder}/{name}" for name, title in DEMO_MASKS.items()}, f"{folder}/losses.png")
-    visible_ids = {title: select_visible(teacher, tokens, mask, mask.ratio, seed) for title, mask in masks.items()}
-    size, patch = video.shape[-1], preset.vit.patch_size
-    shares = {title: objects_kept(ids, boxes, size, patch) for title, ids in visible_ids.items()}
-    return shares, annotations[moving].captions[0]
+    tokens = torch.stack([teacher.encode_image(teacher.normalize(v))[0] for v in video])        # (B, T, N, C)
+    boxes, size, patch = read_boxes(clips_folder, "test")[:NUM_ANALYSED], video.shape[-1], preset.vit.patch_size
+    shares, on_object = {}, {}
+    for title in DEMO_MASKS.values():
+        ids = select_visible(teacher, tokens, masks[title], masks[title].ratio, seed)
+        shares[title] = objects_kept(ids, boxes, size, patch)
+        on_object[title] = share_on_objects(ids, boxes, size, patch)
+    print("objects in view on which a mask keeps a token: " + ", ".join(
+        f"{title} {100 * share:.0f} %" for title, share in shares.items()))
+    return {"shares": shares, "on_object": on_object, "clip_caption": annotations[moving].captions[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The steps, and the report
 
+def list_steps(folder: str, clips: str, seed: int, threads: int) -> dict[str, Callable[[], dict | None]]:
+    """Return the steps of the demo, title -> function; what it returns are fields of read_results."""
+    def run(*commands):
+        return lambda: run_commands(list(commands), max(1, threads // len(commands)))
+
+    data = f"--seed {seed} --data.train-file {clips}/sprites_train.json --data.video-root {clips}/videos --resume"
+    train, evaluate = "train.py sprites --name demo/seed", f"eval.py --task sprites --data-root {clips} --rerank 0"
+    students = f"--teacher {folder}/teacher --text-encoder {folder}/text {data}"
+    losses = {title: f"{folder}/{name}" for name, title in DEMO_MASKS.items()}
+    return {
+        "draw the clips and write them as videos": run(f"-m tools.sprites --out {clips} --seed {seed}"),
+        "train a small SigLIP, the teacher, on single frames": run(f"{train}{seed} --stage teacher {data}"),
+        "draw what masks keep, count the objects": lambda: analyse(folder, clips, seed),
+        "train the text encoder on the captions": run(f"{train}{seed} --stage text {data}"),
+        "pretrain on the tokens that each mask keeps, then a little on all": run(
+            *(f"{train}{seed}/{mask} --mask.name {mask} {students}" for mask in DEMO_MASKS)),
+        "draw the losses": lambda: show.plot_losses(losses, f"{folder}/losses.png"),
+        "evaluate on held-out clips, each student with the tokens that its own mask keeps": run(
+            *(f"{evaluate} --checkpoint {folder}/{mask}/before_unmasked --mask {mask} --out {folder}/{mask}/kept.json"
+              for mask in DEMO_MASKS)),
+        "evaluate with all tokens, before the unmasked stage": run(
+            *(f"{evaluate} --checkpoint {folder}/{mask}/before_unmasked --out {folder}/{mask}/before.json"
+              for mask in DEMO_MASKS)),
+        "evaluate with all tokens, after the unmasked stage": run(
+            *(f"{evaluate} --checkpoint {folder}/{mask} --save-scores --out {folder}/{mask}/after.json"
+              for mask in DEMO_MASKS)),
+    }
+
+
 def main(cfg: Config):
-    start = time.perf_counter()
-    folder = f"out/demo/seed{cfg.seed}"
+    start, folder = time.perf_counter(), f"out/demo/seed{cfg.seed}"
     clips = "data/sprites" if cfg.seed == 0 else f"data/sprites-seed{cfg.seed}"
+    report = "out/demo/report" if cfg.seed == 0 else f"{folder}/report"
     os.makedirs(folder, exist_ok=True)
-    cuda = torch.cuda.is_available()
-    threads = num_cpus()
-    one_command = {"OMP_NUM_THREADS": str(threads)}
-    side_by_side = {"OMP_NUM_THREADS": str(max(1, threads // len(DEMO_MASKS)))}
-    print(f"demo, seed {cfg.seed}: {'a GPU' if cuda else 'no GPU'}, {threads} CPU cores; it writes {folder}")
-    timings = {}                        # title of a step -> seconds
+    machine = f"{'A' if torch.cuda.is_available() else 'No'} GPU, {num_cpus()} CPU cores, torch {torch.__version__}"
+    print(f"demo, seed {cfg.seed}: {machine}; it writes {folder} and, as it goes, {report}.html")
+    steps, timings = list_steps(folder, clips, cfg.seed, num_cpus()), {}        # title -> seconds
+    known = {"shares": {}, "on_object": {}, "clip_caption": ""}
 
-    def step(title: str, commands: list[str], environment: dict = side_by_side):
+    def update_page(step: int) -> DemoResults:
+        running, *remaining = [*steps, "", ""][step:len(steps) + 1]
+        results = read_results(folder, clips, PRESETS["sprites"], DEMO_MASKS, **known, seed=cfg.seed, timings=timings,
+                               seconds=time.perf_counter() - start, machine=machine, running=running,
+                               remaining=[title for title in remaining if title])
+        write_page(f"{report}.html", results)
+        return results
+
+    for i, (title, run) in enumerate(steps.items()):
         print(f"\n== {title}", flush=True)
-        t = time.perf_counter()
-        run_commands(commands, environment)
-        timings[title] = time.perf_counter() - t
-
-    step("draw the clips and write them as videos", [f"-m tools.sprites --out {clips} --seed {cfg.seed}"])
-    data = f"--seed {cfg.seed} --data.train-file {clips}/sprites_train.json --data.video-root {clips}/videos --resume"
-    train = "train.py sprites --name demo/seed"
-    step("train a small SigLIP on single frames", [f"{train}{cfg.seed} --stage teacher {data}"], one_command)
-    step("train the text encoder on the captions", [f"{train}{cfg.seed} --stage text {data}"], one_command)
-    flags = f"--teacher {folder}/teacher --text-encoder {folder}/text {data}"
-    step("pretrain on the tokens that each mask keeps, then a little on all",
-         [f"{train}{cfg.seed}/{mask} --mask.name {mask} {flags}" for mask in DEMO_MASKS])
-    evaluate = f"eval.py --task sprites --data-root {clips}"
-    step("evaluate on held-out clips, all tokens, before the unmasked stage",
-         [f"{evaluate} --checkpoint {folder}/{mask}/before_unmasked" for mask in DEMO_MASKS])
-    step("the same, each student with the tokens that its own mask keeps",
-         [f"{evaluate} --checkpoint {folder}/{mask}/before_unmasked --mask {mask}" for mask in DEMO_MASKS])
-    step("evaluate with all tokens, after the unmasked stage",
-         [f"{evaluate} --checkpoint {folder}/{mask}" for mask in DEMO_MASKS])
-
-    print("\n== report", flush=True)
-    t = time.perf_counter()
-    shares, caption = analyse(folder, clips, cfg.seed)
-    timings["report"] = time.perf_counter() - t
-    report = write_report(folder, shares, caption, timings, time.perf_counter() - start, cuda, cfg.seed)
-    path = "out/demo/report.md" if cfg.seed == 0 else f"{folder}/report.md"
-    with open(path, "w") as f:
-        f.write(report)
-    print(f"\n{report}\nwritten to {path}")
+        if i:                                       # before, there are no clips to tell of
+            update_page(i)
+        begin = time.perf_counter()
+        known |= run() or {}
+        timings[title] = time.perf_counter() - begin
+    text = format_report(update_page(len(steps)))
+    atomic_write_text(f"{report}.md", text)
+    print(f"\n{text}\nwritten to {report}.md; {report}.html has more: three searches, what the table shows and why")
 
 
-def write_report(folder: str, shares: dict[str, float], caption: str, timings: dict[str, float], seconds: float,
-                 cuda: bool, seed: int) -> str:
-    """Return the report as Markdown, from the results that the steps left in `folder`."""
-    rows, preset = [], PRESETS["sprites"]
-    for name, title in DEMO_MASKS.items():
-        before, masked, after = (read_json(f"{folder}/{name}/{path}")["scores"] for path in (
-            "before_unmasked/eval-sprites-all.json", f"before_unmasked/eval-sprites-{name}.json",
-            "eval-sprites-all.json"))
-        log = [row for row in show.read_log(f"{folder}/{name}") if row["stage"] == "pretrain"]
-        mrm = np.mean([row["mrm"] for row in log[-5:]])
-        cells = [scores["similarity"][way]["R@1"] for scores in (before, masked, after) for way in ("T2V", "V2T")]
-        reranked = next(scores for key, scores in after.items() if key.startswith("match"))["T2V"]["R@1"]
-        rows.append(f"| {title} | " + " | ".join(f"{c:.1f}" for c in (*cells, reranked))
-                    + f" | {100 * shares[title]:.0f} % | {mrm:.2f} |")
-    N = (preset.data.image_size // preset.vit.patch_size) ** 2
-    K = keep_count(N, preset.mask.ratio)
-    videos = read_json(f"{folder}/cluster_stm/eval-sprites-all.json")["videos"]
-    columns = ("all tokens T2V", "V2T", "own masked tokens T2V", "V2T", "all, after the unmasked stage T2V", "V2T",
-               "T2V re-ranked", "objects kept", "MRM")
-    pictures = "" if seed else "seed0/"         # the report of seed 0 is one folder above its pictures
+def format_report(results: DemoResults) -> str:
+    """Return the short report as Markdown."""
+    rows = [f"| {mask.title} | {100 * mask.objects:.0f} % | " + " | ".join(
+        f"{r.value:.1f} ({r.low:.1f} to {r.high:.1f})" for r in (mask.kept, mask.before, mask.after)) + " |"
+        for mask in results.masks]
+    times = "\n".join(f"| {title} | {seconds:.0f} s |" for title, seconds in results.timings.items())
+    pictures = "" if results.seed else "seed0/"         # the report of seed 0 is one folder above its pictures
     table = "\n".join(rows)
-    times = "\n".join(f"| {title} | {s:.0f} s |" for title, s in timings.items())
-    return f"""# The embedded demo, seed {seed}
+    return f"""# The embedded demo, seed {results.seed}
 
-Retrieval among {videos} held-out clips, none of which shares its meaning with a training clip: R@1 in per cent
-(chance {100 / videos:.1f}). Both students saw {K} of {N} tokens a frame ({100 * K / N:.0f} %) in the masked stage, for
-the same number of steps, with the same teacher and text encoder.
-
-| mask | {" | ".join(columns)} |
-|---|---|---|---|---|---|---|---|---|---|
+| mask | objects kept | R@1, kept tokens | R@1, all tokens, before | R@1, all tokens, after |
+|---|---|---|---|---|
 {table}
 
-- "T2V": a caption is the query, its clip is searched; "V2T": a clip is the query, its caption is searched.
-- "All tokens": the student before the unmasked stage sees every token of the test clips.
-- "Own masked tokens": the same student sees the test clips masked as in training. ClusterSTM's mask needs the teacher
-  at test time, a random one does not.
-- "All, after the unmasked stage": the final student sees every token. "Re-ranked": the matching head then orders the
-  best results again.
-- "Objects kept": the share of the objects in a held-out frame on which the mask keeps a token.
-- "MRM": the normalised relevance error at the end of the masked stage: 1 = predicting each clip's mean, 0 = perfect.
+- Objects kept: the share of the objects in a held-out frame on which the mask keeps a token.
+- R@1: text-to-video, in per cent, among {results.test_clips} held-out clips (chance {100 / results.test_clips:.1f}),
+  with 95 % intervals. No held-out clip shares its meaning with a training clip.
+- Kept tokens: the student before the unmasked stage, with the {results.K} of {results.N} tokens a frame that its own
+  mask keeps. ClusterSTM needs the teacher for that, random tokens do not.
+- All tokens: with all tokens, before and after the unmasked stage.
 
-**What this does not show.** With all tokens the comparison is one of learning speed: the structured mask shows the
-student the objects at once, and a longer run may close the gap, or reverse it. Claim from this table only that
-ClusterSTM learns faster on few tokens and can be used with few.
+Both students had the same clips, steps, teacher and text encoder. **What this does not show.** With all tokens the
+comparison is one of learning speed: a longer run may close the gap, or reverse it.
 
 ![losses]({pictures}losses.png)
 
-The clip "{caption}": its clusters, and the tokens that each mask keeps.
+The clip "{results.clip_caption}": its clusters, and the tokens that masks keep.
 
 ![masks]({pictures}masks.png)
 
 | step | time |
 |---|---|
 {times}
-| all | {seconds:.0f} s |
+| all | {results.seconds:.0f} s |
 
-{'On a GPU' if cuda else 'No GPU'}, {num_cpus()} CPU cores, torch {torch.__version__}.
+{results.machine}.
 """
 
 
