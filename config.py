@@ -20,7 +20,7 @@ from masking import MASKS, MaskConfig, keep_count
 from media import is_shards
 from model import ModelConfig
 from runtime import read_run_state
-from tasks import TASKS
+from tasks import TASKS, name_data
 from tools.toy_teacher import ToyConfig
 
 
@@ -30,8 +30,7 @@ class Config:
     Train ClusterSTM. A preset may come first: `sprites` (the embedded run, the default), `base` or `large` (the paper's
     sizes). All results are written to out/NAME.
     """
-    # name of the run; empty: the name of the annotation file without _train, or of the folder of the shards
-    name: str = ""
+    name: str = ""                # name of the run; empty: that of annotation file or shards, without _train
     # all: pretrain, after training the toy models that are needed; teacher, text: train only this toy model; finetune:
     # fine-tune for --task
     stage: Literal["all", "teacher", "text", "finetune"] = "all"
@@ -175,17 +174,16 @@ def next_command(cfg: Config, folder: str) -> str:
     elif data.val_file:
         command += ["--data", data.val_file, "--data-root", data.val_root or data.video_root]
     elif name != os.path.basename(DataConfig.train_file):
-        command += ["--data", "HELD_OUT.json", "--data-root", data.video_root]      # a file that only the user knows
+        held_out = ["HELD_OUT.tar"] if is_shards(name) else ["HELD_OUT.json", "--data-root", data.video_root]
+        command += ["--data", *held_out]                                            # files that only the user knows
     elif data.train_file != DataConfig.train_file:                                  # the embedded set, elsewhere
         command += ["--data-root", root]
     return shlex.join(command)
 
 
 def name_run(train_file: str) -> str:
-    """Name a run after its annotation file, data/sprites/sprites_train.json -> sprites, or after its shards' folder."""
-    if is_shards(train_file):
-        return os.path.basename(os.path.dirname(os.path.abspath(train_file)))
-    return os.path.splitext(os.path.basename(train_file))[0].removesuffix("_train")
+    """Name a run after its data: data/sprites/sprites_train.json -> sprites."""
+    return name_data(train_file).removesuffix("_train")
 
 
 def read_settings(folder: str, stage: str) -> Config | None:

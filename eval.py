@@ -601,7 +601,7 @@ def main(cfg: Config) -> dict:
         results["scores"] |= baseline
         notes += baseline_notes
 
-    name = os.path.splitext(os.path.basename(cfg.data))[0] if cfg.data else cfg.task
+    name = tasks.name_data(cfg.data) if cfg.data else cfg.task
     result = {
         "task": name, "kind": task.kind, "split": "own annotations" if cfg.data else f"{cfg.split} split",
         "annotations": path, "checkpoint": cfg.checkpoint, "chosen": run_config.get("chosen", ""),

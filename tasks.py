@@ -15,6 +15,7 @@ V2T is txt_r.
 
 import difflib
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,7 @@ from annotations import (
     read_annotations,
 )
 from formats import EXTENSIONS, iter_annotations, shorten
-from media import Media
+from media import Media, is_shards
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of benchmarks
@@ -165,6 +166,14 @@ def get_task(name: str) -> Task:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of a benchmark
+
+def name_data(path: str) -> str:
+    """Name a data set after its annotation file or shards: a/dogs.json -> dogs, a/web/{00..07}.tar -> web-00..07."""
+    if not is_shards(path):
+        return os.path.splitext(os.path.basename(path))[0]
+    folder, name = os.path.split(os.path.abspath(path).removesuffix(".tar"))
+    return re.sub("[^A-Za-z0-9_.]+", "-", f"{os.path.basename(folder)}-{name}").strip("-")
+
 
 def find_file(names: str, root: str) -> str:
     """Find the first annotation file under root that has one of the names (separated by |)."""

@@ -61,13 +61,14 @@ def num_frames_within(times: np.ndarray, seconds: float) -> int:
 def frames_of_clip(times: np.ndarray, start: float, end: float) -> tuple[int, int]:
     """
     Return (first, stop): the frames with start <= time < end, to a microsecond, libav's unit. If no frame begins there,
-    it is the one that is shown at `start`. ValueError if the clip begins behind the end of the video.
+    it is the one that is shown at `start`. ValueError if the clip begins behind the end of the video, which of an image
+    and of a video of one frame is not known.
     """
     first, stop = np.searchsorted(times.round(6), (round(start, 6), round(end, 6))).tolist()
     if first < stop:
         return first, stop
     duration = times[-1] + times[-1] / max(1, len(times) - 1)               # the last frame has the mean length
-    if start >= duration:
+    if start >= duration and len(times) > 1:
         raise ValueError(f"the clip must begin before the end of the video, got a start of {start:g} s in a video of "
                          f"{duration:g} s")
     shown = max(0, first - 1)

@@ -44,7 +44,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 def brute_force(times, start, end):
     """The frames of a clip: the definition, frame by frame. None: it lies behind the end."""
     inside = [i for i, t in enumerate(times) if start - 5e-7 <= t < end - 5e-7]
-    last = times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 0)
+    last = times[-1] + times[-1] / (len(times) - 1) if len(times) > 1 else math.inf
     if not inside and start >= last:
         return None
     return inside or [max(i for i, t in enumerate(times) if t <= start)]

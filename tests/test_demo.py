@@ -178,8 +178,8 @@ def test_help_shows_the_command_as_it_is_typed(capsys):
 def test_the_report_has_the_numbers_of_the_results():
     masks = [MaskResult(title, *(Recall(x + 0.5, x, x + 2) for x in range(10 * i, 10 * i + 3)), 0.25 + 0.5 * i)
              for i, title in enumerate(("ClusterSTM", "random"))]
-    results = DemoResults(0, PRESETS["sprites"], 4096, 512, masks, "a small red circle", timings={"one": 61.0},
-                          seconds=63.0, machine="No GPU")
+    results = DemoResults(0, PRESETS["sprites"], 4096, 512, masks, "a small red circle", timings={"one": 61.0,
+                          "two": 2.0}, machine="No GPU")
     report = demo.format_report(results)
     tables = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
     cells = {row[0]: row[1:] for row in tables}

@@ -114,7 +114,7 @@ def test_compiled_layers_give_the_same_losses_and_share_programs(count_graphs, p
                                             strict=True)):
         assert row == pytest.approx(plain, rel=1e-5), step
     graphs, breaks = count_graphs()
-    # Blocks with and without drop path, blocks of the decoder, text layers, fusion layers, of which the last one for [CLS]
+    # Blocks with and without drop path, blocks of the decoder, text layers, fusion layers, the last of them for [CLS]
     # and for masked texts; each again if the number of tokens changes, and without gradient if there are several
     # micro-batches.
     assert breaks == 0 and 4 <= graphs <= (12 if parts == 1 else 17)

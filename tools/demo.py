@@ -24,11 +24,11 @@ from torch import Tensor
 from annotations import read_annotations
 from config import PRESETS
 from data import ClipDataset, DataConfig
-from files import atomic_write_text
+from files import atomic_write_text, read_json, write_json
 from runtime import num_cpus, run_cli
 from targets import select_visible
 from teacher import SigLIP
-from tools import show
+from tools import demo_page, show
 from tools.demo_page import DemoResults, read_results, write_page
 from tools.sprites import read_boxes
 
@@ -151,19 +151,22 @@ def list_steps(folder: str, clips: str, seed: int, threads: int) -> dict[str, Ca
 
 
 def main(cfg: Config):
-    start, folder = time.perf_counter(), f"out/demo/seed{cfg.seed}"
+    folder = f"out/demo/seed{cfg.seed}"
     clips = "data/sprites" if cfg.seed == 0 else f"data/sprites-seed{cfg.seed}"
     report = "out/demo/report" if cfg.seed == 0 else f"{folder}/report"
     os.makedirs(folder, exist_ok=True)
     machine = f"{'A' if torch.cuda.is_available() else 'No'} GPU, {num_cpus()} CPU cores, torch {torch.__version__}"
     print(f"demo, seed {cfg.seed}: {machine}; it writes {folder} and, as it goes, {report}.html")
-    steps, timings = list_steps(folder, clips, cfg.seed, num_cpus()), {}        # title -> seconds
-    known = {"shares": {}, "on_object": {}, "clip_caption": ""}
+    steps, path = list_steps(folder, clips, cfg.seed, num_cpus()), f"{folder}/state.json"
+    state = read_json(path) if os.path.isfile(path) else {}
+    # Of a demo that was stopped: title -> seconds of the steps that it has ended; what it had found by then.
+    timings, known = state.get("timings", {}), state.get("known", {"shares": {}, "on_object": {}, "clip_caption": ""})
+    resumed = state.get("resumed", False) or 0 < len(timings) < len(steps)
 
     def update_page(step: int) -> DemoResults:
         running, *remaining = [*steps, "", ""][step:len(steps) + 1]
         results = read_results(folder, clips, PRESETS["sprites"], DEMO_MASKS, **known, seed=cfg.seed, timings=timings,
-                               seconds=time.perf_counter() - start, machine=machine, running=running,
+                               resumed=resumed, machine=machine, running=running,
                                remaining=[title for title in remaining if title])
         write_page(f"{report}.html", results)
         return results
@@ -174,7 +177,8 @@ def main(cfg: Config):
             update_page(i)
         begin = time.perf_counter()
         known |= run() or {}
-        timings[title] = time.perf_counter() - begin
+        timings.setdefault(title, time.perf_counter() - begin)
+        write_json(path, {"timings": timings, "known": known, "resumed": resumed})
     text = format_report(update_page(len(steps)))
     atomic_write_text(f"{report}.md", text)
     print(f"\n{text}\nwritten to {report}.md; {report}.html has more: three searches, what the table shows and why")
@@ -215,7 +219,7 @@ The clip "{results.clip_caption}": its clusters, and the tokens that masks keep.
 {times}
 | all | {results.seconds:.0f} s |
 
-{results.machine}.
+{results.machine}.{demo_page.RESUMED * results.resumed}
 """
 
 

@@ -24,6 +24,7 @@ from search_page import Hit, escape, read_preview, render_clip
 
 NUM_SEARCHES, NUM_HITS = 3, 3
 RELOAD_SECONDS = 10
+RESUMED = " The demo was stopped and continued; the step in which it was stopped has the time of its last part."
 
 
 @dataclass
@@ -72,11 +73,16 @@ class DemoResults:
     masks_picture: str = ""             # paths
     losses_picture: str = ""
     searches: list[Search] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)     # title of a step -> seconds
-    seconds: float = 0.0                # since the demo began
+    timings: dict[str, float] = field(default_factory=dict)     # title of a step that has ended -> seconds
+    resumed: bool = False               # whether the demo was stopped and continued
     machine: str = ""
     running: str = ""                   # title of the step that runs now; empty: the demo has ended
     remaining: list[str] = field(default_factory=list)          # titles of the steps after it
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of the steps that have ended."""
+        return sum(self.timings.values())
 
     @property
     def N(self) -> int:
@@ -130,6 +136,8 @@ def read_results(folder: str, clips: str, cfg: Config, masks: dict[str, str], sh
                           shares.get(title), on_object.get(title)) for name, title in masks.items()]
     counts = [sum(1 for _ in iter_annotations(f"{clips}/sprites_{split}.json")) for split in ("train", "test")]
     pictures = [path if os.path.isfile(path) else "" for path in (f"{folder}/masks.png", f"{folder}/losses.png")]
+    if not shares:                          # a picture of an earlier demo, if any
+        pictures[0] = ""
     return DemoResults(cfg=cfg, train_clips=counts[0], test_clips=counts[1], masks=results, masks_picture=pictures[0],
                        losses_picture=pictures[1],
                        searches=read_searches(f"{folder}/{next(iter(masks))}/after-scores.npz"), **progress)
@@ -293,15 +301,14 @@ stage, with all tokens. Similarity is a cosine, at most 1. Each clip lasts one s
 
 
 def compare_before(structured: MaskResult, other: MaskResult) -> str:
-    """Say in a sentence what this run measured before the unmasked stage, if all of it is measured."""
+    """Say what this run measured before the unmasked stage, if all of it is measured."""
     if not (structured.kept and structured.before and other.before):
-        return ""
+        return "The reason is proportion."
     kept, before, rival = structured.kept.value, structured.before.value, other.before.value
-    change = f"falls from {kept:.1f} %" if before < kept else f"is {kept:.1f} %"
-    place = "behind" if before < rival else "here not behind"
-    return (f"Before the unmasked stage, R@1 of the {escape(structured.title)} student {change} with its kept tokens "
-            f"{'to' if before < kept else 'and'} {before:.1f} % with all, {place} the {escape(other.title)} student’s "
-            f"{rival:.1f} %. ")
+    measured = (f"Before the unmasked stage, R@1 of the {escape(structured.title)} student is {kept:.1f} % with its "
+                f"kept tokens and {before:.1f} % with all; the {escape(other.title)} student’s is {rival:.1f} %. ")
+    return measured + ("The reason is proportion." if before < min(kept, rival) else
+                       "So this run does not show it; where a run does, the reason is proportion.")
 
 
 def format_explanation(results: DemoResults) -> str:
@@ -309,13 +316,13 @@ def format_explanation(results: DemoResults) -> str:
     structured, other = results.masks
     title, on_object, after = escape(structured.title), "", ""
     if None not in (structured.on_object, other.on_object):
-        on_object = (f": {100 * structured.on_object:.0f} % of the tokens that it keeps lie on an object, but only "
-                     f"{100 * other.on_object:.0f} % of random tokens, and so of all")
+        on_object = (f": {100 * structured.on_object:.0f} % of the tokens that it keeps lie on an object, and "
+                     f"{100 * other.on_object:.0f} % of random tokens, as of all")
     if structured.after and other.after:
         after = f": {structured.after.value:.1f} % against {other.after.value:.1f} % afterwards"
     return f"""<h2>Why {title} has difficulties with all tokens before the unmasked stage</h2>
-<p>{compare_before(structured, other)}The reason is proportion. {title} keeps one token of each cluster, however large
-the cluster is, and so few of the background{on_object}. Attention counts tokens, and so does the mean over tokens that
+<p>{compare_before(structured, other)} {title} keeps one token of each cluster, however large the cluster is, and so
+few of the background{on_object}. Attention counts tokens, and so does the mean over tokens that
 makes the feature of a clip. With all tokens the background therefore weighs much more than it ever did in training, and
 hides the objects. Random tokens have the proportions of all tokens, so their student meets nothing new. The unmasked
 stage lets the {title} student get used to the other proportions{after}.</p>
@@ -352,7 +359,7 @@ def format_timings(results: DemoResults) -> str:
     rows.append(f"<tr><td><b>all, so far</b></td><td>{results.seconds:.0f} s</td></tr>" if results.running else
                 f"<tr><td><b>all</b></td><td>{results.seconds:.0f} s</td></tr>")
     return ('<h2>Time</h2>\n<div class="scroll"><table>\n<tr><th>Step</th><th>Time</th></tr>\n' + "\n".join(rows)
-            + f'\n</table></div>\n<p class="small">{escape(results.machine)}</p>')
+            + f'\n</table></div>\n<p class="small">{escape(results.machine)}.{RESUMED * results.resumed}</p>')
 
 
 def format_page(results: DemoResults) -> str:

@@ -143,12 +143,13 @@ def match_clusters(tokens: Tensor, labels: Tensor, centres: Tensor) -> tuple[Ten
 
 def assign_pairs(score: Tensor) -> Tensor:
     """score (K, K) -> a column for each row, (K,), so that no exchange of two columns raises the sum of the scores."""
-    column = torch.arange(len(score))
+    score, column = score.double(), torch.arange(len(score))
+    least = 1e-9 * score.abs().max()                            # rounding alone must not exchange them for ever
     while True:
         chosen = score[:, column]
         gain = chosen + chosen.T - chosen.diagonal() - chosen.diagonal()[:, None]               # of each exchange
         i, j = divmod(gain.argmax().item(), len(score))
-        if gain[i, j] <= 1e-5:                                  # rounding alone must not exchange them for ever
+        if gain[i, j] <= least:
             return column
         column[[i, j]] = column[[j, i]]
 
