@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from files import atomic_write, escape_control, read_json, write_json
-from formats import check_annotation_file, iter_annotations, list_sources, shorten
-from media import Media, expand_shards, is_shards, iter_samples
+from formats import TABLES, check_annotation_file, iter_annotations, list_sources, shorten
+from media import Loss, Media, check_losses, expand_shards, is_shards, iter_samples
 from runtime import print0
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,15 +74,21 @@ class Annotation:
         return cls(**values, media_id=media_id(values["video"]), media=media)
 
 
-def iter_objects(path: str, notes: list[str] | None = None, max_damaged: float = 0.0) -> Iterator[tuple[str, dict]]:
+def iter_objects(path: str, notes: list[str] | None = None,
+                 losses: list[Loss] | None = None) -> Iterator[tuple[str, dict]]:
     """
     Yield (source, entry) for each entry of an annotation file, which must be a JSON object, or for each sample of tar
-    shards, whose entry has a Media as "video". notes, max_damaged: see iter_samples; if `notes` is None, print them.
+    shards, whose entry has a Media as "video". notes, losses: see iter_samples; if `notes` is None, print them; if
+    `losses` is None, a loss is an error.
     """
     if is_shards(path):
-        shard_notes = []
-        for source, media, caption in iter_samples(path, max_damaged, shard_notes):
+        shard_notes, found = [], []
+        for source, media, caption in iter_samples(path, shard_notes, found):
             yield source, {"video": media, "caption": caption}
+        if losses is None:
+            check_losses(found, 0.0)
+        else:
+            losses += found
         add_notes(shard_notes, notes)
         return
     for i, entry in enumerate(iter_annotations(path)):
@@ -201,7 +207,8 @@ def make_annotation(source: str, media: Media, captions: list[str], frame_captio
     return Annotation(media.name, captions, frame_caption, media_id(media.name), source=source, media=media, **fields)
 
 
-def iter_rows(path: str, root: str, notes: list[str] | None = None, max_damaged: float = 0.0) -> Iterator[Annotation]:
+def iter_rows(path: str, root: str, notes: list[str] | None = None,
+              losses: list[Loss] | None = None) -> Iterator[Annotation]:
     """
     Yield an Annotation for each row {"video" or "image": name under root, "caption": text or list of texts}, in order;
     "start" and "end" may say which seconds of the video. Tar shards have such rows too: see iter_objects.
@@ -211,7 +218,7 @@ def iter_rows(path: str, root: str, notes: list[str] | None = None, max_damaged:
     Captions without words are left out and counted in `notes`: see note_empty_captions.
     """
     empty, count = [], 0
-    for source, entry in iter_objects(path, notes, max_damaged):
+    for source, entry in iter_objects(path, notes, losses):
         captions = [normalize_caption(text) for text in parse_texts(entry, "caption", source, empty)]
         still = normalize_caption(entry["still"]) if isinstance(entry.get("still"), str) else ""
         count += len(captions)
@@ -229,6 +236,7 @@ def read_annotations(path: str, root: str, check: bool = True, notes: list[str] 
 
 
 ROWS_VERSION = 3       # of annotations_HASH.jsonl and its index
+TABLES_VERSION = SHARDS_VERSION = 2        # of what is read from tables, and from shards
 INDEX_ENTRY = np.dtype([("end", "<i8"), ("crc", "<u4")])
 
 
@@ -251,11 +259,13 @@ class MappedAnnotations(Sequence):
             about = read_json(path + ".json")
         except ValueError:
             raise self.damaged(".json", "it is not JSON, or its checksum is wrong") from None
-        expected = {"name": self.name, "digest": about.get("digest"), "notes": about.get("notes"),
+        about.setdefault("losses", [])              # there were none when files without this key were written
+        expected = {"name": self.name, **{key: about.get(key) for key in ("digest", "notes", "losses")},
                     "sizes": [os.path.getsize(path + extension) for extension in (".jsonl", ".offsets")]}
         if about != expected:
             raise self.damaged(".json", "it does not belong to the other two files")
         self.digest, self.notes = about["digest"], about["notes"]           # of all entries; lines to print
+        self.losses = [Loss(*loss) for loss in about["losses"]]
         self.text = np.asarray(np.memmap(path + ".jsonl", np.uint8, mode="r"))
         self.index = np.asarray(np.memmap(path + ".offsets", INDEX_ENTRY, mode="r"))        # (N,), of the entries
 
@@ -280,11 +290,10 @@ class MappedAnnotations(Sequence):
         return MappedAnnotations, (self.path,)
 
 
-def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str,
-                             max_damaged: float = 0.0) -> MappedAnnotations:
+def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str, max_lost: float = 0.0) -> MappedAnnotations:
     """
     Write the annotations of all corpora, (annotation file, video folder) each, to a memory-mapped file in `folder`.
-    Tar shards need no video folder; max_damaged is the share of them that may be damaged (see iter_samples).
+    Tar shards need no video folder. Of the shards, and of the samples in them, a share of up to max_lost may be lost.
 
     The file is written unless it exists; a change of an annotation file or shard gives another name. If several
     processes need it, one should call this first.
@@ -292,12 +301,13 @@ def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str,
     sources = []
     for path, root in corpora:
         if is_shards(path):
-            sources += [(shard, (path, max_damaged)) for shard in expand_shards(path)]
+            sources += [(shard, (path, SHARDS_VERSION)) for shard in expand_shards(path)]
             continue
         check_annotation_file(path)
         if not os.path.isdir(root):
             raise FileNotFoundError(f"{root}: there is no such folder of the videos in {path}")
-        sources += [(source, root) for source in list_sources(path)]
+        is_table = os.path.splitext(path)[1].lower() in TABLES
+        sources += [(source, (root, TABLES_VERSION) if is_table else root) for source in list_sources(path)]
     stats = [os.stat(source) for source, _ in sources]
     key = [ROWS_VERSION] + [(os.path.abspath(source), root, s.st_size, s.st_mtime_ns)
            for (source, root), s in zip(sources, stats, strict=True)]
@@ -305,19 +315,20 @@ def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str,
     out = os.path.join(folder, name)
     if not all(os.path.exists(out + extension) for extension in (".json", ".jsonl", ".offsets")):
         os.makedirs(folder, exist_ok=True)
-        write_mapped_annotations(corpora, out, max_damaged)
+        write_mapped_annotations(corpora, out)
     annotations = MappedAnnotations(out)
-    for note in annotations.notes:
+    check_losses(annotations.losses, max_lost)      # here and not above: another limit needs no other file
+    for note in [*annotations.notes, *map(str, annotations.losses)]:
         print0(escape_control(note))
     return annotations
 
 
-def write_mapped_annotations(corpora: list[tuple[str, str]], out: str, max_damaged: float):
+def write_mapped_annotations(corpora: list[tuple[str, str]], out: str):
     """Write the three files of MappedAnnotations."""
-    index, digest, notes, end = bytearray(), hashlib.blake2b(digest_size=16), [], 0
+    index, digest, notes, losses, end = bytearray(), hashlib.blake2b(digest_size=16), [], [], 0
     with atomic_write(out + ".jsonl") as f:
         for path, root in corpora:
-            rows = iter_rows(path, root, notes, max_damaged)
+            rows = iter_rows(path, root, notes, losses)
             for annotation in tqdm(rows, escape_control(path), unit=" rows", mininterval=1, disable=None):
                 line = (annotation.to_json() + "\n").encode()
                 digest.update(line)
@@ -329,4 +340,4 @@ def write_mapped_annotations(corpora: list[tuple[str, str]], out: str, max_damag
         f.write(index)
     # Written last: it exists only if the other two are complete.
     write_json(out + ".json", {"name": os.path.basename(out), "digest": digest.hexdigest(), "notes": notes,
-                               "sizes": [end, len(index)]})
+                               "losses": losses, "sizes": [end, len(index)]})

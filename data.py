@@ -56,7 +56,7 @@ class DataConfig:
     cache_jpeg_quality: int = 0     # store cached frames as JPEG of this quality, 1 to 100; 0: uncompressed
     num_workers: int = 0            # loader processes per rank; 0: load in the main process
     resize_on_device: bool = False  # resize training crops on the GPU instead of in the loader processes
-    max_unreadable: float = 0.1     # largest fraction of videos, and of shards, that may be unreadable in a run
+    max_unreadable: float = 0.1     # largest fraction of videos, shards and samples of shards that may be lost in a run
 
     def __post_init__(self):
         for name in ("extra_videos", "image_corpora"):
@@ -88,7 +88,7 @@ class DataConfig:
         return listed if images else [(self.train_file, self.video_root), *listed]
 
     def cache_folder(self) -> str:
-        """The folder of the frame cache: that of the annotation file, or of the first shard."""
+        """The folder of the frame cache, and of a tokenizer: that of the annotation file, or of the first shard."""
         path = expand_shards(self.train_file)[0] if is_shards(self.train_file) else self.train_file
         return os.path.dirname(path) or "."
 

@@ -19,11 +19,13 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from functools import partial
+from itertools import islice
 from urllib.parse import quote
 
 import ijson
 
 from files import format_error
+from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 MSRVTT_CAPTIONS = "MSRVTT_data.json"       # has the captions of tables that list only videos, in the same folder
 
@@ -62,6 +64,11 @@ def _check_surrogates(path: str):
                                  f"{match.group().decode()}")
 
 
+def _is_msrvtt_object(keys) -> bool:
+    """Say whether an object with these keys is MSR-VTT's. A row, which may have such keys too, names its video."""
+    return not keys.isdisjoint({"videos", "sentences"}) and keys.isdisjoint({"video", "image"})
+
+
 def _is_json_lines(path: str) -> bool:
     """
     Say whether a file has an object on each line, or a text on each of several lines. The content decides, for many
@@ -75,7 +82,7 @@ def _is_json_lines(path: str) -> bool:
     except (ValueError, RecursionError):
         return False                                                        # a value that spans lines, or no JSON
     if isinstance(value, dict):
-        return not value.keys() & {"videos", "sentences"}
+        return not _is_msrvtt_object(value.keys())
     return isinstance(value, str) and second.startswith(b'"')
 
 
@@ -104,11 +111,25 @@ def _parse_json(path: str, parse, unit: str = "row") -> Iterator:
             raise ValueError(f"{path}, {unit} {count}: not JSON ({reason})") from None
 
 
-def _parse_start(f) -> Iterator[tuple[str, str | None]]:
-    """Yield the kind of the value that a JSON file begins with and, if it is an object, its first key."""
-    events = ijson.basic_parse(f)
-    event = next(events)[0]
-    yield event, next(events)[1] if event == "start_map" else None
+def _parse_start(f) -> Iterator[str]:
+    """Yield the kind of the value that a JSON file begins with."""
+    yield next(ijson.basic_parse(f))[0]
+
+
+def _is_msrvtt(path: str) -> bool:
+    """
+    Say whether the object that a JSON file begins with is MSR-VTT's. Its first 65,536 tokens decide: more than a row
+    has, fewer than MSR-VTT's. The readers say where the JSON is wrong.
+    """
+    keys, depth = set(), 0
+    with open_text(path) as f, suppress(ijson.JSONError, ValueError):
+        for event, value in islice(ijson.basic_parse(f), 2 ** 16):
+            depth += event.startswith("start_") - event.startswith("end_")
+            if event == "map_key" and depth == 1:
+                keys.add(value)
+            if not depth:
+                break
+    return _is_msrvtt_object(keys)
 
 
 def _read_start(path: str) -> str:
@@ -123,11 +144,11 @@ def _iter_json(path: str) -> Iterator:
         return
     if os.path.getsize(path):
         _check_surrogates(path)
-    event, key = next(_parse_json(path, _parse_start))
+    event = next(_parse_json(path, _parse_start))
     items = partial(ijson.items, use_float=True)
     if event == "start_array":
         yield from _parse_json(path, partial(items, prefix="item"))
-    elif key in ("info", "videos", "sentences"):
+    elif event == "start_map" and _is_msrvtt(path):
         yield from _iter_msrvtt(path)
     elif event == "start_map":
         yield from _parse_json(path, partial(items, prefix="", multiple_values=True))
@@ -179,15 +200,16 @@ def match_columns(path: str, names: list[str]) -> dict[str, int]:
             raise ValueError(f"{path}: must have one column {name}, got {known.count(name)}")
     if not found["video"]:
         raise ValueError(f"{path}: must have a column of videos ({', '.join(COLUMNS['video'])}), got {shorten(names)}")
-    if not (found["caption"] or found["question"] or found["video"] in VIDEO_IDS):
+    only_ids = found["video"] in VIDEO_IDS and len([*filter(str.strip, names)]) == 1        # see iter_table
+    if not (found["caption"] or found["question"] or only_ids):
         wanted = ", ".join(COLUMNS["caption"][:-1])
         raise ValueError(f"{path}: must have a column of captions ({wanted}), got {shorten(names)}")
     return {key: known.index(name) for key, name in found.items() if name}
 
 
 def add_extension(video_id: str) -> str:
-    """Return the file name of a video from its id, which most files give without the extension."""
-    return video_id if os.path.splitext(video_id)[1] else video_id + ".mp4"
+    """Return the file name of a video from its id, which most files give without the extension. Ids may have dots."""
+    return video_id if video_id.lower().endswith(VIDEO_EXTENSIONS + IMAGE_EXTENSIONS) else video_id + ".mp4"
 
 
 def make_entry(values: dict, is_id: bool) -> dict:
@@ -200,18 +222,22 @@ def make_entry(values: dict, is_id: bool) -> dict:
     if "caption" in values:
         entry.setdefault("caption", "")
     folder = entry.pop("page_dir", "")
-    if is_id and isinstance(entry.get("video"), (str, int)):
-        entry["video"] = os.path.join(str(folder), add_extension(str(entry["video"])))
+    if is_id:
+        name = lambda video: (os.path.join(str(folder), add_extension(str(video)))
+                              if isinstance(video, (str, int)) and video != "" else video)
+        video = entry.get("video")
+        entry["video"] = [*map(name, video)] if isinstance(video, list) else name(video)
     for key in entry.keys() & {"start", "end"}:
         with suppress(TypeError, ValueError):           # what is no number is refused where its row can be named
-            entry[key] = float(entry[key])
+            if not isinstance(entry[key], bool) and "_" not in str(entry[key]):     # Python reads True and "1_000"
+                entry[key] = float(entry[key])
     return entry
 
 
 def iter_table(path: str, iter_values) -> Iterator[dict]:
     """
     Yield the entries of a table. iter_values(path) yields the names of its columns, then its rows, lists of values. If
-    the table has only ids of videos, as MSRVTT_train.9k.csv, the captions are those of MSRVTT_data.json beside it.
+    the table has one column, ids of videos, as MSRVTT_train.9k.csv, the captions are in MSRVTT_data.json beside it.
     """
     rows = iter_values(path)
     names = next(rows)
@@ -224,6 +250,9 @@ def iter_table(path: str, iter_values) -> Iterator[dict]:
             if not (texts := captions.get(str(entry.get("video")))):
                 raise ValueError(f"{path}, row {i}: {MSRVTT_CAPTIONS} has no captions of {shorten(entry.get('video'))}")
             entry["caption"] = texts
+        if isinstance(entry.get("video"), (int, float)):
+            raise ValueError(f'{path}, row {i}: "video" must be a file name, got {entry["video"]} in the column '
+                             f"{names[columns['video']]}; rename it if another column has the names")
         yield entry
 
 
@@ -235,25 +264,47 @@ def read_msrvtt_captions(path: str) -> dict[str, list[str]]:
     return {entry["video"]: entry["caption"] for entry in _iter_msrvtt(captions)}
 
 
+def is_joined(path: str, lines: list[str], delimiter: str, header: list[str]) -> bool:
+    """
+    Say whether the lines of one row of a CSV file are rows of their own, which an unclosed quote has joined: each has
+    as many cells as the header and, in the column of videos, the name of a file or, among ids, something that is no
+    word. The lines of a caption with line breaks and commas have not.
+    """
+    column, lines = match_columns(path, header)["video"], [*filter(str.strip, lines)]
+
+    def is_row(cells):
+        name = cells[column].strip(' "').lower() if len(cells) == len(header) else ""
+        is_id = header[column].strip().lower() in VIDEO_IDS and re.fullmatch(r"\S*[\d_-]\S*", name)
+        return name.endswith(VIDEO_EXTENSIONS + IMAGE_EXTENSIONS) or is_id
+
+    return len(lines) > 1 and all(is_row(line.rstrip("\r\n").split(delimiter)) for line in lines)
+
+
 def iter_csv(path: str) -> Iterator[list[str]]:
     """Yield the header and the rows of a CSV file. The header tells whether commas, tabs or semicolons separate."""
     with open_text(path) as f:
         header = next(filter(bytes.strip, f), b"")
     delimiter = max(",\t;", key=lambda character: header.count(character.encode()))
-    width, count, line = 0, -1, 1           # columns, rows before this one without the header, first line of this one
+    names, count, line = [], -1, 1          # columns, rows before this one without the header, first line of this one
     with open_text(path) as f:
-        rows = csv.reader(map(bytes.decode, f), delimiter=delimiter, strict=True)
+        lines = []                                                          # of the row
+        decoded = (lines.append(text) or text for text in map(bytes.decode, f))
+        rows = csv.reader(decoded, delimiter=delimiter, strict=True)
         try:
             for row in filter(None, rows):                                  # a blank line is an empty list
-                width = width or len(row)
-                if len(row) != width:
-                    raise csv.Error(f"must have {width} cells as the header has, got {len(row)}")
+                names = names or row
+                if len(row) != len(names):
+                    raise csv.Error(f"must have {len(names)} cells as the header has, got {len(row)}")
+                if count >= 0 and len(lines) > 1 and is_joined(path, lines, delimiter, names):
+                    raise csv.Error(f"a quote joins lines up to {rows.line_num} that are rows of their own; in a cell "
+                                    "that begins with a quote, those within must be doubled")
                 yield row
+                lines.clear()
                 count, line = count + 1, rows.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
-            row = f"row {count}" if width else "header"
+            row = f"row {count}" if names else "header"
             raise ValueError(f"{path}, {row} (from line {line}): not CSV ({error})") from None
-    if not width:
+    if not names:
         raise ValueError(f"{path}: must have a header with the names of its columns, got an empty file")
 
 
@@ -278,6 +329,8 @@ def iter_parquet(path: str) -> Iterator[list]:
                     count += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}, row {count}: not Parquet ({format_error(error)})") from None
+    except ValueError as error:                                             # nanoseconds, which Python has not
+        raise ValueError(f"{path}, row {count} or after it: a value cannot be read ({format_error(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ import math
 import os
 import re
 import tarfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from typing import BinaryIO, NamedTuple
 
 from files import format_error
+from runtime import init_worker, num_cpus
 
 # The names of video and image files, where files are looked for by name. A file that is named is read in any case.
 VIDEO_EXTENSIONS = tuple("." + name for name in """
@@ -146,13 +149,14 @@ def iter_members(f: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 def read_caption(f: BinaryIO, members: dict[str, Media]) -> str | list[str]:
     """
-    Read the caption of a sample, whose members are given by extension: its txt, or "caption" in its json. ValueError,
-    with what it has instead, if there is none.
+    Read the caption of a sample, whose members are given by extension: its txt or, if that has no words, "caption" in
+    its json. ValueError, with what it has instead, if there is none.
     """
     read = lambda member: os.pread(f.fileno(), member.size, member.offset)
     try:
-        if "txt" in members:
-            return read(members["txt"]).decode("utf-8-sig")
+        text = read(members["txt"]).decode("utf-8-sig") if "txt" in members else None
+        if text is not None and ("json" not in members or re.search(r"\w", text)):
+            return text
         about = json.loads(read(members["json"])) if "json" in members else None
         caption = about.get("caption") if isinstance(about, dict) else None
         json.dumps(caption, ensure_ascii=False).encode()                    # half a surrogate pair is a ValueError
@@ -160,13 +164,30 @@ def read_caption(f: BinaryIO, members: dict[str, Media]) -> str | list[str]:
         raise ValueError("a text that is not valid UTF-8 or JSON") from None
     if isinstance(caption, str) or caption and isinstance(caption, list) and all(isinstance(c, str) for c in caption):
         return caption
+    if text is not None:
+        return text                                                         # it is counted as a caption without words
     raise ValueError("no caption")
+
+
+def find_media(members: list[tuple[str, Media]]) -> Media:
+    """Return the one video or image of a sample, of (extension, member). ValueError, with what it has instead."""
+    media = [member for extension, member in members if f".{extension}" in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS]
+    if len(media) == 1:
+        return media[0]
+    if media:
+        raise ValueError("several videos or images")
+    if any(extension.endswith(VIDEO_EXTENSIONS + IMAGE_EXTENSIONS) for extension, _ in members):
+        raise ValueError("a video or image with several dots in its name, whose key ends at the first")
+    raise ValueError("no video or image")
 
 
 def read_shard(path: str) -> tuple[list[tuple[str, Media, str | list[str]]], list[tuple[str, str]], str]:
     """
     Read the headers and texts of a shard -> (name, Media, caption) of its samples; (name, what it has) of the samples
     that are left out; what is damaged, or "". Of a damaged shard, the samples before the damage are there.
+
+    An error of the file system is no damage, since it may pass, but a ValueError. (files.atomic_write takes an OSError
+    for one of the file that it writes.)
     """
     groups, samples, left_out, damage = {}, [], [], ""
     try:
@@ -182,49 +203,84 @@ def read_shard(path: str) -> tuple[list[tuple[str, Media, str | list[str]]], lis
                 if groups and "txt" not in dict([*groups.values()][-1]):    # it may have had one
                     groups.popitem()
             for key, members in groups.items():
-                media = [member for extension, member in members
-                         if f".{extension}" in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS]
-                name = f"{os.path.basename(path)}/{key}"
+                name = f"{path}/{key}"
                 try:
-                    if len(media) != 1:
-                        raise ValueError("several videos or images" if media else "no video or image")
-                    caption = read_caption(f, dict(members))
+                    samples.append((name, find_media(members), read_caption(f, dict(members))))
                 except ValueError as error:
                     left_out.append((name, str(error)))
-                    continue
-                samples.append((name, media[0], caption))
     except OSError as error:
-        damage = f"it cannot be read ({format_error(error)})"
+        raise ValueError(f"{path}: the shard cannot be read ({format_error(error)})") from None
     return samples, left_out, damage
 
 
-def iter_samples(pattern: str, max_damaged: float, notes: list[str]) -> Iterator[tuple[str, Media, str | list[str]]]:
+def read_shards(paths: list[str]) -> Iterator[tuple]:
+    """
+    Yield read_shard(path) of each path, in order. All cores read, no more than two shards for each ahead, since a shard
+    may have many samples.
+    """
+    if len(paths) == 1:
+        yield read_shard(paths[0])
+        return
+    count, futures = min(num_cpus(), len(paths)), deque()
+    with ProcessPoolExecutor(count, initializer=init_worker) as pool:
+        try:
+            for path in paths:
+                futures.append(pool.submit(read_shard, path))
+                if len(futures) > 2 * count:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)                              # after an error the others are not needed
+
+
+class Loss(NamedTuple):
+    """What is missing from shards: `lost` of `total` shards or samples."""
+    lost: int
+    total: int
+    what: str                   # "a.tar: 2 of 10 samples are left out"
+    listing: str                # which, and why
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.listing}"
+
+
+def check_losses(losses: list[Loss], max_lost: float):
+    """Raise a ValueError that lists the losses of which the share is above max_lost, data.max_unreadable, if any is."""
+    limit = f"data.max_unreadable is {max_lost:g}" if max_lost else "none may be"
+    if above := [f"{loss.what} ({limit}): {loss.listing}" for loss in losses if loss.lost > max_lost * loss.total]:
+        raise ValueError("; ".join(above))
+
+
+def iter_samples(pattern: str, notes: list[str], losses: list[Loss]) -> Iterator[tuple[str, Media, str | list[str]]]:
     """
     Yield (source, Media, caption) of each sample of the shards that `pattern` names, in order. A sample is the members
     with one key: a video or an image, and its caption in a txt or json.
 
-    Samples without one of them are counted and listed in `notes`, and so are damaged shards, whose samples before the
-    damage are used. If the share of damaged shards is above max_damaged, all of them are read first, and listed in a
-    ValueError.
+    At the end `notes` gets a line with the numbers of videos and images, and `losses` the samples without one of them
+    and the damaged shards, whose samples before the damage are used.
     """
-    paths, damaged, left_out, count = expand_shards(pattern), [], {}, 0
-    for path in paths:
-        samples, others, damage = read_shard(path)
+    paths, damaged, left_out, videos, images = expand_shards(pattern), [], {}, 0, 0
+    for path, (samples, others, damage) in zip(paths, read_shards(paths), strict=True):
         for name, media, caption in samples:
             yield f"{pattern}, {name}", media, caption
-        count += len(samples)
+            is_image = media.member.lower().endswith(IMAGE_EXTENSIONS)
+            images, videos = images + is_image, videos + (not is_image)
         for name, reason in others:
             left_out.setdefault(reason, []).append(name)
         if damage:
             damaged.append(f"{path}: {damage}")
-    listed = f"{pattern}: {len(damaged)} of {len(paths)} shards are damaged"
-    if len(damaged) > max_damaged * len(paths):
-        limit = f"data.max_unreadable is {max_damaged:g}" if max_damaged else "none may be"
-        raise ValueError(f"{listed} ({limit}): {'; '.join(damaged)}")
+    found = []
     if damaged:
-        notes.append(f"{listed}, what comes after the damage is left out: {'; '.join(damaged)}")
-    for reason, names in left_out.items():
-        notes.append(f"{pattern}: {len(names)} of {count + sum(map(len, left_out.values()))} samples have {reason} and "
-                     f"are left out: {', '.join(names[:20] + ['...'] * (len(names) > 20))}")
-    if not count:
-        raise ValueError(f"{notes[-1] if notes else pattern}: no sample is left")
+        what = f"{pattern}: {len(damaged)} of {len(paths)} shards are damaged, what comes after the damage is left out"
+        found.append(Loss(len(damaged), len(paths), what, "; ".join(damaged)))
+    if left_out:
+        lost = sum(map(len, left_out.values()))
+        total = lost + videos + images
+        listing = "; ".join(f"{len(names)} with {reason} ({', '.join(names[:20] + ['...'] * (len(names) > 20))})"
+                            for reason, names in left_out.items())
+        found.append(Loss(lost, total, f"{pattern}: {lost} of {total} samples are left out", listing))
+    if not videos + images:
+        raise ValueError("; ".join([f"{pattern}: no sample is left", *map(str, found)]))
+    notes.append(f"{pattern}: {videos} videos, {images} images")
+    losses += found

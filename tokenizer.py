@@ -123,7 +123,7 @@ def resolve_tokenizer(run: RunContext, captions: Iterable[str], text_folder: str
     """
     cfg = run.cfg
     built = os.path.join("out", cfg.name, "tokenizer.json")
-    files = [os.path.join(folder, name) for folder in (text_folder, os.path.dirname(cfg.data.train_file) or ".")
+    files = [os.path.join(folder, name) for folder in (text_folder, cfg.data.cache_folder())
              if folder for name in ("tokenizer.json", "vocab.txt")]
     path = cfg.tokenizer or next((file for file in files if os.path.isfile(file)), built)
     if path == built and run.rank == 0 and not os.path.isfile(built):

@@ -1,6 +1,7 @@
 """Annotation files of each form: what is read, that long lists are streamed, what is refused, and the mapped file."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -395,6 +396,27 @@ def test_files_are_read_once_and_again_if_they_change(corpora, tmp_path, monkeyp
     moved = [(path, root + "/.") for path, root in corpora[:1]]             # other video paths, other annotations
     assert list(build_mapped_annotations(corpora[:1], out)) == read_all(corpora[:1]) != read_all(moved)
     assert list(build_mapped_annotations(moved, out)) == read_all(moved)
+
+
+def test_names_and_contents_of_earlier_versions_are_found(tmp_path, monkeypatch):
+    """A run that began with an earlier version resumes: JSON files have the same name and digest, and no losses."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("videos")
+    path = written(tmp_path / "rows.json", [{"video": "a.mp4", "caption": ["A dog", "x"]}, {"image": "b.png",
+                                                                                             "caption": "y"}])
+    mapped = build_mapped_annotations([(path, "videos")], "out")
+    key = [3, [path, "videos", os.path.getsize(path), os.stat(path).st_mtime_ns]]
+    lines = [json.dumps({"video": video, "captions": captions, "frame_caption": None, "questions": [],
+                         "correct_index": None, "source": f"{path}, row {i}"}) + "\n"
+             for i, (video, captions) in enumerate([("videos/a.mp4", ["a dog", "x"]), ("videos/b.png", ["y"])])]
+    assert os.path.basename(mapped.path) == (
+        "annotations_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
+    assert mapped.digest == hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
+    about = files.read_json(mapped.path + ".json")
+    assert about.pop("losses") == []
+    files.write_json(mapped.path + ".json", about)
+    monkeypatch.setattr(annotations, "iter_rows", None)
+    assert list(build_mapped_annotations([(path, "videos")], "out")) == list(mapped)
 
 
 @pytest.mark.parametrize("extension", [".offsets", ".jsonl"])

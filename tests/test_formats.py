@@ -8,7 +8,9 @@ import os
 import random
 import sys
 import tracemalloc
+from datetime import datetime
 
+import numpy as np
 import pytest
 from helpers.benchmarks import eval_config, load_json
 from helpers.runs import assert_one_line, command
@@ -74,6 +76,12 @@ def test_a_table_has_the_rows_of_a_json_list(tmp_path, mark, name, delimiter, op
     (["image", "caption"], ["a.jpg", "x"], {"video": "a.jpg", "caption": "x"}),
     (["video_id", "caption"], ["a", "x"], {"video": "a.mp4", "caption": "x"}),
     (["video_id", "caption"], ["a.webm", "x"], {"video": "a.webm", "caption": "x"}),
+    (["video_id", "caption"], ["a.JPG", "x"], {"video": "a.JPG", "caption": "x"}),
+    (["video_id", "caption"], ["abc_12.5_20.0", "x"], {"video": "abc_12.5_20.0.mp4", "caption": "x"}),
+    (["videoid", "caption"], ["v.mp4.part", "x"], {"video": "v.mp4.part.mp4", "caption": "x"}),
+    (["video", "caption"], ["abc_12.5", "x"], {"video": "abc_12.5", "caption": "x"}),               # no id
+    (["video", "caption", "start", "end"], ["a.mp4", "x", "1_000", "2e3"], {
+        "video": "a.mp4", "caption": "x", "start": "1_000", "end": 2000.0}),
     (["video_id", "video", "caption"], ["7", "a.mp4", "x"], {"video": "a.mp4", "caption": "x"}),
     (["name", "video", "caption"], ["n", "a.mp4", "x"], {"video": "a.mp4", "caption": "x"}),
     (["video", "caption", "name", "page_dir"], ["a.mp4", "x", "y", "z"], {"video": "a.mp4", "caption": "x"}),
@@ -126,12 +134,29 @@ def test_a_long_table_is_streamed(tmp_path):
     ("video,caption\nx,y".encode("utf-16-be"), "UTF-8.*UTF-16"),
     ("video,caption\nx,y".encode("utf-32"), "UTF-8.*UTF-16"),
     ("\ufeff\ufeffvideo,caption\nx,y", "column of videos"),
+    ("video,caption,start\na.mp4,x,1_000\n", "row 0: \"start\" must be a number of seconds.*'1_000'"),
+    ('video,caption\n1.mp4,"big cat\n2.mp4,a dog 24"\n3.mp4,bird\n', r"row 0 \(from line 2\).*up to 3 that are rows"),
+    ('video,caption\n0.mp4,x\n\n1.MP4,"big cat\n\n2.mp4,a dog\n3.webm,a 24"\n', r"row 1 \(from line 3\).*up to 7"),
+    ('caption,path\r\n"big cat,1.mp4\r\na dog,2.mp4\r\n24",3.mp4\r\n', r"row 0 \(from line 2\).*up to 4 that"),
+    ('video\tcaption\tid\n1.mp4\t"big cat\t7\n2.mp4\ta dog 24"\t8\n', r"row 0 \(from line 2\).*up to 3 that"),
+    ('video_id,caption\nvideo1,"big cat\nvideo2,a dog 24"\n', r"row 0 \(from line 2\).*up to 3 that"),
 ])
 def test_a_bad_table_is_refused(tmp_path, text, match):
     path = written(tmp_path / "rows.csv", text)
     with pytest.raises(ValueError, match=match) as error:
         read_annotations(path, str(tmp_path), check=False)
     assert str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("caption", ["a dog\nruns, jumps", "a dog\n\nThen, it runs\nAnd, it jumps", "a\n1.mp4",
+                                     "a 1.mp4\n2.mp4 b", "a\n1.mp4, 2.mp4, 3.mp4"])
+@pytest.mark.parametrize("columns", ["video caption", "caption video", "video_id caption id"])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_line_breaks_in_quotes_are_those_of_the_caption(tmp_path, caption, columns, delimiter):
+    row = {"video": "1.mp4", "video_id": "1.mp4", "caption": caption, "id": "7"}
+    table = [columns.split(), *[[row[name] for name in columns.split()]] * 2]
+    path = written(tmp_path / "rows.csv", as_csv(table, delimiter))
+    assert list(iter_annotations(path)) == [{"video": "1.mp4", "caption": caption}] * 2
 
 
 def test_a_table_that_is_cut_loses_no_row_in_silence(tmp_path):
@@ -239,6 +264,11 @@ def test_a_list_of_ids_has_the_captions_of_the_file_beside_it(tmp_path):
     write_msrvtt(tmp_path / "MSRVTT_data.json", {video: [f"{texts[0]} anew"] for video, texts in CAPTIONS.items()})
     changed = build_mapped_annotations([(path, str(tmp_path))], str(tmp_path / "out"))
     assert [a.captions for a in changed] == [[f"{row['caption'][0]} anew"] for row in expected]
+    for header, row in (("video_id,description", "video3,x"), ("id,video_id", "7,video3"), ("video_id,name", "video3")):
+        own = written(tmp_path / "own.csv", f"{header}\n{row}\n")          # not MSR-VTT's, though beside it
+        assert_refused(own, rf"must have a column of captions \(caption, .*got \['{header.split(',')[0]}'")
+    indexed = written(tmp_path / "indexed.csv", ",video_id\n0,video3\n")   # as pandas writes it
+    assert list(iter_annotations(indexed)) == [{"video": "video3.mp4", "caption": ["caption 3 0 anew"]}]
     path = written(tmp_path / "MSRVTT_train.9k.csv", "video_id\nvideo3\nvideo7\n")
     assert_refused(path, "row 1: MSRVTT_data.json has no captions of 'video7.mp4'")
     written(tmp_path / "MSRVTT_data.json", '{"info": {}, "videos": []}')
@@ -339,6 +369,20 @@ def test_json_is_read_whatever_the_name(tmp_path, name, mark):
             assert list(iter_annotations(written(tmp_path / name, mark + text.encode()))) == count * [row], form
 
 
+@pytest.mark.parametrize("more", [
+    {"sentences": ["x", "y"]}, {"sentences": [{"video_id": "v", "caption": "z"}]}, {"videos": 7, "sentences": []},
+    {"info": {"fps": 3}}, {"info": {"video": "b"}, "videos": [{"caption": "z"}]},
+], ids=str)
+@pytest.mark.parametrize("key", ["video", "image"])
+def test_rows_may_have_keys_of_msrvtt(tmp_path, more, key):
+    plain = {key: "a.mp4", "caption": "x"}
+    for row in (more | plain, plain | more):                                    # whichever comes first
+        lines = written(tmp_path / "rows.jsonl", f"{json.dumps(row)}\n" * 2)
+        assert list(iter_annotations(lines)) == [row] * 2
+        spread = written(tmp_path / "rows.json", f"{json.dumps(row, indent=2)}\n" * 2)
+        assert list(iter_annotations(spread)) == [row] * 2
+
+
 @pytest.mark.parametrize("text, match", [
     (f"{SPREAD}\n{SPREAD[:-3]}", "row 1: not JSON"),
     (f"{ENTRY}\n[{ENTRY}]", "row 1: must be an object"),
@@ -386,6 +430,10 @@ def test_a_parquet_file_has_the_rows_of_a_json_list(tmp_path):
                                                     "name": ["x", None], "contentUrl": ["https://x", ""]})
     assert list(iter_annotations(path)) == [{"video": "0001_0050/1023.mp4", "caption": "x"},
                                             {"video": "7.mp4", "caption": ""}]
+    path = write_parquet(tmp_path / "id lists.parquet", {"videoid": [["7", "a_1.5"], ["b.webm"]], "caption": ["x", "y"],
+                                                         "page_dir": ["0001", None]})
+    assert list(iter_annotations(path)) == [{"video": ["0001/7.mp4", "0001/a_1.5.mp4"], "caption": "x"},
+                                            {"video": ["b.webm"], "caption": "y"}]
     path = write_parquet(tmp_path / "lists.parquet", {"video": [["a.mp4", "b.mp4"]], "caption": [["x", "y"]]})
     assert [(a.video, a.captions) for a in read_annotations(path, "", check=False)] == [("a.mp4", ["x", "y"]),
                                                                                       ("b.mp4", ["x", "y"])]
@@ -412,6 +460,11 @@ def test_a_long_parquet_file_is_streamed(tmp_path, count, junk):
     ({"caption": ["x"]}, "column of videos"),
     ({"video": ["a.mp4"], "label": [3]}, r"column of captions.*\['video', 'label'\]"),
     ({"video": [3], "caption": ["x"]}, 'row 0: "video"'),
+    ({"Video": [3], "path": ["a.mp4"], "caption": ["x"]}, 'row 0: "video".* got 3 in the column Video; rename it'),
+    ({"video": ["a.mp4"], "caption": ["x"], "start": [True]}, 'row 0: "start" must be a number of seconds.*True'),
+    ({"video": ["a.mp4"], "caption": ["x"], "end": [False]}, 'row 0: "end" must be a number of seconds.*False'),
+    ({"video": ["a.mp4"], "caption": ["x"], "start": [datetime(2020, 1, 1)]}, 'row 0: "start" must be a number'),
+    ({"video": ["a.mp4"], "caption": ["x"], "start": [np.datetime64(1001, "ns")]}, "row 0 or after it: a value cannot"),
     ({"video": [b"a.mp4"], "caption": ["x"]}, 'row 0: "video"'),
     ({"video": ["a.mp4", None], "caption": ["x", "y"]}, 'row 1: "video"'),
     ({"video": [{"bytes": b"", "path": "a.mp4"}], "caption": ["x"]}, 'row 0: "video"'),            # Hugging Face
@@ -419,6 +472,7 @@ def test_a_long_parquet_file_is_streamed(tmp_path, count, junk):
     ({"video": ["a.mp4"], "caption": [["x", None]]}, 'row 0: "caption".*None'),
     ({"video": [], "caption": []}, "empty"),
     ({"video_id": [["a", "b"]]}, "no captions of"),
+    ({"video_id": ["video0"], "split": ["train"]}, "must have a column of captions"),
 ])
 def test_a_bad_parquet_table_is_refused(tmp_path, columns, match):
     write_msrvtt(tmp_path / "MSRVTT_data.json", CAPTIONS)

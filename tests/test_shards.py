@@ -1,10 +1,13 @@
 """Tar shards: which samples they have, that frames and runs equal those from files, and shards that are damaged."""
 
+import builtins
+import errno
 import io
 import json
 import os
 import shutil
 import tarfile
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,14 +19,16 @@ from helpers.damage import damaged_copies
 from helpers.runs import Killed, assert_same, kill, log, weights
 from helpers.videos import ODD_IMAGES, ODD_VIDEOS, break_packets, cut, save_image, write, write_noise
 
+import annotations
 import data
 import eval as evaluation
+import media
 import train
 import video
 from annotations import build_mapped_annotations, read_annotations
 from data import ClipDataset, DataConfig
 from encoders import TextEncoderConfig
-from media import Media, expand_shards, iter_samples
+from media import Media, expand_shards, iter_samples, read_shard
 from runtime import RunContext
 from tasks import get_task, read_rows
 from tokenizer import build_wordpiece, load_tokenizer
@@ -58,10 +63,10 @@ def images(names, caption="a picture of {}"):
         ("txt", caption.format(name).encode()))]
 
 
-def rows_of(pattern, max_damaged=0.0, folder="out"):
-    """(video, captions) of the mapped annotations of shards, and their notes."""
-    mapped = build_mapped_annotations([(str(pattern), "")], str(folder), max_damaged)
-    return [(a.video, a.captions) for a in mapped], mapped.notes
+def rows_of(pattern, max_lost=0.0, folder="out"):
+    """(video, captions) of the mapped annotations of shards, and what is printed: their notes and losses."""
+    mapped = build_mapped_annotations([(str(pattern), "")], str(folder), max_lost)
+    return [(a.video, a.captions) for a in mapped], [*mapped.notes, *map(str, mapped.losses)]
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +145,8 @@ def test_samples_are_the_members_with_one_key(format, tmp_path):
     assert [(a.video, a.captions) for a in mapped] == [
         ("shards/00.tar/000000000.png", ["a picture of 000000000"]), ("shards/00.tar/1.MP4", ["one", "two"]),
         ("shards/00.tar/日本.webp", ["a dog"]), (f"shards/00.tar/{key}.png", [f"a picture of {key}".replace("/", " ")])]
-    assert mapped.notes == [] and list(mapped) == read_annotations(path, "")
+    assert mapped.notes == [f"{path}: 1 videos, 3 images"] and not mapped.losses
+    assert list(mapped) == read_annotations(path, "")
     contents = dict(members)
     with open(path, "rb") as f:
         for a in mapped:
@@ -148,7 +154,7 @@ def test_samples_are_the_members_with_one_key(format, tmp_path):
             f.seek(a.media.offset)
             assert f.read(a.media.num_bytes()) == contents[a.media.member]
     assert len({a.media_id for a in mapped}) == len({a.source for a in mapped}) == 4
-    assert mapped[2].source == "shards/00.tar, 00.tar/日本"
+    assert mapped[2].source == "shards/00.tar, shards/00.tar/日本"
 
 
 def test_samples_that_lack_something_are_counted_and_listed(capsys):
@@ -158,26 +164,63 @@ def test_samples_that_lack_something_are_counted_and_listed(capsys):
              "m": b"[" * 10000, "n": b'{"caption": []}', "o": b'{"caption": "..."}'}
     write_shard("01.tar", [member for key, text in texts.items() for member in (
         (f"{key}.json", text), (f"{key}.png", png()))])
-    rows, notes = rows_of("{00..01}.tar")
+    rows, notes = rows_of("{00..01}.tar", 11 / 15)
     assert [video for video, _ in rows] == ["00.tar/a.png", "00.tar/b.png", "00.tar/c.png"]
-    assert sorted(notes) == [
-        "{00..01}.tar: 1 of 15 samples have no video or image and are left out: 00.tar/e",
-        "{00..01}.tar: 1 of 15 samples have several videos or images and are left out: 00.tar/f",
-        "{00..01}.tar: 1 of 4 captions have no words and are left out: 01.tar/o",
-        "{00..01}.tar: 4 of 15 samples have a text that is not valid UTF-8 or JSON and are left out: 00.tar/g, "
-        "01.tar/k, 01.tar/l, 01.tar/m",
-        "{00..01}.tar: 5 of 15 samples have no caption and are left out: 00.tar/d, 01.tar/h, 01.tar/i, 01.tar/j, "
-        "01.tar/n"]
+    listed = ("5 with no caption (00.tar/d, 01.tar/h, 01.tar/i, 01.tar/j, 01.tar/n); 1 with no video or image "
+              "(00.tar/e); 1 with several videos or images (00.tar/f); 4 with a text that is not valid UTF-8 or JSON "
+              "(00.tar/g, 01.tar/k, 01.tar/l, 01.tar/m)")
+    assert notes == ["{00..01}.tar: 0 videos, 4 images",
+                     "{00..01}.tar: 1 of 4 captions have no words and are left out: 01.tar/o",
+                     f"{{00..01}}.tar: 11 of 15 samples are left out: {listed}"]
     assert capsys.readouterr().out.splitlines() == notes
-    assert rows_of("{00..01}.tar") == (rows, notes) and capsys.readouterr().out.splitlines() == notes   # in a new run
-    read_annotations("{00..01}.tar", "")
+    assert rows_of("{00..01}.tar", 11 / 15) == (rows, notes)                # in a new run
     assert capsys.readouterr().out.splitlines() == notes
-    listed = []
-    read_rows(get_task("msrvtt-caption"), "{00..01}.tar", "", train=False, notes=listed)
-    assert listed == notes and capsys.readouterr().out == ""
+    for read, limit in ((lambda: rows_of("{00..01}.tar", 0.73), "data.max_unreadable is 0.73"),
+                        (lambda: read_annotations("{00..01}.tar", ""), "none may be"),
+                        (lambda: read_rows(get_task("msrvtt-caption"), "{00..01}.tar", "", False), "none may be")):
+        with pytest.raises(ValueError) as error:
+            read()
+        assert str(error.value) == f"{{00..01}}.tar: 11 of 15 samples are left out ({limit}): {listed}"
     write_shard("none.tar", [(f"{i}.png", b"") for i in range(30)])
-    with pytest.raises(ValueError, match=r"none.tar: 30 of 30 samples have no caption.*/19, \.\.\.: no sample"):
-        rows_of("none.tar")
+    with pytest.raises(ValueError, match=r"none.tar: no sample is left; none.tar: 30 of 30 .* no caption.*/19, \.\.\."):
+        rows_of("none.tar", 1.0)
+
+
+def test_evaluation_lists_captions_without_words(capsys):
+    write_shard("a.tar", [*images("ab"), *images("c", "?!")[::2]])
+    listed = []
+    rows = read_rows(get_task("msrvtt-caption"), "a.tar", "", train=False, notes=listed)
+    assert len(rows) == 2 and capsys.readouterr().out == ""
+    assert listed == ["a.tar: 0 videos, 3 images", "a.tar: 1 of 3 captions have no words and are left out: a.tar/c"]
+
+
+def test_names_with_several_dots_are_told_from_samples_without_a_video():
+    write_shard("a.tar", [*images("abc"), ("vid7_7.5_10.0.mp4", b"video"), ("vid7_7.5_10.0.txt", b"words"),
+                          ("d.thumb.JPG", b""), ("e.txt", b"words"), ("f.mp4", b"video"), ("f.thumb.jpg", b""),
+                          ("f.txt", b"words")])
+    rows, notes = rows_of("a.tar", 3 / 7)
+    assert [video for video, _ in rows] == [f"a.tar/{name}" for name in ("a.png", "b.png", "c.png", "f.mp4")]
+    assert notes == ["a.tar: 1 videos, 3 images", "a.tar: 3 of 7 samples are left out: 2 with a video or image with "
+                     "several dots in its name, whose key ends at the first (a.tar/vid7_7, a.tar/d); 1 with no video "
+                     "or image (a.tar/e)"]
+
+
+def test_an_empty_txt_leaves_the_caption_of_the_json():
+    texts = {"empty": b"", "spaces": b"\xef\xbb\xbf \n", "marks": b"?!", "words": b"words", "alone": b"", "null": b""}
+    write_shard("a.tar", [member for key, text in texts.items() for member in (
+        (f"{key}.png", png()), (f"{key}.txt", text), *[(f"{key}.json", json.dumps(
+            {"caption": None if key == "null" else f"json {key}"}).encode())] * (key != "alone"))])
+    rows, notes = rows_of("a.tar")
+    assert rows == [(f"a.tar/{key}.png", [text]) for key, text in (
+        ("empty", "json empty"), ("spaces", "json spaces"), ("marks", "json marks"), ("words", "words"))]
+    assert notes[1:] == ["a.tar: 2 of 6 captions have no words and are left out: a.tar/alone, a.tar/null"]
+
+
+def test_samples_of_shards_with_one_name_have_two_sources():
+    for folder in "AB":
+        write_shard(f"{folder}/0.tar", images("x"))
+    rows = read_annotations("{A,B}/0.tar", "")
+    assert [a.source for a in rows] == ["{A,B}/0.tar, A/0.tar/x", "{A,B}/0.tar, B/0.tar/x"]
 
 
 def test_a_changed_shard_is_indexed_again():
@@ -210,7 +253,7 @@ def damage(name, content):
     ("joined", 10, "goes on after its end"), ("empty", 0, "no uncompressed tar.*empty"),
     ("no tar", 0, "no uncompressed tar"),
 ])
-def test_damaged_shards_are_listed_and_used_up_to_the_damage(kind, left, match, capsys):
+def test_damaged_shards_are_listed_and_used_up_to_the_damage(kind, left, match, capsys, monkeypatch):
     for i in range(10):
         write_shard(f"{i}.tar", images("0123456789"))
     for i in (3, 7):
@@ -219,35 +262,74 @@ def test_damaged_shards_are_listed_and_used_up_to_the_damage(kind, left, match, 
         with open(f"{i}.tar", "wb") as f:
             f.write(damage(kind, content))
     for read in (lambda: rows_of("{0..9}.tar"), lambda: rows_of("{0..9}.tar", 0.19),
-                 lambda: read_annotations("{0..9}.tar", ""),
+                 lambda: rows_of("{0..9}.tar", 0.19), lambda: read_annotations("{0..9}.tar", ""),
                  lambda: read_rows(get_task("sprites"), "{0..9}.tar", "", train=False, missing=[])):
-        with pytest.raises(ValueError, match=rf"2 of 10 shards are damaged \(.*\): 3.tar: .*{match}.*; 7.tar: .*{match}"
-                           ) as error:
+        with pytest.raises(ValueError, match=rf"2 of 10 shards are damaged, .*\(.*\): 3.tar: .*{match}.*; 7.tar: "
+                                             f".*{match}") as error:
             read()
         assert "\n" not in str(error.value)
-    assert os.listdir("out") == []
+    monkeypatch.setattr(annotations, "iter_rows", None)                     # the shards are not read again
     rows, notes = rows_of("{0..9}.tar", 0.2)
     expected = [f"{i}.tar/{k}.png" for i in range(10) for k in range(left if i in (3, 7) else 10)]
     assert [video for video, _ in rows] == expected and ["of the json"] not in [captions for _, captions in rows]
-    assert len(notes) == 1 and "2 of 10 shards are damaged" in notes[0] and "3.tar: " in notes[0]
-    assert notes[0] in capsys.readouterr().out
-    with pytest.raises(ValueError, match="damaged"):                        # a stricter run does not find the index
+    assert len(notes) == 2 and "2 of 10 shards are damaged" in notes[1] and "3.tar: " in notes[1]
+    assert notes[1] in capsys.readouterr().out
+    with pytest.raises(ValueError, match="damaged"):
         rows_of("{0..9}.tar", 0.1)
 
 
-def test_a_shard_that_cannot_be_opened_is_damaged(monkeypatch):
+@pytest.mark.parametrize("place", ["open", "header", "caption"])
+def test_an_error_of_the_file_system_is_no_damage(place, monkeypatch):
+    """It may pass, so nothing is kept of it; and the index is made when it has passed."""
     for name in ("0.tar", "1.tar"):
         write_shard(name, images("ab"))
-    opened = open
 
-    def refuse(path, *args, **kwargs):
-        if path == "1.tar":
-            raise PermissionError(13, "Permission denied", path)
-        return opened(path, *args, **kwargs)
+    def fail_for(function):
+        def fail(f, *args, **kwargs):
+            name = os.readlink(f"/proc/self/fd/{f}") if isinstance(f, int) else getattr(f, "name", f)
+            if name.endswith("1.tar"):
+                raise OSError(errno.EIO, "Input/output error")
+            return function(f, *args, **kwargs)
+        return fail
 
-    monkeypatch.setattr("builtins.open", refuse)
-    rows, notes = rows_of("{0..1}.tar", 0.5)
-    assert len(rows) == 2 and "1.tar: it cannot be read (PermissionError" in notes[0]
+    owner, name = {"open": (builtins, "open"), "header": (media, "iter_members"), "caption": (os, "pread")}[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail_for(getattr(owner, name)))
+        for pattern in ("1.tar", "{0..1}.tar"):
+            with pytest.raises(ValueError, match=r"^1.tar: the shard cannot be read \(.*Input/output error\)$"):
+                rows_of(pattern, 1.0)
+    assert os.listdir("out") == []
+    rows, notes = rows_of("{0..1}.tar", 1.0)
+    assert len(rows) == 4 and notes == ["{0..1}.tar: 0 videos, 4 images"]
+
+
+def read_and_mark(path):
+    """Read a shard, the first slowly, and leave a file that says which process read it; it may do so once."""
+    time.sleep(0.2 * (path == "0.tar"))
+    with open(f"{path}.read", "x") as f:
+        f.write(str(os.getpid()))
+    return read_shard(path)
+
+
+def test_shards_are_read_by_several_processes_in_order_and_not_far_ahead(monkeypatch):
+    for i in range(20):
+        write_shard(f"{i}.tar", images(f"{i}{name}" for name in "ab"))
+    paths = [f"{i}.tar" for i in range(20)]
+    monkeypatch.setattr(media, "read_shard", read_and_mark)
+    monkeypatch.setattr(media, "num_cpus", lambda: 3)
+    results = media.read_shards(paths)
+    first = next(results)
+    time.sleep(0.1)
+    assert sum(name.endswith(".read") for name in os.listdir(".")) <= 7     # 1 and twice as many as processes
+    assert [first, *results] == [*map(read_shard, paths)]
+    readers = {open(f"{path}.read").read() for path in paths}
+    assert 1 < len(readers) <= 3 and str(os.getpid()) not in readers
+    for path in paths:
+        os.remove(f"{path}.read")
+    abandoned = media.read_shards(paths)
+    next(abandoned)
+    abandoned.close()
+    assert sum(name.endswith(".read") for name in os.listdir(".")) <= 7
 
 
 def test_a_compressed_shard_is_refused():
@@ -272,7 +354,9 @@ def test_no_sample_is_lost_in_silence(format):
             f.write(damaged)
         found, notes = [], []
         try:
-            found += [(m.member, m.offset, m.size) for _, m, _ in iter_samples(f"{i}.tar", 1.0, notes)]
+            losses = []
+            found += [(m.member, m.offset, m.size) for _, m, _ in iter_samples(f"{i}.tar", [], losses)]
+            notes += map(str, losses)
         except ValueError as error:
             notes.append(str(error))
         assert found == expected or notes, i
@@ -357,9 +441,9 @@ def test_a_member_is_opened_as_safely_as_a_file(monkeypatch, tmp_path):
                                  ("b.ts", str(tmp_path / "list.m3u8"))])
     with tarfile.open(path) as tar:
         a, c, b = (Media(path, m.name, m.offset_data, m.size) for m in tar)
-    for media in (a, b):
-        with pytest.raises(ValueError, match=rf"^{media.name}: ."):
-            video.read_frames(media, 1)
+    for member in (a, b):
+        with pytest.raises(ValueError, match=rf"^{member.name}: ."):
+            video.read_frames(member, 1)
     monkeypatch.setattr(video, "MAX_PIXELS", 48 * 64 - 1)
     monkeypatch.setitem(video.OPTIONS, "max_pixels", str(48 * 64 - 1))
     with pytest.raises(ValueError, match="^a.tar/c.png: frames must have at most 3071 pixels"):
@@ -460,7 +544,7 @@ def test_a_run_stops_if_too_many_shards_are_damaged(run_config, sprite_shards):
         shutil.copy(f"{sprite_shards}/{i:05}.tar", f"{i}.tar")
     cut("2.tar", 0.5)
     flags = "--name a --data.train-file {0..3}.tar --steps 1 --unmasked-steps 0 --data.max-unreadable "
-    with pytest.raises(ValueError, match=r"1 of 4 shards are damaged \(data.max_unreadable is 0.2\): 2.tar: "):
+    with pytest.raises(ValueError, match=r"1 of 4 shards are damaged, .* \(data.max_unreadable is 0.2\): 2.tar: "):
         train.main(run_config(flags + "0.2"))
     train.main(run_config(flags + "0.25 --name b"))
     assert os.path.exists("out/b/model.safetensors")
@@ -472,7 +556,7 @@ def test_shards_are_evaluated_as_files_are(first_run, sprites, sprite_shards):
                                dict(data=f"{sprite_shards}/val.tar"))]
     assert results[0]["scores"] == results[1]["scores"] and results[1]["videos"] == results[1]["captions"] == 6
     for task in ("sprites-qa", "sprites-mc"):
-        with pytest.raises(ValueError, match="^.*/val.tar, val.tar/000000000: \"(question|caption)\" must be"):
+        with pytest.raises(ValueError, match="^.*/val.tar, .*/val.tar/000000000: \"(question|caption)\" must be"):
             read_rows(get_task(task), f"{sprite_shards}/val.tar", "", train=False)
     captions = read_rows(get_task("msrvtt-caption"), f"{sprite_shards}/val.tar", "", train=False)
     assert [a.captions for a in captions] == [[row["caption"]] for row in load_json(f"{sprites}/sprites_val.json")]

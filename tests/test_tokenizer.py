@@ -10,6 +10,7 @@ import torch
 from helpers.models import hugging_face, minilm_folder
 from tokenizers import Tokenizer
 
+from data import DataConfig
 from encoders import Bert
 from runtime import RunContext
 from tokenizer import (
@@ -64,12 +65,16 @@ def test_the_tokenizer_of_a_run_is_the_given_one_the_encoders_the_datas_or_built
         os.makedirs(name)
         build_wordpiece([name], f"{name}/tokenizer.json")
     os.makedirs("out/a")
-    cfg = SimpleNamespace(name="a", tokenizer="", data=SimpleNamespace(train_file="elsewhere/train.json"))
+    os.makedirs("other")
+    cfg = SimpleNamespace(name="a", tokenizer="", data=DataConfig(train_file="elsewhere/train.json"))
     words = lambda text_folder: resolve_tokenizer(RunContext(cfg, "", torch.device("cpu"), 0, 1), ["built"],
                                                   text_folder).get_vocab().keys()
     assert "built" in words("") and os.path.isfile("out/a/tokenizer.json")
-    cfg.data.train_file = "corpus/train.json"
-    assert "corpus" in words("") and "encoder" in words("encoder")
+    for folder in ("corpus", "other"):
+        open(f"{folder}/0.tar", "w").close()
+    for train_file in ("corpus/train.json", "{corpus,other}/0.tar"):        # shards: the folder of the first
+        cfg.data = DataConfig(train_file=train_file)
+        assert "corpus" in words("") and "encoder" in words("encoder")
     cfg.tokenizer = "given"
     assert "given" in words("encoder")
 
