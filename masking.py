@@ -32,10 +32,12 @@ The tokens are those of the teacher, also for papers that use pixels, optical fl
 name ending in _style marks an approximation; its docstring says what is left out. Scores are fp32, and of equal scores
 the lower index wins. The masks under "similarity" and "ablations" are plain PyTorch, which synchronises with the GPU.
 
-This file and kernels/ import no other file of the project.
+`select` applies any of them at any budget of a clip. This file, budgets.py and kernels/ import no other file of the
+project.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import wraps
@@ -45,6 +47,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize, one_hot
 
+from budgets import bottomk_stable, check_total, frame_difference, group_dynamic, mask_frames, to_float32, topk_stable
 from kernels import check_bandwidth, check_features, check_tokens, to_device
 from kernels.bandwidth import bandwidth_ref, bandwidth_triton
 from kernels.cluster_argmax import cluster_argmax_ref, cluster_argmax_triton
@@ -209,27 +212,53 @@ INPUT_SHAPES = {"attention": "(B, T, N)", "logits": "(B, T, N)", "text": "(B, E)
 
 def register_mask(*inputs: str, clip_budget: bool = False):
     """
-    Decorate a function of tokens x (B, T, N, C) and K, tokens kept per frame, to register it in MASKS under its name.
+    Decorate a function of tokens x (B, T, N, C) and K, tokens kept per frame, or, with clip_budget, of x and S, tokens
+    kept of the clip, to register it in MASKS under its name.
 
     `inputs` names what it uses: "tokens" if it reads their values (in fp32) and not only their shape, and any of
     INPUT_SHAPES and "generator", which it gets as keyword arguments. It returns, in any order and without repeats, the
-    kept positions (B, T, K) in [0, N) or, with clip_budget, (B, T * K) flat ids. Checks and sorting are added here.
+    kept positions (B, T, K) in [0, N) or, with clip_budget, (B, S) flat ids. Checks and sorting are added here.
     """
     def register(function):
         name = function.__name__
 
+        def call(tokens: Tensor, count: int, check: bool, aux: dict) -> Tensor:
+            values = {key: get_input(name, key, aux, tokens, check) for key in inputs if key != "tokens"}
+            ids = function(to_float32(tokens) if "tokens" in inputs else tokens.detach(), count, **values)
+            return ids.sort(1).values if clip_budget else flat_ids(ids, tokens.shape[2])
+
         @wraps(function)
         def mask(tokens: Tensor, keep: int, *, check: bool = True, **aux) -> Tensor:
-            N = token_shape(tokens, keep, check)[2]
-            values = {key: get_input(name, key, aux, tokens, check) for key in inputs if key != "tokens"}
-            ids = function(to_float32(tokens) if "tokens" in inputs else tokens.detach(), keep, **values)
-            return ids.sort(1).values if clip_budget else flat_ids(ids, N)
+            T = token_shape(tokens, keep, check)[1]
+            return call(tokens, T * keep if clip_budget else keep, check, aux)
 
         MASKS[name], MASK_INPUTS[name] = mask, frozenset(inputs)
         if clip_budget:
             CLIP_BUDGET.add(name)
+            mask.mask_clip = call                                               # the same for any total, for select
         return mask
     return register
+
+
+def select(mask: MaskConfig | str | Callable, tokens: Tensor, total: int, *, check: bool = True, **aux) -> Tensor:
+    """
+    Apply a mask at any budget of the clip: tokens (B, T, N, C) -> (B, total) flat ids, ascending, without repeats.
+
+    `mask` is a MaskConfig, a name in MASKS or a function like those in it. Masks with a clip budget get the total. All
+    others keep K tokens of some frames and K + 1 of the rest (budgets.frame_budgets), with one call for each number.
+    With total = T * K the result is that of the mask.
+
+    With the same random numbers, the ids of a total are among those of every larger total. The exceptions are
+    cluster_stm with assign="nearest" (unless pick="centre"), fastvid_style and kmeans, whose clusters change with K.
+    """
+    if isinstance(mask, str):
+        check_choice("mask", mask, MASKS)
+        mask = MASKS[mask]
+    check_total(check_features("mask", tokens, 4, check), total)
+    function = MASKS[mask.name] if isinstance(mask, MaskConfig) else mask
+    if hasattr(function, "mask_clip"):
+        return function.mask_clip(tokens, total, check, aux)
+    return mask_frames(mask, tokens, total, check, aux)
 
 
 def get_input(mask: str, name: str, aux: dict, tokens: Tensor, check: bool):
@@ -298,21 +327,6 @@ def gumbel_noise(shape: tuple, generator: Generator, device: torch.device | None
     return -seeded_uniform(shape, generator, device).clamp_(1e-7, 1 - 1e-7).log().neg().log()
 
 
-def to_float32(x: Tensor) -> Tensor:
-    """Detach x and convert it to fp32. fp64 stays fp64."""
-    return x.detach() if x.dtype == torch.float64 else x.detach().float()
-
-
-def topk_stable(score: Tensor, K: int) -> Tensor:
-    """Indices of the K largest scores, in descending order: (..., n) -> (..., K). The first of equals comes first."""
-    return score.argsort(dim=-1, descending=True, stable=True)[..., :K]
-
-
-def bottomk_stable(score: Tensor, K: int) -> Tensor:
-    """Indices of the K smallest scores, in ascending order: (..., n) -> (..., K). The first of equals comes first."""
-    return score.argsort(dim=-1, stable=True)[..., :K]
-
-
 def token_sizes(tokens: Tensor, visible_ids: Tensor) -> Tensor:
     """
     Number of tokens that each visible one stands for, itself included: (B, T, N, C), (B, S) flat ids -> (B, S) fp32.
@@ -335,9 +349,9 @@ def token_sizes(tokens: Tensor, visible_ids: Tensor) -> Tensor:
 # Masks that use only the token grid.
 
 @register_mask("generator", clip_budget=True)
-def random(x, K, *, generator):
-    """Keep T * K random tokens of the clip (Feichtenhofer et al., NeurIPS 2022). Budget: per clip."""
-    return bottomk_stable(seeded_uniform((len(x), x.shape[1] * x.shape[2]), generator, x.device), x.shape[1] * K)
+def random(x, S, *, generator):
+    """Keep S random tokens of the clip (Feichtenhofer et al., NeurIPS 2022). Budget: per clip."""
+    return bottomk_stable(seeded_uniform((len(x), x.shape[1] * x.shape[2]), generator, x.device), S)
 
 
 @register_mask("generator")
@@ -387,10 +401,10 @@ def umt(x, K, *, attention, generator):
 
 
 @register_mask("attention", "generator", clip_budget=True)
-def umt_global(x, K, *, attention, generator):
-    """Keep T * K tokens of the clip, drawn as in umt (InternVideo2, Wang et al., ECCV 2024). Budget: per clip."""
+def umt_global(x, S, *, attention, generator):
+    """Keep S tokens of the clip, drawn as in umt (InternVideo2, Wang et al., ECCV 2024). Budget: per clip."""
     score = log_attention(attention) + gumbel_noise(attention.shape, generator, attention.device)
-    return topk_stable(score.flatten(1), x.shape[1] * K)
+    return topk_stable(score.flatten(1), S)
 
 
 def log_attention(attention: Tensor) -> Tensor:
@@ -422,9 +436,9 @@ def smaug_style(x, K, *, attention, generator):
 
 
 @register_mask("logits", "generator", clip_budget=True)
-def adamae(x, K, *, logits, generator):
-    """T * K draws from softmax(logits), without replacement (AdaMAE, Bandara et al., CVPR 2023). Budget: per clip."""
-    return topk_stable((logits + gumbel_noise(logits.shape, generator, logits.device)).flatten(1), x.shape[1] * K)
+def adamae(x, S, *, logits, generator):
+    """S draws from softmax(logits), without replacement (AdaMAE, Bandara et al., CVPR 2023). Budget: per clip."""
+    return topk_stable((logits + gumbel_noise(logits.shape, generator, logits.device)).flatten(1), S)
 
 
 @register_mask("aligned", "text")
@@ -435,61 +449,43 @@ def text_guided(x, K, *, aligned, text):
 
 # Masks that use the change over time.
 
-def frame_difference(x: Tensor) -> Tensor:
-    """
-    L2 distance of each token to the token at its position in the previous frame: x (B, T, N, C) -> (B, T, N).
-
-    The first frame takes the values of the second (as in FluxViT and EVEREST). For T = 1 it is the distance to the mean
-    token of the frame.
-    """
-    if x.shape[1] == 1:
-        return torch.linalg.vector_norm(x - x.mean(2, keepdim=True), dim=-1)
-    d = torch.linalg.vector_norm(x[:, 1:] - x[:, :-1], dim=-1)
-    return torch.cat([d[:, :1], d], 1)
+@register_mask("tokens", clip_budget=True)
+def dynamic(x, S):
+    """Keep the S tokens that change most ("dynamic" in FluxViT, Wang et al., ICCV 2025). Budget: per clip."""
+    return topk_stable(frame_difference(x).flatten(1), S)
 
 
 @register_mask("tokens", clip_budget=True)
-def dynamic(x, K):
-    """Keep the T * K tokens that change most ("dynamic" in FluxViT, Wang et al., ICCV 2025). Budget: per clip."""
-    return topk_stable(frame_difference(x).flatten(1), x.shape[1] * K)
-
-
-@register_mask("tokens", clip_budget=True)
-def flux_group_dynamic(x, K):
+def flux_group_dynamic(x, S):
     """
-    Keep the tokens that change most within each group of consecutive frames (FluxViT, Wang et al., ICCV 2025).
+    Keep the tokens that change most in each of four groups of consecutive frames (FluxViT, Wang et al., ICCV 2025).
 
-    The number of groups is 4, 2 or 1: the largest that divides T and is smaller than T. (FluxViT's code fails at T = 4
-    and at odd T.) Budget: per group, K times its frames.
+    This is group_dynamic with its defaults. Budget: per clip, dealt to the groups in turn.
     """
-    B, T, N, _ = x.shape
-    G = next(G for G in (4, 2, 1) if T % G == 0 and T > G or G == 1)
-    score = frame_difference(x.reshape(B * G, T // G, N, -1)).view(B, G, -1)
-    return (topk_stable(score, T // G * K) + torch.arange(G, device=x.device)[:, None] * (T // G * N)).flatten(1)
+    return group_dynamic(x, S, check=False)
 
 
 @register_mask("tokens", "generator", clip_budget=True)
-def everest(x, K, *, generator):
+def everest(x, S, *, generator):
     """
-    Keep T * K random tokens of the 30 % (at least T * K) that change most (EVEREST, Hwang et al., ICML 2024).
+    Keep S random tokens of the 30 % (at least S) that change most (EVEREST, Hwang et al., ICML 2024).
 
     EVEREST's choice of frames is not part of it. Budget: per clip.
     """
-    B, T, N, _ = x.shape
-    pool = topk_stable(frame_difference(x).flatten(1), max(T * K, 3 * T * N // 10))
-    return pool.gather(1, bottomk_stable(seeded_uniform(pool.shape, generator, x.device), T * K))
+    pool = topk_stable(frame_difference(x).flatten(1), max(S, 3 * x.shape[1] * x.shape[2] // 10))
+    return pool.gather(1, bottomk_stable(seeded_uniform(pool.shape, generator, x.device), S))
 
 
 @register_mask("tokens", clip_budget=True)
-def evs(x, K):
+def evs(x, S):
     """
     Keep the first frame, then the tokens least similar to those of the previous frame (EVS, Bagrov et al., 2025).
 
-    Budget: per clip. If T * K <= N, this keeps the first T * K tokens of the first frame; EVS would keep all N.
+    Budget: per clip. If S <= N, this keeps the first S tokens of the first frame; EVS would keep all N.
     """
     u = l2_normalize(x)
     d = (u[:, 1:] - u[:, :-1]).square().sum(-1) / 2                             # 1 - cosine, and 0 for equal tokens
-    return topk_stable(torch.cat([torch.full_like(u[:, :1, :, 0], torch.inf), d], 1).flatten(1), x.shape[1] * K)
+    return topk_stable(torch.cat([torch.full_like(u[:, :1, :, 0], torch.inf), d], 1).flatten(1), S)
 
 
 @register_mask("tokens", "grid")
@@ -630,9 +626,9 @@ def farthest_point_sampling(d: Tensor, first: Tensor, K: int) -> Tensor:
 
 
 @register_mask("tokens", clip_budget=True)
-def divprune(x, K):
+def divprune(x, S):
     """
-    Farthest point sampling in the whole clip (DivPrune, Alvar et al., CVPR 2025).
+    Farthest point sampling of S tokens in the whole clip (DivPrune, Alvar et al., CVPR 2025).
 
     The first token is the one whose nearest neighbour is farthest. Budget: per clip. The (TN)^2 distances of one clip
     are in memory at a time.
@@ -641,7 +637,7 @@ def divprune(x, K):
     for clip in x:
         d = cosine_distance_safe(clip.flatten(0, 1)[None])
         first = d.diagonal_scatter(torch.full_like(d[..., 0], torch.inf), dim1=1, dim2=2).amin(-1).argmax(-1)
-        ids.append(farthest_point_sampling(d, first, x.shape[1] * K)[0])
+        ids.append(farthest_point_sampling(d, first, S)[0])
     return torch.stack(ids)
 
 

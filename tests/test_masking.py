@@ -474,8 +474,8 @@ def test_register_mask_adds_a_function_to_the_registry(monkeypatch):
         return topk_stable((x - x.mean(2, keepdim=True)).norm(dim=-1), K)
 
     @register_mask("logits", clip_budget=True)
-    def logits_high(x, K, *, logits):
-        return topk_stable(logits.flatten(1), x.shape[1] * K)
+    def logits_high(x, S, *, logits):
+        return topk_stable(logits.flatten(1), S)
 
     x, inputs = torch.randn(2, 3, 9, 4, generator=seeded(29)), mask_inputs(2, 3, 9)
     ids = masking.MASKS["far_from_the_mean"](x, 2)
