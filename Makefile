@@ -11,7 +11,7 @@ endif
 .PHONY: demo test gpu clean
 
 demo: .venv/installed
-	@echo "== demo: draw clips, train a teacher, mask, pretrain, score (about eight minutes on two CPU cores)"
+	@echo "== demo: draw clips, train a teacher, mask, pretrain, score (seven minutes on two CPU cores)"
 	@$(BIN)/python -m tools.demo
 
 test: .venv/installed-dev
