@@ -95,6 +95,10 @@ class Config:
         if self.val_every > 0 and not self.data.val_file:
             raise ValueError(f"data.val_file must be an annotation file if val_every is above 0, got '' and "
                              f"{self.val_every}")
+        for name, losses in (("steps", self.model.losses), ("unmasked_steps", self.model.losses - {"mrm"})):
+            if self.stage == "all" and getattr(self, name) > 0 and not losses:
+                raise ValueError(f"{name} must be 0 if no loss of that stage has a weight above 0 in model, got "
+                                 f"{getattr(self, name)}")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"batch must be a multiple of micro_batch, got {self.batch} and {self.micro_batch}")
         for name, least in (("batch", 1), ("log_every", 1), ("save_every", 1), ("keep_checkpoints", 1),

@@ -60,7 +60,8 @@ class ModelConfig:
     # relevance: MRM, the relevance of masked tokens to captions; visible: UMT's alignment of visible tokens; pixels:
     # MAE's reconstruction of masked pixels
     objective: Literal["relevance", "visible", "pixels"] = "relevance"
-    mrm_weight: float = 1.0      # loss weight of the objective (MRM or what replaces it)
+    # loss weight of the objective (MRM or what replaces it); a loss of weight 0 is not computed
+    mrm_weight: float = 1.0
     vtc_weight: float = 1.0      # loss weight of video-text contrast
     vtm_weight: float = 1.0      # loss weight of video-text matching
     mlm_weight: float = 1.0      # loss weight of masked language modelling
@@ -70,6 +71,19 @@ class ModelConfig:
         check_choices(self, "model")
         if not 0 < self.decoder_query_ratio <= 1:
             raise ValueError(f"model.decoder_query_ratio must be in (0, 1], got {self.decoder_query_ratio}")
+        for name in ("mrm", "vtc", "vtm", "mlm"):
+            if not getattr(self, f"{name}_weight") >= 0:        # as NaN is not
+                raise ValueError(f"model.{name}_weight must be at least 0, got {getattr(self, f'{name}_weight')}")
+
+    @property
+    def losses(self) -> frozenset[str]:
+        """The losses that are computed, those with a weight: of "mrm" (the objective), "vtc", "vtm" and "mlm"."""
+        return frozenset(name for name in ("mrm", "vtc", "vtm", "mlm") if getattr(self, f"{name}_weight"))
+
+    @property
+    def uses_text_embeds(self) -> bool:
+        """Whether a loss reads the teacher's embeddings of captions."""
+        return "mrm" in self.losses and self.objective == "relevance" and self.mrm_texts != "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +203,7 @@ class ClusterSTM(nn.Module):
             if not value:
                 raise ValueError(f"{name} must be set to build a student, got {value}")
         self.vit_cfg, self.text_cfg, self.cfg = vit, text, cfg
-        self.use_mlm = True         # train.py turns MLM off in fine-tuning
+        self.losses = cfg.losses
         self.vit = ViT(vit)
         self.bert = bert or Bert(bert_config(text, vit.width))
         if self.bert.cfg != bert_config(text, vit.width):
@@ -246,11 +260,17 @@ class ClusterSTM(nn.Module):
         return self.itm_head(self.bert.forward_cls(states, ids, tokens, clip_index)[0])
 
     def forward_features(self, batch: "Batch", targets: TeacherTargets | None, mlm_inputs: tuple | None):
-        """-> tokens (B, S, C), video feature (B, E'), states (2B, L, D), masked texts last, text feature (B, E')."""
-        tokens, video = self.encode_video(batch.video, targets and targets.visible_ids, targets and targets.token_size)
-        ids = torch.cat([batch.text_ids, mlm_inputs[0]]) if mlm_inputs else batch.text_ids
-        states = self.bert.forward_text(ids)                                        # without MLM (B, L, D)
-        return tokens, video, states, self.text_feature(states[:len(batch.text_ids)])
+        """
+        -> tokens (B, S, C), video feature (B, E'), text states (B, L, D), text feature (B, E'), states of the masked
+        texts (B, L, D); None for what no loss uses.
+        """
+        clip = batch.video, targets and targets.visible_ids, targets and targets.token_size
+        compares = bool(self.losses & {"vtc", "vtm"})
+        tokens, video = self.encode_video(*clip) if compares else (self.vit(*clip), None)
+        ids = [batch.text_ids] * compares + ([mlm_inputs[0]] if mlm_inputs else [])
+        states = self.bert.forward_text(torch.cat(ids)).split(len(batch.text_ids)) if ids else ()
+        text = (states[0], self.text_feature(states[0])) if compares else (None, None)
+        return tokens, video, *text, states[-1] if mlm_inputs else None
 
     # What is drawn at random for a micro-batch
 
@@ -286,15 +306,15 @@ class ClusterSTM(nn.Module):
         """
         rank, world = rank_and_world()
         parts = world * len(batches)
-        mlm_inputs = [self.mask_text(b) if self.use_mlm else None for b in batches]
+        mlm_inputs = [self.mask_text(b) if "mlm" in self.losses else None for b in batches]
         mlm_denominator = self.count_masked_tokens(batches, mlm_inputs) / parts
         text_gram = variance = gathered = None
         query_ids = [None] * len(batches)
-        if targets[0] is not None and targets[0].token_targets is not None:
+        if "mrm" in self.losses and targets[0] is not None and targets[0].token_targets is not None:
             query_ids = [self.sample_queries(b, t) for b, t in zip(batches, targets, strict=True)]
             if self.cfg.objective == "relevance":
                 text_gram, variance = self.mrm_stats(targets, query_ids, parts)
-        if len(batches) > 1:
+        if len(batches) > 1 and "vtc" in self.losses:
             gathered = self.gather_features(batches, targets, mlm_inputs)
         return [BatchStats(text_gram, variance, mlm_denominator, parts, rank * len(batches) + i, *drawn, gathered)
                 for i, drawn in enumerate(zip(mlm_inputs, query_ids, strict=True))]
@@ -319,7 +339,7 @@ class ClusterSTM(nn.Module):
         features = []
         for batch, target, inputs in zip(batches, targets, mlm_inputs, strict=True):
             torch.manual_seed(batch.seed)           # the same dropout as in the forward pass that follows
-            _, video, _, text = self.forward_features(batch, target, inputs)
+            _, video, _, text, _ = self.forward_features(batch, target, inputs)
             features.append((video, text, batch.media_ids))
         return tuple(all_gather(torch.stack(x)).flatten(0, 1) for x in zip(*features, strict=True))
 
@@ -365,43 +385,48 @@ class ClusterSTM(nn.Module):
             all_features.append(torch.cat([constants[:i], features[None], constants[i + 1:]]).flatten(0, 1))
         return vtc_loss(*all_features, gathered[2].flatten(), self.temp)
 
-    def fusion_losses(self, batch: "Batch", tokens: Tensor, states: Tensor, similarity: Tensor,
-                      stats: BatchStats) -> dict[str, Tensor]:
+    def fusion_losses(self, batch: "Batch", tokens: Tensor, features: tuple, states: Tensor | None,
+                      masked_states: Tensor | None, stats: BatchStats) -> dict[str, Tensor]:
         """
-        VTM and MLM from one pass of the fusion layers: tokens (B, S, C), states (2B, L, D), similarity (B, B) -> both.
+        VTM and MLM from one pass of the fusion layers: tokens (B, S, C), video and text features (B, E'), states and
+        masked_states (B, L, D) -> those of the two losses that have a weight.
 
         VTM classifies the matching pairs, each text with a hard negative clip and each clip with a hard negative text,
         all of this micro-batch (ALBEF, Li et al., arXiv 2107.07651). MLM reads the matching clip.
         """
-        ids, B = batch.text_ids, len(batch.text_ids)
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            negative_clip, has_clip = hard_negatives(similarity.T, batch.media_ids,
-                                                     seeded_generator(batch, Stream.NEG_CLIP))
-            negative_text, has_text = hard_negatives(similarity, batch.media_ids,
-                                                     seeded_generator(batch, Stream.NEG_TEXT))
-        # In the order of the clips: each clip's own text, a negative text, its masked text. Then each text again, for a
-        # negative clip, which only an index can give.
-        texts = states[:B]
-        in_order = torch.stack([texts, texts[negative_text]] + [states[B:]] * self.use_mlm, 1)      # (B, 3, L, D)
-        in_order_ids = torch.stack([ids, ids[negative_text]] + [ids] * self.use_mlm, 1)
-        masked = torch.arange(2, 3 * B, 3, device=ids.device) if self.use_mlm else None
-        cls, masked_states = self.bert.forward_cls(
-            torch.cat([in_order.flatten(0, 1), texts]), torch.cat([in_order_ids.flatten(0, 1), ids]), tokens,
-            negative_clip, masked)
-        of_own_clip, of_negative_clip = cls[:-B].view(B, -1, cls.shape[-1]), cls[-B:]
-        logits = self.itm_head(torch.cat([of_own_clip[:, 0], of_negative_clip, of_own_clip[:, 1]])).float()
-        label = torch.cat([torch.ones_like(negative_clip), torch.zeros_like(negative_clip).repeat(2)])
-        valid = torch.cat([torch.ones_like(has_clip), has_clip, has_text])
-        errors = nnf.cross_entropy(logits, label, reduction="none")
-        losses = {"vtm": errors.where(valid, 0).sum() / valid.sum()}
-        if self.use_mlm:
+        ids, B, losses = batch.text_ids, len(batch.text_ids), {}
+        if "vtm" in self.losses:
+            with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+                similarity = features[0] @ features[1].T / self.temp                        # (B, B)
+                negative_clip, has_clip = hard_negatives(similarity.T, batch.media_ids,
+                                                         seeded_generator(batch, Stream.NEG_CLIP))
+                negative_text, has_text = hard_negatives(similarity, batch.media_ids,
+                                                         seeded_generator(batch, Stream.NEG_TEXT))
+            # In the order of the clips: their own, a negative and their masked text. Then, by an index, each text again
+            # for a negative clip.
+            use_mlm = "mlm" in self.losses
+            in_order = torch.stack([states, states[negative_text]] + [masked_states] * use_mlm, 1)  # (B, 3, L, D)
+            in_order_ids = torch.stack([ids, ids[negative_text]] + [ids] * use_mlm, 1)
+            masked = torch.arange(2, 3 * B, 3, device=ids.device) if use_mlm else None
+            cls, masked_states = self.bert.forward_cls(
+                torch.cat([in_order.flatten(0, 1), states]), torch.cat([in_order_ids.flatten(0, 1), ids]), tokens,
+                negative_clip, masked)
+            of_own_clip, of_negative_clip = cls[:-B].view(B, -1, cls.shape[-1]), cls[-B:]
+            logits = self.itm_head(torch.cat([of_own_clip[:, 0], of_negative_clip, of_own_clip[:, 1]])).float()
+            label = torch.cat([torch.ones_like(negative_clip), torch.zeros_like(negative_clip).repeat(2)])
+            valid = torch.cat([torch.ones_like(has_clip), has_clip, has_text])
+            errors = nnf.cross_entropy(logits, label, reduction="none")
+            losses["vtm"] = errors.where(valid, 0).sum() / valid.sum()
+        elif "mlm" in self.losses:
+            masked_states = self.bert.forward_fusion(masked_states, ids, tokens)
+        if "mlm" in self.losses:
             losses["mlm"] = self.bert.mlm_loss(masked_states, stats.mlm_inputs[1]) / stats.mlm_denominator
         return losses
 
     def forward(self, batch: "Batch", targets: TeacherTargets | None,
                 stats: BatchStats | None = None) -> dict[str, Tensor]:
         """
-        batch: video (B, T, 3, H, W) uint8, text_ids (B, L), media_ids (B,), seed -> the losses by name.
+        batch: video (B, T, 3, H, W) uint8, text_ids (B, L), media_ids (B,), seed -> the losses that have a weight.
 
         The mean of a loss over the micro-batches of a batch, on all ranks, is that loss of the batch, and so is its
         gradient. Without targets (the unmasked stage) all tokens are visible and there is no reconstruction loss;
@@ -411,17 +436,16 @@ class ClusterSTM(nn.Module):
             stats, = self.batch_stats([batch], [targets])
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
-        tokens, video, states, text = self.forward_features(batch, targets, stats.mlm_inputs)
+        tokens, video, states, text, masked_states = self.forward_features(batch, targets, stats.mlm_inputs)
         losses = {}
         if stats.query_ids is not None and stats.query_ids.numel():
             grid = self.vit.grid_size(batch.video)
             predictions = self.decoder(tokens, targets.visible_ids, stats.query_ids, grid)
             with torch.autocast(tokens.device.type, enabled=False):
                 losses |= self.reconstruction_loss(batch, targets, stats, predictions)
-        losses["vtc"] = self.contrastive_loss(batch, video, text, stats)
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            similarity = video @ text.T / self.temp                                 # (B, B)
-        return losses | self.fusion_losses(batch, tokens, states, similarity, stats)
+        if "vtc" in self.losses:
+            losses["vtc"] = self.contrastive_loss(batch, video, text, stats)
+        return losses | self.fusion_losses(batch, tokens, (video, text), states, masked_states, stats)
 
     # Embeddings of a user's videos and texts
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TeacherTargets:
-    """Teacher targets of a batch. In fine-tuning only visible_ids, and token_size if it is used, are set."""
+    """Teacher targets of a batch. What no loss uses is None, in fine-tuning all but visible_ids and token_size."""
     visible_ids: Tensor                     # (B, S) int64, flat ids t * N + n of the visible tokens, ascending
     token_targets: Tensor | None = None     # (B, T, N, E), each token's neighbourhood in the joint space, unit length
     text_embeds: Tensor | None = None       # (B, E), the captions in the same space, unit length
@@ -52,11 +52,12 @@ class TeacherTargets:
 @torch.no_grad()
 def compute_targets(
     teacher: SigLIP, batch: "Batch", mask: Callable, ratio: float, pooling: str = "map", check: bool = True,
-    grid: tuple[int, int] | None = None, with_sizes: bool = False,
+    grid: tuple[int, int] | None = None, with_sizes: bool = False, with_tokens: bool = True, with_texts: bool = True,
 ) -> TeacherTargets:
     """
-    Compute the teacher targets of a batch: visible ids, token targets, caption embeddings and, if with_sizes, how many
-    tokens each visible token represents.
+    Compute the teacher targets of a batch: visible ids; if with_tokens, token targets; if with_texts, caption
+    embeddings; if with_sizes, how many tokens each visible token represents. What neither they nor the mask need is not
+    computed.
 
     batch has video (B, T, 3, H, W) uint8, captions and seed. mask is a function like those in masking.MASKS. check says
     whether the mask looks for a NaN in the tokens, for which the host waits for the device. grid (h, w) is the
@@ -67,12 +68,16 @@ def compute_targets(
         pixel_values = teacher.normalize(batch.video.flatten(0, 1), grid)
         grid = teacher.patch_grid_of(pixel_values)
         tokens = teacher.forward_features(pixel_values)                                 # (F, N, C)
-        text_embeds = teacher.encode_text(teacher.tokenize(batch.captions))
-        token_targets = teacher.token_embeddings(tokens, grid, pooling).unflatten(0, (B, T))        # (B, T, N, E)
+        inputs = mask.inputs if isinstance(mask, MaskConfig) else {"text", "aligned"}
+        text_embeds = token_targets = None
+        if with_texts or "text" in inputs:
+            text_embeds = teacher.encode_text(teacher.tokenize(batch.captions))
+        if with_tokens or "aligned" in inputs:
+            token_targets = teacher.token_embeddings(tokens, grid, pooling).unflatten(0, (B, T))    # (B, T, N, E)
         tokens = tokens.unflatten(0, (B, T))
         visible_ids = select_visible(teacher, tokens, mask, ratio, batch.seed, grid, text=text_embeds,
                                      aligned=token_targets, check=check)
-        return TeacherTargets(visible_ids, token_targets, text_embeds,
+        return TeacherTargets(visible_ids, token_targets if with_tokens else None, text_embeds if with_texts else None,
                               token_sizes(tokens, visible_ids) if with_sizes else None)
 
 
@@ -108,12 +113,17 @@ class TargetStore:
     A file with one record of fixed size for each view:
 
         token targets (T, N, E) fp16 · one bit for each token, 1 if visible · text embedding (E,) fp32 ·
-        sizes of the visible tokens (T * K,) int16, if with_sizes · CRC-32 of these bytes and the record id
+        sizes of the visible tokens (T * K,) int16 · CRC-32 of these bytes and the record id
+
+    with_tokens, with_texts, with_sizes: whether it has the first, the third and the fourth of these parts.
     """
 
-    def __init__(self, path: str, T: int, N: int, K: int, E: int, with_sizes: bool = False):
-        self.shape, self.num_visible, self.with_sizes = (T, N, E), T * K, with_sizes
-        self.part_bytes = [2 * T * N * E, math.ceil(T * N / 8), 4 * E, 2 * T * K * with_sizes]
+    def __init__(self, path: str, T: int, N: int, K: int, E: int, with_sizes: bool = False, with_tokens: bool = True,
+                 with_texts: bool = True):
+        self.shape, self.num_visible = (T, N, E), T * K
+        self.with_tokens, self.with_texts, self.with_sizes = with_tokens, with_texts, with_sizes
+        self.part_bytes = [
+            2 * T * N * E * with_tokens, math.ceil(T * N / 8), 4 * E * with_texts, 2 * T * K * with_sizes]
         self.record_bytes = sum(self.part_bytes) + 4
         self.file = open(path, "r+b", buffering=0)      # noqa: SIM115  (the owner of the store closes it)
 
@@ -123,22 +133,22 @@ class TargetStore:
 
     def quantize(self, targets: TeacherTargets) -> TeacherTargets:
         """Convert the targets to the dtypes of the file, so that those just computed equal those read later."""
-        return TeacherTargets(targets.visible_ids, targets.token_targets.half(), targets.text_embeds.float(),
-                              targets.token_size)
+        return TeacherTargets(targets.visible_ids, targets.token_targets.half() if self.with_tokens else None,
+                              targets.text_embeds.float() if self.with_texts else None, targets.token_size)
 
     def to_host(self, targets: TeacherTargets) -> list[AsyncHostCopy]:
         """Start to copy the parts of quantized targets' records to the host."""
         T, N, _ = self.shape
         visible = torch.zeros(len(targets.visible_ids), T * N, dtype=torch.bool, device=targets.visible_ids.device)
-        parts = [targets.token_targets, visible.scatter(1, targets.visible_ids, True), targets.text_embeds]
-        if self.with_sizes:
-            parts.append(targets.token_size.to(torch.int16))
-        return list(map(AsyncHostCopy, parts))
+        size = targets.token_size.to(torch.int16) if self.with_sizes else None
+        parts = targets.token_targets, visible.scatter(1, targets.visible_ids, True), targets.text_embeds, size
+        return [AsyncHostCopy(part) for part in parts if part is not None]
 
     def write(self, record_ids: list[int], parts: list[AsyncHostCopy]):
         """Write the records of a batch once their parts are on the host."""
-        token_targets, visible, *others = (part.wait().numpy() for part in parts)
-        for record_id, *arrays in zip(record_ids, token_targets, np.packbits(visible, 1), *others, strict=True):
+        parts = [part.wait().numpy() for part in parts]
+        parts = [np.packbits(part, 1) if part.dtype == bool else part for part in parts]
+        for record_id, *arrays in zip(record_ids, *parts, strict=True):
             record = b"".join(array.tobytes() for array in arrays)
             record += self.checksum(record, record_id)
             write_all(self.file, record, record_id * self.record_bytes)
@@ -159,8 +169,8 @@ class TargetStore:
         masked = 1 - bits.flatten(1)[:, :T * N]
         return TeacherTargets(
             visible_ids=masked.argsort(dim=1, stable=True)[:, :self.num_visible],
-            token_targets=token_targets.view(torch.float16).unflatten(1, self.shape),
-            text_embeds=text_embeds.view(torch.float32),
+            token_targets=token_targets.view(torch.float16).unflatten(1, self.shape) if self.with_tokens else None,
+            text_embeds=text_embeds.view(torch.float32) if self.with_texts else None,
             token_size=token_size.view(torch.int16).float() if self.with_sizes else None)
 
 
@@ -177,6 +187,8 @@ class TargetProvider:
         self.run, self.teacher, self.num_views = run, teacher, cfg.data.num_views
         self.folder, self.pending = os.path.join(run.folder, "target_cache"), []
         self.grid = cfg.grid                                # one teacher token for each student patch
+        self.parts = {"with_sizes": cfg.model.proportional, "with_tokens": "mrm" in cfg.model.losses,
+                      "with_texts": cfg.model.uses_text_embeds}
         one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
         self.disabled_because = [reason for reason, holds in (
             ("the data has images", bool(cfg.data.image_corpora)),
@@ -217,7 +229,7 @@ class TargetProvider:
             open(path, "wb").close()
         run.barrier()
         N, E = math.prod(self.grid), self.teacher.cfg.vision_config.hidden_size
-        self.store = TargetStore(path, cfg.data.num_frames, N, keep_count(N, cfg.mask.ratio), E, cfg.model.proportional)
+        self.store = TargetStore(path, cfg.data.num_frames, N, keep_count(N, cfg.mask.ratio), E, **self.parts)
         run.exit_stack.enter_context(self.store.file)
         if is_new:
             total, free = self.store.record_bytes * self.num_views * num_clips, shutil.disk_usage(self.folder).free
@@ -236,7 +248,7 @@ class TargetProvider:
         check = batch.video.device.type != "cuda"
         image = cfg.data.image_corpora and batch.video.shape[1] == 1
         return compute_targets(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio,
-                               cfg.target_pooling, check, self.grid, cfg.model.proportional)
+                               cfg.target_pooling, check, self.grid, **self.parts)
 
     def compute_and_store(self, batch: "Batch") -> TeacherTargets:
         """
@@ -255,9 +267,9 @@ class TargetProvider:
         """
         cfg, targets = self.run.cfg, self.store.read(self.record_ids(batch), batch.video.device)
         if targets and cfg.mask.stochastic:     # the mask uses only shapes: it is drawn again, as compute would draw it
-            targets.visible_ids = cfg.mask(
-                targets.token_targets[..., :1].float(), keep_count(targets.token_targets.shape[2], cfg.mask.ratio),
-                check=False, generator=seeded_generator(batch, Stream.MASK), grid=self.grid)
+            tokens = torch.empty(len(targets.visible_ids), *self.store.shape[:2], 1, device=targets.visible_ids.device)
+            targets.visible_ids = cfg.mask(tokens, keep_count(tokens.shape[2], cfg.mask.ratio), check=False,
+                                           generator=seeded_generator(batch, Stream.MASK), grid=self.grid)
         return targets
 
     def record_ids(self, batch: "Batch") -> list[int]:

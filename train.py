@@ -325,6 +325,8 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
     if init_from:
         model.init_from(init_from)
     model = wrap_layers(model.to(run.device).train(), cfg)
+    has_targets = cfg.hides_tokens(cfg.mask.ratio) or cfg.model.objective == "visible"
+    masked_losses = cfg.model.losses - (set() if has_targets else {"mrm"})
     before_unmasked = os.path.join(out, "before_unmasked")
     at_step = lambda steps: validation.at_step(model, tokenizer, steps) if validation else {}
     is_pretrained = cfg.resume and is_trained(before_unmasked)
@@ -335,12 +337,10 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
         print0(f"{before_unmasked} was deleted and is not written again; the unmasked stage goes on from {newest}")
     else:
         provider = TargetProvider(run, wrap_layers(teacher, cfg), dataset(cfg.batch))
-        no_decoder = not cfg.model.mrm_weight or (
-            not cfg.hides_tokens(cfg.mask.ratio) and cfg.model.objective != "visible")
         train_stage(run, Stage(
             "pretrain", model, dataset(cfg.batch), tokenizer, cfg.batch, cfg.steps, cfg.lr,
             lambda batches: attach_batch_stats(model, batches, provider(batches)), loss_weights(cfg.model),
-            frozen=(r"^decoder\.",) if no_decoder else (), at_step=at_step(cfg.steps),
+            frozen=unused_parameters(cfg, masked_losses), at_step=at_step(cfg.steps),
             before_checkpoint=provider.flush_all_ranks))
         provider.delete()
         save_model(run, model, tokenizer, before_unmasked)
@@ -349,7 +349,7 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
         train_stage(run, Stage(
             "unmasked", model, dataset(batch), tokenizer, batch, cfg.unmasked_steps, cfg.lr * cfg.unmasked_lr_scale,
             lambda batches: attach_batch_stats(model, batches, [None] * len(batches)), loss_weights(cfg.model),
-            frozen=(r"^decoder\.",), at_step=at_step(cfg.unmasked_steps)))
+            frozen=unused_parameters(cfg, cfg.model.losses - {"mrm"}), at_step=at_step(cfg.unmasked_steps)))
     save_model(run, model, tokenizer, out)
     print0(f"{out}: trained. Next: {next_command(cfg, out)}")
     return model
@@ -423,6 +423,16 @@ def wrap_layers(model: nn.Module, cfg: Config, shapes_vary: bool = False) -> nn.
     return model
 
 
+def unused_parameters(cfg: Config, losses: frozenset[str]) -> tuple[str, ...]:
+    """Return regular expressions of the parameters of ClusterSTM that none of these losses reaches."""
+    fusion = "|".join(map(str, range(cfg.text.depth - cfg.text.fusion_layers, cfg.text.depth)))
+    used_by = {
+        r"^decoder\.": {"mrm"}, r"^(pool_norm|vision_proj|text_proj)\.|^temp$": {"vtc"}, r"^itm_head\.": {"vtm"},
+        r"^bert\.cls\.": {"mlm"}, rf"^bert\.bert\.encoder\.layer\.({fusion})\.": {"vtm", "mlm"},
+        r"^bert\.": {"vtc", "vtm", "mlm"}}
+    return tuple(pattern for pattern, users in used_by.items() if not users & losses)
+
+
 def loss_weights(cfg: ModelConfig) -> dict[str, float]:
     """Return weights by loss name. "align" and "pixels" are the losses of the objectives that replace MRM."""
     return {**dict.fromkeys(("mrm", "align", "pixels"), cfg.mrm_weight),
@@ -486,6 +496,8 @@ def finetune(run: RunContext) -> nn.Module:
     if task.kind in ("qa", "caption") and cfg.model.mlm_weight:
         raise ValueError(f"model.mlm_weight must be 0 for {cfg.task}, whose loss is of the answers, got "
                          f"{cfg.model.mlm_weight:g}")
+    if task.kind not in ("qa", "caption") and not cfg.model.losses - {"mrm"}:
+        raise ValueError(f"model.vtc_weight or model.vtm_weight must be above 0 for {cfg.task}, got 0")
     if task.default_root and not cfg.data_root:
         run.rank0_first(lambda: os.path.exists(task.default_root) or write_sprites(task.default_root))
     train_file, video_root = split_files(task, "train", cfg.data_root)
@@ -515,7 +527,8 @@ def finetune(run: RunContext) -> nn.Module:
     selector = EpochSelector(run, tokenizer, epochs, visible_ids)
     train_stage(run, Stage(
         "finetune", model, dataset, tokenizer, cfg.batch, steps, cfg.lr, make_inputs, loss_weights(cfg.model),
-        frozen=(r"^decoder\.",) + ((r"^bert\.cls\.",) if cfg.model.mlm_weight == 0 else ()),
+        frozen=unused_parameters(cfg, cfg.model.losses - {"mrm"}) if task.kind not in ("qa", "caption") else (
+            r"^decoder\.", r"^bert\.cls\."),
         at_step={step: partial(selector, model, step) for step in epochs}))
     print0(f"{run.folder}: fine-tuned. {selector.summary()}")
     run.barrier()
@@ -536,7 +549,6 @@ def build_finetuned(run: RunContext, task) -> ClusterSTM | VideoToText:
     torch.manual_seed(cfg.seed)
     model = ClusterSTM(cfg.vit, cfg.text, cfg.model)
     model.init_from(resolve_checkpoint(cfg.init_from, "a student"))
-    model.use_mlm = cfg.model.mlm_weight > 0
     if task.kind in ("qa", "caption"):
         model = VideoToText.from_student(model, has_question=task.kind == "qa")
     return wrap_layers(model.to(run.device).train(), cfg, shapes_vary=True)

@@ -584,7 +584,7 @@ def test_without_mlm_the_other_losses_do_not_change():
 
     with torch.no_grad():
         with_mlm = run()
-        model.use_mlm = False
+        model.losses -= {"mlm"}
         without = run()
         with mock.patch.object(model.bert, "forward_text", wraps=model.bert.forward_text) as forward_text:
             model(*part)
@@ -602,8 +602,9 @@ def test_without_mlm_the_other_losses_do_not_change():
 def test_every_parameter_gets_a_gradient_from_what_uses_it(objective):
     model, (batch, targets) = student(model={"objective": objective}).train(), random_batch(4)
     names = {name for name, _ in model.named_parameters()}
-    for use_mlm, t, prefix in ((True, targets, ()), (True, None, "decoder."), (False, targets, "bert.cls.")):
-        model.use_mlm = use_mlm
+    for losses, t, prefix in ((model.losses, targets, ()), (model.losses, None, "decoder."),
+                              (model.losses - {"mlm"}, targets, "bert.cls.")):
+        model.losses = losses
         model.zero_grad()
         sum(model(batch, t).values()).backward()
         assert untrained(model) == {name for name in names if name.startswith(prefix)}

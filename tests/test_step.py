@@ -290,8 +290,8 @@ def detect_waits():
             detector.found.append("tensor")
         return real_tensor(data, *args, device=device, **kwargs)
 
-    def compute_without_check(siglip, batch, mask, ratio, pooling, check, grid, with_sizes):
-        return compute_targets(siglip, batch, mask, ratio, pooling, False, grid, with_sizes)        # as on a GPU
+    def compute_without_check(siglip, batch, mask, ratio, pooling, check, grid, **parts):
+        return compute_targets(siglip, batch, mask, ratio, pooling, False, grid, **parts)           # as on a GPU
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (encoders, masking, model, targets, teacher):
@@ -364,7 +364,7 @@ def finetune(run_config, first_run, kind, device):
     parts = configs(vit={"drop_path": 0.3},
                     text={"dropout": 0.2, "vocab_size": tokenizer.get_vocab_size(), "max_length": 6})
     net = ClusterSTM(*parts) if kind == "retrieval" else VideoToText(*parts, has_question=kind == "qa")
-    net.use_mlm, cfg = False, replace(cfg, batch=3, micro_batch=3)
+    net.losses, cfg = frozenset({"vtc", "vtm"}), replace(cfg, batch=3, micro_batch=3)
     batch = collate(question_samples(captions=kind == "caption"), tokenizer, 6, 0,
                     max_answer_length=6 * (kind != "retrieval")).to(device)
     make_inputs = (lambda batches: attach_batch_stats(net, batches, [None])) if kind == "retrieval" else (

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from itertools import product
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,7 +17,15 @@ from annotations import read_annotations
 from data import ClipDataset, UnreadableError, iterate_micro_batches
 from masking import MASK_INPUTS, MASKS, MaskConfig, cluster_stm, keep_count, token_sizes
 from runtime import RunContext
-from targets import TargetProvider, TeacherTargets, VisibleIdCache, compute_targets, compute_visible_ids, select_visible
+from targets import (
+    TargetProvider,
+    TargetStore,
+    TeacherTargets,
+    VisibleIdCache,
+    compute_targets,
+    compute_visible_ids,
+    select_visible,
+)
 from teacher import SigLIP
 from tokenizer import load_tokenizer
 from video import resize_like_pillow
@@ -48,6 +57,40 @@ def test_targets_are_the_teachers_outputs_for_each_frame_and_caption():
     torch.testing.assert_close(compute_targets(model, batch, cluster_stm, 0.6, "mean").token_targets, by_mean, **TIGHT)
     assert not (result.visible_ids.is_floating_point() or result.token_targets.requires_grad
                 or result.text_embeds.requires_grad)
+
+
+@pytest.mark.parametrize("tokens, texts", [(False, False), (False, True), (True, False)], ids=str)
+@pytest.mark.parametrize("name", ["cluster_stm", "text_guided"])
+def test_targets_that_nothing_needs_are_not_computed(tokens, texts, name):
+    model, batch, mask = tiny_siglip(), random_clips(), MaskConfig(name)
+    every = compute_targets(model, batch, mask, 0.6)
+    with mock.patch.object(model, "token_embeddings", wraps=model.token_embeddings) as token_embeddings, \
+            mock.patch.object(model, "encode_text", wraps=model.encode_text) as encode_text:
+        targets = compute_targets(model, batch, mask, 0.6, with_tokens=tokens, with_texts=texts)
+    assert torch.equal(targets.visible_ids, every.visible_ids)
+    for wanted, found, expected, spy in ((tokens, targets.token_targets, every.token_targets, token_embeddings),
+                                         (texts, targets.text_embeds, every.text_embeds, encode_text)):
+        assert spy.called is (wanted or name == "text_guided")
+        assert torch.equal(found, expected) if wanted else found is None
+
+
+@pytest.mark.parametrize("tokens, texts, sizes", [*product((False, True), repeat=3)], ids=str)
+def test_a_store_has_the_parts_that_are_used(tmp_path, tokens, texts, sizes):
+    path, (T, N, K, E) = tmp_path / "targets.bin", (2, 9, 4, 6)
+    path.touch()
+    store = TargetStore(str(path), T, N, K, E, sizes, tokens, texts)
+    ids = torch.stack([torch.randperm(T * N)[:T * K].sort().values for _ in range(3)])
+    targets = TeacherTargets(ids, torch.randn(3, T, N, E) if tokens else None, torch.randn(3, E) if texts else None,
+                             torch.randint(1, 9, (3, T * K)).float() if sizes else None)
+    with store.file:
+        store.write([5, 0, 2], store.to_host(store.quantize(targets)))
+        found = store.read([5, 0, 2], torch.device("cpu"))
+        assert store.read([1], torch.device("cpu")) is None
+    assert os.path.getsize(path) == 6 * (2 * T * N * E * tokens + 3 + 4 * E * texts + 2 * T * K * sizes + 4)
+    assert torch.equal(found.visible_ids, ids)
+    for name in ("token_targets", "text_embeds", "token_size"):
+        wanted, value = getattr(targets, name), getattr(found, name)
+        assert value is None if wanted is None else torch.equal(value, wanted.to(value.dtype))
 
 
 @pytest.mark.parametrize("grid", [(2, 5), (4, 4), (1, 1)], ids=str)

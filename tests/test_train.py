@@ -86,6 +86,19 @@ def test_mrm_and_vtc_do_not_depend_on_the_micro_batch_size(run_config):
             assert expected == pytest.approx(actual, rel=1e-3), (folder, key)
 
 
+@pytest.mark.parametrize("loss", ["mrm", "vtm", "mlm"])
+def test_two_processes_train_with_one_loss_as_one_does(run_config, loss):
+    """The parameters that it does not reach are frozen, or DDP would wait for their gradients."""
+    flags = " ".join(f"--model.{name}-weight 0" for name in ("mrm", "vtc", "vtm", "mlm") if name != loss)
+    flags += f" --steps 2 --unmasked-steps {2 * (loss != 'mrm')} --micro-batch 4 --name"
+    train.main(run_config(f"{flags} one"))
+    on_ranks(2, run_config(f"{flags} two"))
+    one, two = log("out/one"), log("out/two")
+    assert one.keys() == two.keys() and {*two["pretrain", 2]} == {loss, "grad_norm", "lr"}
+    for key, row in one.items():
+        assert two[key] == pytest.approx(row, rel=1e-5), key
+
+
 def test_two_processes_train_the_same_toy_models_as_one(sprites, first_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     on_ranks(2, config(sprites, "--name two --steps 2 --unmasked-steps 0"))
