@@ -60,8 +60,7 @@ class ModelConfig:
     # relevance: MRM, the relevance of masked tokens to captions; visible: UMT's alignment of visible tokens; pixels:
     # MAE's reconstruction of masked pixels
     objective: Literal["relevance", "visible", "pixels"] = "relevance"
-    # loss weight of the objective (MRM or what replaces it); a loss of weight 0 is not computed
-    mrm_weight: float = 1.0
+    mrm_weight: float = 1.0      # loss weight of the objective, MRM or what replaces it; a loss of weight 0 is left out
     vtc_weight: float = 1.0      # loss weight of video-text contrast
     vtm_weight: float = 1.0      # loss weight of video-text matching
     mlm_weight: float = 1.0      # loss weight of masked language modelling
@@ -178,7 +177,7 @@ class BatchStats:
 
     parts: the number of micro-batches of the batch, over all ranks.
     """
-    text_gram: Tensor | None            # G (E, E), mean of s s^T over the texts of the batch
+    text_gram: Tensor | None            # G (E, E), mean of s s^T over the texts of the batch, if it is used
     target_variance: Tensor | None      # v, the MRM error of predicting each clip's mean target
     mlm_denominator: Tensor             # masked tokens per micro-batch, averaged over the batch
     grad_scale: float                   # parts: VTC's gradients are averaged over the parts, but must be summed
@@ -324,11 +323,11 @@ class ClusterSTM(nn.Module):
         counts = [(labels != -100).sum() for _, labels in filter(None, mlm_inputs)]
         return all_reduce_sum(sum(counts, torch.zeros((), device=batches[0].text_ids.device)).float()).clamp_min(1)
 
-    def mrm_stats(self, targets: list[TeacherTargets], query_ids: list[Tensor], parts: int) -> tuple[Tensor, Tensor]:
-        """-> G (E, E) and v of the whole batch, over all ranks (docs/method.md, MRM)."""
+    def mrm_stats(self, targets: list[TeacherTargets], query_ids: list[Tensor], parts: int) -> tuple:
+        """-> G (E, E), None if it is not used, and v of the whole batch, over all ranks (docs/method.md, MRM)."""
         with torch.autocast(query_ids[0].device.type, enabled=False):
-            texts = [t.text_embeds.float() for t in targets]
-            text_gram = all_reduce_sum(sum(s.T @ s for s in texts)) / (parts * len(texts[0]))
+            texts = [t.text_embeds.float() for t in targets] if self.cfg.mrm_texts == "batch" else []
+            text_gram = all_reduce_sum(sum(s.T @ s for s in texts)) / (parts * len(texts[0])) if texts else None
             variances = [target_variance(t.gather(ids), self.relevance_form(t, text_gram))
                          for t, ids in zip(targets, query_ids, strict=True)]
             return text_gram, all_reduce_sum(sum(variances)) / parts

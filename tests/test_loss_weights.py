@@ -2,13 +2,14 @@
 
 import re
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from helpers.models import random_batch, student
+from helpers.models import random_batch, student, two_parts
 
 import train
 from config import Config
@@ -49,6 +50,24 @@ def test_a_loss_of_weight_0_is_not_computed_nor_what_only_it_needs(losses):
     patterns = train.unused_parameters(cfg, frozenset(losses))
     for name, p in model.named_parameters():
         assert (p.grad is None or not p.grad.any()) is any(re.search(pattern, name) for pattern in patterns), name
+
+
+@pytest.mark.parametrize("changes", [
+    {"mrm_texts": "batch"}, {"mrm_texts": "own"}, {"mrm_texts": "none"}, {"objective": "visible"},
+    {"objective": "pixels"}, {"mrm_weight": 0.0}], ids=str)
+def test_the_teacher_outputs_that_a_student_uses_are_enough(changes):
+    """compute_targets leaves out the others. Two micro-batches, as the statistics of the batch need them too."""
+    model, parts = student(model=changes), two_parts()
+    stats = model.batch_stats(*zip(*parts, strict=True))
+    expected = [model(*part, s) for part, s in zip(parts, stats, strict=True)]
+    absent = {"text_embeds": None} if not model.cfg.uses_text_embeds else {}
+    absent |= {"token_targets": None} if "mrm" not in model.losses else {}
+    parts = [(batch, replace(targets, **absent)) for batch, targets in parts]
+    stats = model.batch_stats(*zip(*parts, strict=True))
+    for part, s, losses in zip(parts, stats, expected, strict=True):
+        found = model(*part, s)
+        assert found.keys() == losses.keys() and all(torch.equal(found[name], losses[name]) for name in losses)
+    assert bool(absent) == (changes != {"mrm_texts": "batch"} and changes != {"mrm_texts": "own"})
 
 
 def test_a_stage_without_a_loss_and_a_negative_weight_are_refused():
