@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from files import atomic_write, escape_control, read_json, write_json
 from formats import TABLES, check_annotation_file, iter_annotations, list_sources, shorten
-from media import Loss, Media, check_losses, expand_shards, is_shards, iter_samples
+from media import LostData, Media, check_lost_data, expand_shards, is_shards, iter_samples
 from runtime import print0
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,20 +75,20 @@ class Annotation:
 
 
 def iter_objects(path: str, notes: list[str] | None = None,
-                 losses: list[Loss] | None = None) -> Iterator[tuple[str, dict]]:
+                 lost_data: list[LostData] | None = None) -> Iterator[tuple[str, dict]]:
     """
     Yield (source, entry) for each entry of an annotation file, which must be a JSON object, or for each sample of tar
-    shards, whose entry has a Media as "video". notes, losses: see iter_samples; if `notes` is None, print them; if
-    `losses` is None, a loss is an error.
+    shards, whose entry has a Media as "video". notes, lost_data: see iter_samples; if `notes` is None, print them; if
+    `lost_data` is None, lost data is an error.
     """
     if is_shards(path):
         shard_notes, found = [], []
         for source, media, caption in iter_samples(path, shard_notes, found):
             yield source, {"video": media, "caption": caption}
-        if losses is None:
-            check_losses(found, 0.0)
+        if lost_data is None:
+            check_lost_data(found, 0.0)
         else:
-            losses += found
+            lost_data += found
         add_notes(shard_notes, notes)
         return
     for i, entry in enumerate(iter_annotations(path)):
@@ -208,7 +208,7 @@ def make_annotation(source: str, media: Media, captions: list[str], frame_captio
 
 
 def iter_rows(path: str, root: str, notes: list[str] | None = None,
-              losses: list[Loss] | None = None) -> Iterator[Annotation]:
+              lost_data: list[LostData] | None = None) -> Iterator[Annotation]:
     """
     Yield an Annotation for each row {"video" or "image": name under root, "caption": text or list of texts}, in order;
     "start" and "end" may say which seconds of the video. Tar shards have such rows too: see iter_objects.
@@ -218,7 +218,7 @@ def iter_rows(path: str, root: str, notes: list[str] | None = None,
     Captions without words are left out and counted in `notes`: see note_empty_captions.
     """
     empty, count = [], 0
-    for source, entry in iter_objects(path, notes, losses):
+    for source, entry in iter_objects(path, notes, lost_data):
         captions = [normalize_caption(text) for text in parse_texts(entry, "caption", source, empty)]
         still = normalize_caption(entry["still"]) if isinstance(entry.get("still"), str) else ""
         count += len(captions)
@@ -259,13 +259,13 @@ class MappedAnnotations(Sequence):
             about = read_json(path + ".json")
         except ValueError:
             raise self.damaged(".json", "it is not JSON, or its checksum is wrong") from None
-        about.setdefault("losses", [])              # there were none when files without this key were written
-        expected = {"name": self.name, **{key: about.get(key) for key in ("digest", "notes", "losses")},
+        about.setdefault("lost_data", [])              # there were none when files without this key were written
+        expected = {"name": self.name, **{key: about.get(key) for key in ("digest", "notes", "lost_data")},
                     "sizes": [os.path.getsize(path + extension) for extension in (".jsonl", ".offsets")]}
         if about != expected:
             raise self.damaged(".json", "it does not belong to the other two files")
         self.digest, self.notes = about["digest"], about["notes"]           # of all entries; lines to print
-        self.losses = [Loss(*loss) for loss in about["losses"]]
+        self.lost_data = [LostData(*loss) for loss in about["lost_data"]]
         self.text = np.asarray(np.memmap(path + ".jsonl", np.uint8, mode="r"))
         self.index = np.asarray(np.memmap(path + ".offsets", INDEX_ENTRY, mode="r"))        # (N,), of the entries
 
@@ -317,18 +317,18 @@ def build_mapped_annotations(corpora: list[tuple[str, str]], folder: str, max_lo
         os.makedirs(folder, exist_ok=True)
         write_mapped_annotations(corpora, out)
     annotations = MappedAnnotations(out)
-    check_losses(annotations.losses, max_lost)      # here and not above: another limit needs no other file
-    for note in [*annotations.notes, *map(str, annotations.losses)]:
+    check_lost_data(annotations.lost_data, max_lost)      # here and not above: another limit needs no other file
+    for note in [*annotations.notes, *map(str, annotations.lost_data)]:
         print0(escape_control(note))
     return annotations
 
 
 def write_mapped_annotations(corpora: list[tuple[str, str]], out: str):
     """Write the three files of MappedAnnotations."""
-    index, digest, notes, losses, end = bytearray(), hashlib.blake2b(digest_size=16), [], [], 0
+    index, digest, notes, lost_data, end = bytearray(), hashlib.blake2b(digest_size=16), [], [], 0
     with atomic_write(out + ".jsonl") as f:
         for path, root in corpora:
-            rows = iter_rows(path, root, notes, losses)
+            rows = iter_rows(path, root, notes, lost_data)
             for annotation in tqdm(rows, escape_control(path), unit=" rows", mininterval=1, disable=None):
                 line = (annotation.to_json() + "\n").encode()
                 digest.update(line)
@@ -340,4 +340,4 @@ def write_mapped_annotations(corpora: list[tuple[str, str]], out: str):
         f.write(index)
     # Written last: it exists only if the other two are complete.
     write_json(out + ".json", {"name": os.path.basename(out), "digest": digest.hexdigest(), "notes": notes,
-                               "losses": losses, "sizes": [end, len(index)]})
+                               "lost_data": lost_data, "sizes": [end, len(index)]})

@@ -191,20 +191,20 @@ COLUMNS = {
 
 def match_columns(path: str, names: list[str]) -> dict[str, int]:
     """Match the columns of a table with COLUMNS: key -> index of the column. Other columns are not read."""
-    known = [name.strip().lower() for name in names]
-    if "page_dir" not in known:             # WebVid, whose captions are called "name"
-        known = [name if name != "name" else "" for name in known]
-    found = {key: next((name for name in candidates if name in known), None) for key, candidates in COLUMNS.items()}
+    columns = [name.strip().lower() for name in names]
+    if "page_dir" not in columns:             # WebVid, whose captions are called "name"
+        columns = [name if name != "name" else "" for name in columns]
+    found = {key: next((name for name in candidates if name in columns), None) for key, candidates in COLUMNS.items()}
     for name in filter(None, found.values()):
-        if known.count(name) > 1:
-            raise ValueError(f"{path}: must have one column {name}, got {known.count(name)}")
+        if columns.count(name) > 1:
+            raise ValueError(f"{path}: must have one column {name}, got {columns.count(name)}")
     if not found["video"]:
         raise ValueError(f"{path}: must have a column of videos ({', '.join(COLUMNS['video'])}), got {shorten(names)}")
     only_ids = found["video"] in VIDEO_IDS and len([*filter(str.strip, names)]) == 1        # see iter_table
     if not (found["caption"] or found["question"] or only_ids):
-        wanted = ", ".join(COLUMNS["caption"][:-1])
-        raise ValueError(f"{path}: must have a column of captions ({wanted}), got {shorten(names)}")
-    return {key: known.index(name) for key, name in found.items() if name}
+        captions = ", ".join(COLUMNS["caption"][:-1])
+        raise ValueError(f"{path}: must have a column of captions ({captions}), got {shorten(names)}")
+    return {key: columns.index(name) for key, name in found.items() if name}
 
 
 def add_extension(video_id: str) -> str:

@@ -234,7 +234,7 @@ def read_shards(paths: list[str]) -> Iterator[tuple]:
             pool.shutdown(cancel_futures=True)                              # after an error the others are not needed
 
 
-class Loss(NamedTuple):
+class LostData(NamedTuple):
     """What is missing from shards: `lost` of `total` shards or samples."""
     lost: int
     total: int
@@ -245,20 +245,21 @@ class Loss(NamedTuple):
         return f"{self.what}: {self.listing}"
 
 
-def check_losses(losses: list[Loss], max_lost: float):
-    """Raise a ValueError that lists the losses of which the share is above max_lost, data.max_unreadable, if any is."""
+def check_lost_data(lost_data: list[LostData], max_lost: float):
+    """Raise a ValueError that lists what is lost to a share above max_lost, data.max_unreadable, if anything is."""
     limit = f"data.max_unreadable is {max_lost:g}" if max_lost else "none may be"
-    if above := [f"{loss.what} ({limit}): {loss.listing}" for loss in losses if loss.lost > max_lost * loss.total]:
+    if above := [f"{data.what} ({limit}): {data.listing}" for data in lost_data if data.lost > max_lost * data.total]:
         raise ValueError("; ".join(above))
 
 
-def iter_samples(pattern: str, notes: list[str], losses: list[Loss]) -> Iterator[tuple[str, Media, str | list[str]]]:
+def iter_samples(pattern: str, notes: list[str],
+                 lost_data: list[LostData]) -> Iterator[tuple[str, Media, str | list[str]]]:
     """
     Yield (source, Media, caption) of each sample of the shards that `pattern` names, in order. A sample is the members
     with one key: a video or an image, and its caption in a txt or json.
 
-    At the end `notes` gets a line with the numbers of videos and images, and `losses` the samples without one of them
-    and the damaged shards, whose samples before the damage are used.
+    At the end `notes` gets a line with the numbers of videos and images, and `lost_data` the samples without one of
+    them and the damaged shards, whose samples before the damage are used.
     """
     paths, damaged, left_out, videos, images = expand_shards(pattern), [], {}, 0, 0
     for path, (samples, others, damage) in zip(paths, read_shards(paths), strict=True):
@@ -273,14 +274,14 @@ def iter_samples(pattern: str, notes: list[str], losses: list[Loss]) -> Iterator
     found = []
     if damaged:
         what = f"{pattern}: {len(damaged)} of {len(paths)} shards are damaged, what comes after the damage is left out"
-        found.append(Loss(len(damaged), len(paths), what, "; ".join(damaged)))
+        found.append(LostData(len(damaged), len(paths), what, "; ".join(damaged)))
     if left_out:
         lost = sum(map(len, left_out.values()))
         total = lost + videos + images
         listing = "; ".join(f"{len(names)} with {reason} ({', '.join(names[:20] + ['...'] * (len(names) > 20))})"
                             for reason, names in left_out.items())
-        found.append(Loss(lost, total, f"{pattern}: {lost} of {total} samples are left out", listing))
+        found.append(LostData(lost, total, f"{pattern}: {lost} of {total} samples are left out", listing))
     if not videos + images:
         raise ValueError("; ".join([f"{pattern}: no sample is left", *map(str, found)]))
     notes.append(f"{pattern}: {videos} videos, {images} images")
-    losses += found
+    lost_data += found

@@ -399,7 +399,7 @@ def test_files_are_read_once_and_again_if_they_change(corpora, tmp_path, monkeyp
 
 
 def test_names_and_contents_of_earlier_versions_are_found(tmp_path, monkeypatch):
-    """A run that began with an earlier version resumes: JSON files have the same name and digest, and no losses."""
+    """A run that began with an earlier version resumes: JSON files have the same name and digest, and no lost data."""
     monkeypatch.chdir(tmp_path)
     os.mkdir("videos")
     path = written(tmp_path / "rows.json", [{"video": "a.mp4", "caption": ["A dog", "x"]}, {"image": "b.png",
@@ -413,7 +413,7 @@ def test_names_and_contents_of_earlier_versions_are_found(tmp_path, monkeypatch)
         "annotations_" + hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest())
     assert mapped.digest == hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
     about = files.read_json(mapped.path + ".json")
-    assert about.pop("losses") == []
+    assert about.pop("lost_data") == []
     files.write_json(mapped.path + ".json", about)
     monkeypatch.setattr(annotations, "iter_rows", None)
     assert list(build_mapped_annotations([(path, "videos")], "out")) == list(mapped)

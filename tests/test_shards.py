@@ -64,9 +64,9 @@ def images(names, caption="a picture of {}"):
 
 
 def rows_of(pattern, max_lost=0.0, folder="out"):
-    """(video, captions) of the mapped annotations of shards, and what is printed: their notes and losses."""
+    """(video, captions) of the mapped annotations of shards, and what is printed: their notes and lost_data."""
     mapped = build_mapped_annotations([(str(pattern), "")], str(folder), max_lost)
-    return [(a.video, a.captions) for a in mapped], [*mapped.notes, *map(str, mapped.losses)]
+    return [(a.video, a.captions) for a in mapped], [*mapped.notes, *map(str, mapped.lost_data)]
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def test_samples_are_the_members_with_one_key(format, tmp_path):
     assert [(a.video, a.captions) for a in mapped] == [
         ("shards/00.tar/000000000.png", ["a picture of 000000000"]), ("shards/00.tar/1.MP4", ["one", "two"]),
         ("shards/00.tar/日本.webp", ["a dog"]), (f"shards/00.tar/{key}.png", [f"a picture of {key}".replace("/", " ")])]
-    assert mapped.notes == [f"{path}: 1 videos, 3 images"] and not mapped.losses
+    assert mapped.notes == [f"{path}: 1 videos, 3 images"] and not mapped.lost_data
     assert list(mapped) == read_annotations(path, "")
     contents = dict(members)
     with open(path, "rb") as f:
@@ -354,9 +354,9 @@ def test_no_sample_is_lost_in_silence(format):
             f.write(damaged)
         found, notes = [], []
         try:
-            losses = []
-            found += [(m.member, m.offset, m.size) for _, m, _ in iter_samples(f"{i}.tar", [], losses)]
-            notes += map(str, losses)
+            lost_data = []
+            found += [(m.member, m.offset, m.size) for _, m, _ in iter_samples(f"{i}.tar", [], lost_data)]
+            notes += map(str, lost_data)
         except ValueError as error:
             notes.append(str(error))
         assert found == expected or notes, i

@@ -33,7 +33,6 @@ from tools.demo_page import DemoResults, read_results, write_page
 from tools.sprites import read_boxes
 
 DEMO_MASKS = {"cluster_stm": "ClusterSTM", "random_frame": "random"}        # name in masking.MASKS -> title
-SHOWN_MASKS = {"cluster_stm": "ClusterSTM", "umt": "UMT", "tube": "tube", "random_frame": "random"}     # in masks.png
 NUM_ANALYSED = 256          # held-out clips on which the objects that keep a token are counted
 # glibc returns freed memory to the system and faults it in again at each step, a tenth of the time. Here it keeps it.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 33)}
@@ -100,7 +99,7 @@ def analyse(folder: str, clips_folder: str, seed: int) -> dict:
     read_results: by mask, the share of held-out objects that keep a token and the share of kept tokens on objects.
     """
     teacher, preset = SigLIP.from_pretrained(f"{folder}/teacher"), PRESETS["sprites"]
-    masks = {title: replace(preset.mask, name=name) for name, title in SHOWN_MASKS.items()}
+    masks = {title: replace(preset.mask, name=name) for title, name in show.SHOWN_MASKS.items()}
     annotations = read_annotations(f"{clips_folder}/sprites_test.json", f"{clips_folder}/videos")
     dataset = ClipDataset(annotations, DataConfig(frame_cache=False), train=False)
     video = torch.stack([dataset[i].video for i in range(NUM_ANALYSED)])

@@ -24,11 +24,10 @@ from torch import Tensor
 from files import escape_control
 from masking import MaskConfig
 from runtime import run_cli
-from tools.show import plot_masks, sample_moments
+from tools.show import SHOWN_MASKS, plot_masks, sample_moments
 
 TOKENS = "/backbone/layernorm/Add_1_output_0"                       # (F, 1 + N, C), after the last LayerNorm
 PATCH, MEAN, STD = 14, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ROWS = {"ClusterSTM": "cluster_stm", "UMT": "umt", "tube": "tube", "random": "random_frame"}
 
 
 @dataclass
@@ -92,7 +91,7 @@ class OnnxViT:
 
 def main(cfg: Config):
     video, _ = sample_moments(cfg.clip, cfg.frames, PATCH * cfg.height)
-    masks = {title: MaskConfig(name, cfg.ratio) for title, name in ROWS.items()}
+    masks = {title: MaskConfig(name, cfg.ratio) for title, name in SHOWN_MASKS.items()}
     plot_masks(video, OnnxViT(cfg.model, (cfg.height, cfg.width)), masks, cfg.out)
     Image.open(cfg.out).convert("RGB").save(cfg.out, optimize=True)         # matplotlib's file is a fifth larger
     print(escape_control(f"written to {cfg.out}"))

@@ -204,6 +204,9 @@ def mark_centres(frames: np.ndarray, labels: np.ndarray, centres: np.ndarray, gr
     return frames
 
 
+SHOWN_MASKS = {"ClusterSTM": "cluster_stm", "UMT": "umt", "tube": "tube", "random": "random_frame"}     # title -> mask
+
+
 def plot_masks(video: Tensor, teacher: SigLIP, configs: dict[str, MaskConfig], out: str):
     """Draw video (T, 3, H, W) uint8 as a picture: one row for the frames, the clusters, and each mask."""
     cluster_cfg = next((cfg for cfg in configs.values() if cfg.name == "cluster_stm"), None)
