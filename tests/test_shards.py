@@ -560,3 +560,14 @@ def test_shards_are_evaluated_as_files_are(first_run, sprites, sprite_shards):
             read_rows(get_task(task), f"{sprite_shards}/val.tar", "", train=False)
     captions = read_rows(get_task("msrvtt-caption"), f"{sprite_shards}/val.tar", "", train=False)
     assert [a.captions for a in captions] == [[row["caption"]] for row in load_json(f"{sprites}/sprites_val.json")]
+
+
+def test_shards_of_two_folders_have_their_own_results(first_run, sprite_shards, tmp_path):
+    """Shards are nearly always called 00000.tar and so on."""
+    checkpoint = shutil.copytree(f"{first_run}/out/first", tmp_path / "model")
+    for name in ("a", "b"):
+        os.makedirs(name)
+        shutil.copy(f"{sprite_shards}/val.tar", f"{name}/00000.tar")
+        evaluation.main(evaluation.Config(checkpoint=str(checkpoint), data=f"{name}/{{00000..00000}}.tar", rerank=0))
+    results = sorted(path.name for path in checkpoint.glob("eval-*.json"))
+    assert len(results) == 2 and [load_json(checkpoint / name)["annotations"][0] for name in results] == ["a", "b"]
