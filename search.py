@@ -38,7 +38,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -64,7 +63,7 @@ from model import ClusterSTM
 from runtime import bf16_autocast, num_cpus, run_cli, select_device
 from search_page import Answer, Hit, format_time
 from teacher import SigLIP, SigLIPConfig, VisionConfig, read_image_processor, read_tower_config
-from tokenizer import encode_texts, load_tokenizer
+from tokenizer import encode_texts
 from video import RESAMPLE_MODES, eval_transform, resize_like_pillow, sample_frame_indices
 
 VERSION = 1             # of the index: increase it if the format or the preprocessing of frames changes
@@ -127,7 +126,7 @@ class StudentEncoder:
 
     def load(self, device: torch.device):
         self.model = ClusterSTM.from_pretrained(self.folder).to(device).requires_grad_(False)
-        self.tokenizer = load_tokenizer(os.path.join(self.folder, "tokenizer.json"))
+        self.tokenizer = self.model.inputs.tokenizer
 
     def encode_video(self, video: Tensor) -> Tensor:
         """video (B, T, 3, S, S) uint8 -> (B, E), means over the frames of unit vectors."""
@@ -154,8 +153,7 @@ class SiglipEncoder:
         self.model = SigLIP.from_pretrained(self.folder).to(device)
 
     def encode_video(self, video: Tensor) -> Tensor:
-        _, pooled = self.model.encode_image(self.model.normalize(video.flatten(0, 1)))      # (BT, E)
-        return nnf.normalize(pooled.float(), dim=-1).unflatten(0, video.shape[:2]).mean(1)
+        return self.model.embed_frames(video)
 
     def encode_text(self, text: str) -> tuple[Tensor, int, int]:
         feature, tokenizer = self.model.encode_text(self.model.tokenize([text]))[0], self.model.tokenizer
