@@ -8,18 +8,31 @@ keeps the tokens that change most. A larger budget takes no token from any frame
 This file imports nothing of the project but kernels/, so that it can be copied with masking.py, which uses it.
 """
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from kernels import check_features, frames_per_chunk
+from kernels import check_features, frames_per_chunk, to_device
 
 First = Literal["copy", "across"]
 
 
 # Splitting a budget.
+
+def keep_count(N: int, ratio: float) -> int:
+    """K = max(1, floor(N (1 - r) + 1/2)). The ratio r is read as a decimal, so 0.85 means 85/100."""
+    check_ratio("mask ratio", ratio)
+    return max(1, math.floor(N * (1 - Fraction(str(ratio))) + Fraction(1, 2)))
+
+
+def check_ratio(name: str, value: float):
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
 
 def deal(total: int, sizes: list[int]) -> list[int]:
     """Deal `total` to places of these sizes, one to each in turn, full ones skipped, until all is dealt."""
@@ -151,3 +164,28 @@ def topk_stable(score: Tensor, K: int | None) -> Tensor:
 def bottomk_stable(score: Tensor, K: int) -> Tensor:
     """Indices of the K smallest scores, in ascending order: (..., n) -> (..., K). The first of equals comes first."""
     return score.argsort(dim=-1, stable=True)[..., :K]
+
+
+def require_generator(generator: Generator | None) -> Generator:
+    if generator is None:
+        raise ValueError("generator must be a torch.Generator for a random mask, got None")
+    return generator
+
+
+def seeded_uniform(shape: tuple, generator: Generator | None, device: torch.device | None = None) -> Tensor:
+    """
+    Draw uniform numbers in [0, 1) on the generator's device and move them to `device` if it is given.
+
+    A seed therefore gives the same mask on every device.
+    """
+    x = torch.rand(shape, generator=require_generator(generator), device=generator.device)
+    return x if device is None else to_device(x, device)
+
+
+def gumbel_noise(shape: tuple, generator: Generator, device: torch.device | None = None) -> Tensor:
+    """
+    Draw standard Gumbel noise, from seeded_uniform's numbers.
+
+    The K largest of log w + noise are K draws without replacement with probabilities proportional to w.
+    """
+    return -seeded_uniform(shape, generator, device).clamp_(1e-7, 1 - 1e-7).log().neg().log()

@@ -39,7 +39,6 @@ project.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import wraps
 from typing import Literal, get_args
 
@@ -47,8 +46,21 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize, one_hot
 
-from budgets import bottomk_stable, check_total, frame_difference, group_dynamic, mask_frames, to_float32, topk_stable
-from kernels import check_bandwidth, check_features, check_tokens, to_device
+from budgets import (
+    bottomk_stable,
+    check_ratio,
+    check_total,
+    frame_difference,
+    group_dynamic,
+    gumbel_noise,
+    keep_count,
+    mask_frames,
+    require_generator,
+    seeded_uniform,
+    to_float32,
+    topk_stable,
+)
+from kernels import check_bandwidth, check_features, check_tokens
 from kernels.bandwidth import bandwidth_ref, bandwidth_triton
 from kernels.cluster_argmax import cluster_argmax_ref, cluster_argmax_triton
 from kernels.cosine_distance import cosine_distance_ref, l2_normalize
@@ -58,13 +70,18 @@ from kernels.temporal_density import temporal_density_ref, temporal_density_trit
 Density = Literal["exp", "gauss"]
 Assign = Literal["nearest", "parent"]
 Pick = Literal["density", "random", "centre", "lowest"]
+Features = Literal["teacher", "teacher_embedding", "student_embedding"]
 
 
 @dataclass(frozen=True)
 class MaskConfig:
     """The mask: which tokens the student sees."""
     name: str = "cluster_stm"       # mask, such as cluster_stm, random_frame or umt; an unknown name lists all
-    ratio: float = 0.9              # share of a video frame's tokens that is hidden
+    ratio: float = 0.9              # share of a video frame's tokens that is hidden, unless tokens is given
+    # tokens kept of a clip, the largest number first: each micro-batch draws one; empty: ratio decides
+    tokens: tuple[int, ...] = ()
+    # what the mask compares: the teacher's tokens, the teacher's patch embedding, or the student's patch embedding
+    features: Features = "teacher"
     image_ratio: float = 0.5        # share of an image's tokens that is hidden; 0.5 is UMT's value
     # cluster_stm: clustering bandwidth d_c, as a quantile of the frame's distances; 0.02: the classical rule of density
     # peaks (Rodriguez & Laio, Science 2014); docs/method.md says why ours differs
@@ -81,8 +98,14 @@ class MaskConfig:
             check_ratio(f"mask.{name}", getattr(self, name))
         for name in ("quantile", "quantile_time"):
             check_quantile(f"mask.{name}", getattr(self, name))
-        for name, choices in (("density", Density), ("assign", Assign), ("pick", Pick)):
+        for name, choices in (("density", Density), ("assign", Assign), ("pick", Pick), ("features", Features)):
             check_choice(f"mask.{name}", getattr(self, name), get_args(choices))
+        if list(self.tokens) != sorted({*self.tokens}, reverse=True) or min(self.tokens, default=1) < 1:
+            raise ValueError("mask.tokens must be different numbers of at least 1, the largest first, got "
+                             f"{self.tokens}")
+        if self.features != "teacher" and (of_teacher := self.inputs - {"tokens", "grid", "generator"}):
+            raise ValueError(f"mask.features must be teacher for mask {self.name}, which uses the teacher's "
+                             f"{', '.join(sorted(of_teacher))}, got {self.features!r}")
 
     def __call__(self, tokens: Tensor, keep: int, **aux) -> Tensor:
         """Apply the mask: tokens (B, T, N, C) -> (B, T * keep), as every function in MASKS."""
@@ -90,6 +113,10 @@ class MaskConfig:
             return MASKS[self.name](tokens, keep, **aux)
         return cluster_stm(tokens, keep, quantile=self.quantile, quantile_time=self.quantile_time,
                            density=self.density, assign=self.assign, pick=self.pick, **aux)
+
+    def total(self, T: int, N: int) -> int:
+        """Return S, the number of tokens that the student sees of a clip: the largest budget, or T K by the ratio."""
+        return self.tokens[0] if self.tokens else T * keep_count(N, self.ratio)
 
     @property
     def shape_only(self) -> bool:
@@ -105,17 +132,6 @@ class MaskConfig:
     def inputs(self) -> frozenset:
         """Inputs of the mask. One that is in MASKS without register_mask is assumed to need tokens and a generator."""
         return MASK_INPUTS.get(self.name, frozenset({"tokens", "generator"}))
-
-
-def keep_count(N: int, ratio: float) -> int:
-    """K = max(1, floor(N (1 - r) + 1/2)). The ratio r is read as a decimal, so 0.85 means 85/100."""
-    check_ratio("mask ratio", ratio)
-    return max(1, math.floor(N * (1 - Fraction(str(ratio))) + Fraction(1, 2)))
-
-
-def check_ratio(name: str, value: float):
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
 def check_quantile(name: str, value: float):
@@ -254,7 +270,11 @@ def select(mask: MaskConfig | str | Callable, tokens: Tensor, total: int, *, che
     if isinstance(mask, str):
         check_choice("mask", mask, MASKS)
         mask = MASKS[mask]
-    check_total(check_features("mask", tokens, 4, check), total)
+    check_total(check_features("mask", tokens, 4, check=False), total)
+    T = tokens.shape[1]
+    if total % T == 0:
+        return mask(tokens, total // T, check=check, **aux)
+    check_features("mask", tokens, 4, check)
     function = MASKS[mask.name] if isinstance(mask, MaskConfig) else mask
     if hasattr(function, "mask_clip"):
         return function.mask_clip(tokens, total, check, aux)
@@ -300,31 +320,6 @@ def flat_ids(index: Tensor, N: int) -> Tensor:
     """Positions in each frame, (B, T, K) in [0, N) in any order -> (B, T * K) flat ids t * N + n, ascending."""
     offset = torch.arange(index.shape[1], device=index.device)[:, None] * N
     return (index.sort(-1).values + offset).flatten(1)
-
-
-def require_generator(generator: Generator | None) -> Generator:
-    if generator is None:
-        raise ValueError("generator must be a torch.Generator for a random mask, got None")
-    return generator
-
-
-def seeded_uniform(shape: tuple, generator: Generator | None, device: torch.device | None = None) -> Tensor:
-    """
-    Draw uniform numbers in [0, 1) on the generator's device and move them to `device` if it is given.
-
-    A seed therefore gives the same mask on every device.
-    """
-    x = torch.rand(shape, generator=require_generator(generator), device=generator.device)
-    return x if device is None else to_device(x, device)
-
-
-def gumbel_noise(shape: tuple, generator: Generator, device: torch.device | None = None) -> Tensor:
-    """
-    Draw standard Gumbel noise, from seeded_uniform's numbers.
-
-    The K largest of log w + noise are K draws without replacement with probabilities proportional to w.
-    """
-    return -seeded_uniform(shape, generator, device).clamp_(1e-7, 1 - 1e-7).log().neg().log()
 
 
 def token_sizes(tokens: Tensor, visible_ids: Tensor) -> Tensor:
