@@ -13,7 +13,6 @@ only and its last layers also attend to the video.
 import math
 import os
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -32,6 +31,7 @@ from files import (
 )
 from inputs import require_clips
 from kernels import to_device
+from positions import NEEDS_GRID, PosEmbed, interpolate_pos_embed, sincos_pos_embed
 from runtime import print0
 from video import patchify
 
@@ -44,11 +44,19 @@ class ViTConfig:
     depth: int = 12              # number of blocks
     heads: int = 12              # attention heads
     drop_path: float = 0.1       # stochastic depth rate of the last block; it rises linearly from 0 in the first
-    pos_embed: Literal["1d", "3d"] = "1d"    # sinusoids of the flat (t, h, w) index (1d, as in UMT) or per axis (3d)
+    # sinusoids of the flat (t, h, w) index (1d, as in UMT), of the index on each axis (3d) or of the place on each axis
+    # of a reference grid (relative); learned: a table that is interpolated to the clip's grid
+    pos_embed: PosEmbed = "1d"
+    # frames of a clip, patches down and across a frame: the reference grid of relative positions, the size of the table
+    # of learned ones; empty: train.py sets it
+    grid: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_heads("vit.width", self.width, "vit.heads", self.heads)
         check_choices(self, "vit")
+        object.__setattr__(self, "grid", tuple(self.grid))          # JSON has lists
+        if self.grid and not (len(self.grid) == 3 and all(isinstance(n, int) and n > 0 for n in self.grid)):
+            raise ValueError(f"vit.grid must be empty or three positive numbers (T, h, w), got {self.grid}")
 
 
 @dataclass(frozen=True)
@@ -86,30 +94,6 @@ def check_choices(cfg, part: str):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ViT
-
-@lru_cache(maxsize=16)
-def sincos_pos_embed(grid: tuple[int, int, int], C: int, kind: str, device: torch.device) -> Tensor:
-    """
-    Fixed position embeddings of the tokens of a clip: grid (T, h, w) -> (Thw, C).
-
-    "1d" interleaves sin and cos of the flat index (get_sinusoid_encoding_table of VideoMAE and UMT). "3d" gives a
-    quarter of the channels to t and shares the rest between h and w, so that a position means the same at every clip
-    length and resolution. Its slowest wave is 100 times as long as the fastest, not 10000 times, as no axis is long.
-    """
-    def encode(index: Tensor, C: int) -> Tensor:
-        rate = (10000 if kind == "1d" else 100) ** (-2 * torch.arange((C + 1) // 2, dtype=torch.float64) / C)
-        angle = index.double()[:, None] * rate
-        return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C]
-
-    T, h, w = grid
-    t, i, j = (index.flatten() for index in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
-    if kind == "1d":
-        table = encode(torch.arange(T * h * w), C)
-    else:
-        Ct, Ch = C // 4, (C - C // 4) // 2
-        table = torch.cat([encode(t, Ct), encode(i, Ch), encode(j, C - Ct - Ch)], 1)
-    return table.float().to(device)
-
 
 class Block(nn.Module):
     """Pre-norm transformer block with self-attention or, if cross, with attention to a context."""
@@ -159,6 +143,11 @@ def init_xavier(module: nn.Module):
         nn.init.zeros_(module.bias)
 
 
+def gather_tokens(x: Tensor, ids: Tensor | None) -> Tensor:
+    """x (B, N, C), ids (B, S) or None for all -> (B, S, C)."""
+    return x if ids is None else x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
+
+
 class ViT(nn.Module):
     """Joint space-time ViT for any T, H and W. It encodes all tokens of a clip or only the visible ones."""
 
@@ -166,7 +155,9 @@ class ViT(nn.Module):
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.patch_size, self.pos_embed = cfg.patch_size, cfg.pos_embed
+        if cfg.pos_embed in NEEDS_GRID and not cfg.grid:
+            raise ValueError(f"vit.grid must be (T, h, w) with vit.pos_embed {cfg.pos_embed!r}, got {cfg.grid}")
+        self.patch_size, self.pos_embed, self.reference_grid = cfg.patch_size, cfg.pos_embed, cfg.grid
         self.patch_embed = nn.Linear(3 * cfg.patch_size ** 2, cfg.width)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.drop_path * i / max(1, cfg.depth - 1))
                                     for i in range(cfg.depth))
@@ -175,29 +166,53 @@ class ViT(nn.Module):
         for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
             values = torch.tensor(values).repeat_interleave(cfg.patch_size ** 2)
             self.register_buffer(name, values, persistent=False)
+        if cfg.pos_embed == "learned":          # "embedding" in its name: it has no weight decay
+            table = sincos_pos_embed(cfg.grid, cfg.width, "learned", torch.device("cpu"), cfg.grid)
+            self.position_embedding = nn.Parameter(table.unflatten(0, cfg.grid).clone())
 
     def grid_size(self, video: Tensor) -> tuple[int, int, int]:
         """video (B, T, 3, H, W) uint8 -> (T, h, w), its frames and the patches down and across a frame."""
         require_clips(video)
         return video.shape[1], video.shape[3] // self.patch_size, video.shape[4] // self.patch_size
 
+    def positions(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """Embed the positions of the tokens of a grid (T, h, w) -> (Thw, C)."""
+        if self.pos_embed == "learned":
+            return interpolate_pos_embed(self.position_embedding, grid)
+        return sincos_pos_embed(grid, self.patch_embed.out_features, self.pos_embed, device, self.reference_grid)
+
     def patch_pixels(self, video: Tensor, ids: Tensor | None) -> Tensor:
         """video (B, T, 3, H, W) uint8, flat ids (B, S) or None for all tokens -> normalised (B, S, 3 patch_size^2)."""
         x = patchify(video.flatten(0, 1), self.patch_size).view(len(video), -1, self.patch_embed.in_features)
-        if ids is not None:         # masked patches are removed before anything is computed from them
-            x = x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
+        x = gather_tokens(x, ids)       # masked patches are removed before anything is computed from them
         return (x.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
-    def forward(self, video: Tensor, visible_ids: Tensor | None = None, token_size: Tensor | None = None) -> Tensor:
+    def embed_patches(self, video: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Embed patches without their positions: video as of forward, flat ids (B, S) or None for all -> (B, S, C)."""
+        return self.patch_embed(self.patch_pixels(video, ids))
+
+    def forward(self, video: Tensor, visible_ids: Tensor | None = None, token_size: Tensor | None = None,
+                patch_embeds: Tensor | None = None) -> Tensor:
         """
         video (B, T, 3, H, W) uint8, visible_ids (B, S) flat or None for all tokens -> (B, S, C).
 
         token_size (B, S): how many tokens each visible one represents. It attracts as much attention as that many
         equal tokens (proportional attention of Token Merging, Bolya et al., arXiv 2210.09461).
+
+        patch_embeds (B, TN, C): what embed_patches returns for all tokens, if it was computed to select the visible
+        ones. Those are gathered from it; otherwise only the visible patches are embedded.
         """
-        positions = sincos_pos_embed(self.grid_size(video), self.patch_embed.out_features, self.pos_embed, video.device)
-        positions = positions.expand(len(video), *positions.shape) if visible_ids is None else positions[visible_ids]
-        x = self.patch_embed(self.patch_pixels(video, visible_ids)) + positions
+        grid, C = self.grid_size(video), self.patch_embed.out_features
+        if patch_embeds is None:
+            x = self.embed_patches(video, visible_ids)
+        elif patch_embeds.shape == (len(video), math.prod(grid), C):
+            x = gather_tokens(patch_embeds, visible_ids)
+        else:
+            raise ValueError(f"patch_embeds must be {(len(video), math.prod(grid), C)}, embeddings of all tokens, got "
+                             f"{tuple(patch_embeds.shape)}")
+        positions = self.positions(grid, video.device)
+        # Not positions[visible_ids]: with several threads of a CPU its backward pass is not deterministic.
+        x = x + (positions if visible_ids is None else nnf.embedding(visible_ids, positions))
         bias = None if token_size is None else token_size.log()[:, None, None]              # (B, 1, 1, S)
         for block in self.blocks:
             x = block(x, bias=bias)

@@ -1,5 +1,5 @@
 """
-The student and its losses: decoders, ClusterSTM for pretraining and retrieval, VideoToText for answers and captions.
+The student and its losses: ClusterSTM for pretraining and retrieval, VideoToText for answers and captions.
 
     Batch (video, text_ids, media_ids, seed) + TeacherTargets  ->  ClusterSTM   ->  losses by name: mrm, vtc, vtm, mlm
     Batch (video, text_ids, answer_ids, ...)                   ->  VideoToText  ->  {"lm": loss}, or generated token ids
@@ -12,30 +12,20 @@ docs/method.md.
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as nnf
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from encoders import (
-    Bert,
-    Block,
-    TextEncoderConfig,
-    ViT,
-    ViTConfig,
-    bert_config,
-    check_choices,
-    check_heads,
-    init_xavier,
-    mask_tokens,
-    sincos_pos_embed,
-)
+from budgets import gumbel_noise
+from decoders import Decoder, LinearDecoder, ModelConfig
+from encoders import Bert, TextEncoderConfig, ViT, ViTConfig, bert_config, init_xavier, mask_tokens
 from files import config_from_dict, load_state_dict_strict, read_checkpoint, require, resolve_checkpoint
 from inputs import ModelInputs, embed_clips, embed_texts, require_finite, require_videos
 from kernels import to_device
-from masking import gumbel_noise
+from positions import NEEDS_GRID
 from products import Matmul, QuadraticForm
 from runtime import Stream, all_gather, all_reduce_sum, bf16_autocast, rank_and_world, seeded_generator
 from targets import TeacherTargets
@@ -45,97 +35,6 @@ if TYPE_CHECKING:
     from data import Batch
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The student's decoder and losses."""
-    embed_dim: int = 512         # width of the joint space of videos and texts (VTC)
-    decoder: Literal["cross", "joint"] = "cross"    # cross: queries attend to visible tokens; joint: self-attention
-    decoder_width: int = 512     # channels of the decoder
-    decoder_depth: int = 2       # number of decoder blocks
-    decoder_heads: int = 8       # attention heads of the decoder
-    decoder_query_ratio: float = 0.25    # share of the masked tokens that a cross decoder predicts per step, in (0, 1]
-    target_dim: int = 0          # width of the teacher's token embeddings; 0: as in the teacher
-    proportional: bool = False   # weight each visible token by the number of tokens it represents (Token Merging)
-    mrm_texts: Literal["batch", "own", "none"] = "batch"    # captions of MRM: the batch's, the clip's own, none (L2)
-    # relevance: MRM, the relevance of masked tokens to captions; visible: UMT's alignment of visible tokens; pixels:
-    # MAE's reconstruction of masked pixels
-    objective: Literal["relevance", "visible", "pixels"] = "relevance"
-    mrm_weight: float = 1.0      # loss weight of the objective, MRM or what replaces it; a loss of weight 0 is left out
-    vtc_weight: float = 1.0      # loss weight of video-text contrast
-    vtm_weight: float = 1.0      # loss weight of video-text matching
-    mlm_weight: float = 1.0      # loss weight of masked language modelling
-
-    def __post_init__(self):
-        check_heads("model.decoder_width", self.decoder_width, "model.decoder_heads", self.decoder_heads)
-        check_choices(self, "model")
-        if not 0 < self.decoder_query_ratio <= 1:
-            raise ValueError(f"model.decoder_query_ratio must be in (0, 1], got {self.decoder_query_ratio}")
-        for name in ("mrm", "vtc", "vtm", "mlm"):
-            if not getattr(self, f"{name}_weight") >= 0:        # as NaN is not
-                raise ValueError(f"model.{name}_weight must be at least 0, got {getattr(self, f'{name}_weight')}")
-
-    @property
-    def losses(self) -> frozenset[str]:
-        """The losses that are computed, those with a weight: of "mrm" (the objective), "vtc", "vtm" and "mlm"."""
-        return frozenset(name for name in ("mrm", "vtc", "vtm", "mlm") if getattr(self, f"{name}_weight"))
-
-    @property
-    def uses_text_embeds(self) -> bool:
-        """Whether a loss reads the teacher's embeddings of captions."""
-        return "mrm" in self.losses and self.objective == "relevance" and self.mrm_texts != "none"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoders
-
-class Decoder(nn.Module):
-    """Predict masked tokens from the visible ones: their embeddings in the teacher's joint space, or their pixels."""
-
-    def __init__(self, vit: ViTConfig, cfg: ModelConfig):
-        super().__init__()
-        self.pos_embed, self.is_joint = vit.pos_embed, cfg.decoder == "joint"
-        self.predicts_pixels = cfg.objective == "pixels"
-        C = cfg.decoder_width
-        self.in_proj = nn.Linear(vit.width, C)
-        self.query = nn.Parameter(torch.empty(C))
-        self.blocks = nn.ModuleList(Block(C, cfg.decoder_heads, cross=not self.is_joint)
-                                    for _ in range(cfg.decoder_depth))
-        self.norm = nn.LayerNorm(C, eps=1e-6)
-        self.proj = nn.Linear(C, 3 * vit.patch_size ** 2 if self.predicts_pixels else cfg.target_dim)
-        self.apply(init_xavier)
-        nn.init.normal_(self.query, std=0.02)
-
-    def forward(self, tokens: Tensor, visible_ids: Tensor, query_ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """
-        tokens (B, S, C) of the visible_ids (B, S), query_ids (B, Q) flat, grid (T, h, w) -> (B, Q, E) of unit length,
-        or (B, Q, 3 patch_size^2) if it predicts pixels.
-        """
-        positions = sincos_pos_embed(grid, self.query.shape[0], self.pos_embed, tokens.device)
-        tokens = self.in_proj(tokens) + positions[visible_ids]
-        x = self.query + positions[query_ids]
-        if self.is_joint:
-            x = torch.cat([tokens, x], 1)
-        for block in self.blocks:
-            x = block(x) if self.is_joint else block(x, tokens)
-        x = self.proj(self.norm(x[:, -query_ids.shape[1]:])).float()
-        return x if self.predicts_pixels else nnf.normalize(x, dim=-1)
-
-
-class LinearDecoder(nn.Module):
-    """UMT's decoder, on the last layer only: predict the embeddings of the visible tokens (Linear_Decoder of UMT)."""
-
-    def __init__(self, vit: ViTConfig, cfg: ModelConfig):
-        super().__init__()
-        self.pos_embed = vit.pos_embed
-        self.head, self.norm = nn.Linear(vit.width, cfg.target_dim), nn.LayerNorm(cfg.target_dim)
-        self.apply(init_xavier)
-
-    def forward(self, tokens: Tensor, visible_ids: Tensor, query_ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """tokens (B, S, C) of the visible_ids (B, S), which are the query_ids -> (B, S, E) of unit length."""
-        x = tokens + sincos_pos_embed(grid, tokens.shape[-1], self.pos_embed, tokens.device)[visible_ids]
-        return nnf.normalize(self.norm(self.head(x)).float(), dim=-1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -143,8 +42,9 @@ def vtc_loss(video: Tensor, text: Tensor, media_ids: Tensor, temp: Tensor) -> Te
     """
     Symmetric InfoNCE: video (B, E'), text (B, E'), media_ids (B,) -> scalar.
 
-    video_i is the mean over frames of unit vectors, so that video_i . text_j is the mean of the frames' cosines. Clips
-    of one medium are positives of each other's captions: targets are the row-normalised equality of media_ids.
+    video_i is the mean over frames of unit vectors, so that video_i . text_j is the mean of the frames' cosines; or it
+    is one unit vector (ModelConfig.pooling). Clips of one medium are positives of each other's captions: targets are
+    the row-normalised equality of media_ids.
     """
     with torch.autocast(video.device.type, enabled=False):
         logits = Matmul.apply(video.float(), text.float().T) / temp                 # (B, B)
@@ -195,7 +95,9 @@ class ClusterSTM(nn.Module):
 
     inputs = ModelInputs()          # how a user's videos and texts are read; from_pretrained sets it
 
-    def __init__(self, vit: ViTConfig, text: TextEncoderConfig, cfg: ModelConfig, bert: Bert | None = None):
+    def __init__(self, vit: ViTConfig, text: TextEncoderConfig, cfg: ModelConfig, bert: Bert | None = None,
+                 with_bert: bool = True):
+        """bert: the text encoder; None: a new one, unless with_bert is False, for losses that read no texts."""
         super().__init__()
         for name, value in (("text.vocab_size", text.vocab_size), ("text.mask_token_id", text.mask_token_id),
                             ("model.target_dim", cfg.target_dim)):
@@ -204,8 +106,8 @@ class ClusterSTM(nn.Module):
         self.vit_cfg, self.text_cfg, self.cfg = vit, text, cfg
         self.losses = cfg.losses
         self.vit = ViT(vit)
-        self.bert = bert or Bert(bert_config(text, vit.width))
-        if self.bert.cfg != bert_config(text, vit.width):
+        self.bert = bert or Bert(bert_config(text, vit.width)) if with_bert else None
+        if with_bert and self.bert.cfg != bert_config(text, vit.width):
             raise ValueError(f"the text encoder must be {bert_config(text, vit.width)}, got {self.bert.cfg}")
         self.decoder = LinearDecoder(vit, cfg) if cfg.objective == "visible" else Decoder(vit, cfg)
         self.pool_norm = nn.LayerNorm(vit.width, eps=1e-6)
@@ -218,20 +120,23 @@ class ClusterSTM(nn.Module):
 
     # Features. Training and evaluation share them.
 
-    def encode_video(self, video: Tensor, visible_ids: Tensor | None = None,
-                     token_size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode_video(self, video: Tensor, visible_ids: Tensor | None = None, token_size: Tensor | None = None,
+                     patch_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
-        video (B, T, 3, H, W) uint8, visible_ids and token_size (B, S) as of ViT -> tokens (B, S, C), feature (B, E').
+        video (B, T, 3, H, W) uint8, visible_ids, token_size (B, S) and patch_embeds (B, TN, C) as of ViT -> tokens
+        (B, S, C), feature (B, E').
 
-        The feature is the mean over frames of the unit vector of each frame's mean token.
+        The feature is the mean over frames of the unit vector of each frame's mean token. With cfg.pooling "tokens" the
+        clip counts as one frame.
         """
         T, h, w = self.vit.grid_size(video)
-        tokens = self.vit(video, visible_ids, token_size)
+        T, N = (T, h * w) if self.cfg.pooling == "frames" else (1, T * h * w)
+        tokens = self.vit(video, visible_ids, token_size, patch_embeds)
         if visible_ids is None:
             weight = torch.ones(len(tokens), T, device=tokens.device)
-            frames = tokens.view(len(tokens), T, h * w, -1).mean(2)                 # (B, T, C)
+            frames = tokens.view(len(tokens), T, N, -1).mean(2)                     # (B, T, C)
         else:       # a mask of the whole clip may leave a frame without a visible token: that frame has weight 0
-            in_frame = visible_ids[..., None] // (h * w) == torch.arange(T, device=visible_ids.device)
+            in_frame = visible_ids[..., None] // N == torch.arange(T, device=visible_ids.device)
             in_frame = in_frame.to(tokens.dtype)                                    # (B, S, T)
             if token_size is not None:
                 in_frame = in_frame * token_size[..., None].to(tokens.dtype)
@@ -243,8 +148,15 @@ class ClusterSTM(nn.Module):
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (M, L) -> states (M, L, D), feature (M, E') of unit length."""
+        self.require_bert()
         states = self.bert.forward_text(ids)
         return states, self.text_feature(states)
+
+    def require_bert(self):
+        """Raise a ValueError if the student has no text encoder."""
+        if self.bert is None:
+            raise ValueError(f"{self.inputs.folder or 'the student'} must have a text encoder, got one trained without "
+                             "losses of texts; train.py --init-from adds one")
 
     def text_feature(self, states: Tensor) -> Tensor:
         """states (M, L, D) -> feature (M, E') of unit length, from the [CLS] token."""
@@ -280,8 +192,8 @@ class ClusterSTM(nn.Module):
 
     def sample_queries(self, batch: "Batch", targets: TeacherTargets) -> Tensor:
         """
-        -> flat ids (B, Q) of the tokens that the decoder predicts: of the masked ones all (joint) or a random share
-        (cross); if the objective is "visible", the visible ones.
+        -> flat ids (B, Q) of the tokens that the decoder predicts: of the masked ones all (joint) or a random share or
+        number (cross); if the objective is "visible", the visible ones.
         """
         visible_ids = targets.visible_ids
         if self.cfg.objective == "visible":
@@ -290,7 +202,7 @@ class ClusterSTM(nn.Module):
         Q = T * N - visible_ids.shape[1]
         score = to_device(torch.rand(B, T * N, generator=seeded_generator(batch, Stream.QUERIES)), visible_ids.device)
         if self.cfg.decoder == "cross":
-            Q = min(Q, max(1, round(Q * self.cfg.decoder_query_ratio)))
+            Q = min(Q, self.cfg.decoder_queries or max(1, round(Q * self.cfg.decoder_query_ratio)))
         return score.scatter(1, visible_ids, 2.0).argsort(1)[:, :Q]                 # visible tokens sort last
 
     # Statistics of the batch
@@ -450,8 +362,8 @@ class ClusterSTM(nn.Module):
 
     def embed_videos(self, videos: list[str] | Tensor, batch: int = 32) -> Tensor:
         """
-        Embed videos, paths or (B, T, 3, H, W) uint8 -> (B, E'), means over frames of unit vectors. `batch` videos are
-        read and encoded at a time, with as many frames, of the size, that the model was trained with.
+        Embed videos, paths or (B, T, 3, H, W) uint8 -> (B, E'), features as encode_video returns them. `batch` videos
+        are read and encoded at a time, with as many frames, of the size, that the model was trained with.
 
         embed_videos(videos) @ embed_texts(texts).T are mean cosines of the frames: the similarities of eval.py.
         """
@@ -472,7 +384,8 @@ class ClusterSTM(nn.Module):
         Load the weights of a folder written by train.py or tools/convert.py.
 
         Weights whose names begin with an entry of "new" in its config.json keep their values. Settings that no shape of
-        a weight shows must agree: attention heads, position embeddings, and the objective if the decoder is loaded.
+        a weight shows must agree: attention heads, position embeddings and the grid that these refer to; the objective
+        if the decoder is loaded, the pooling if the projection of videos is.
         """
         config, weights = read_checkpoint(folder, "a student")
         path, new = f"{folder}/config.json", tuple(config.get("new", ()))
@@ -480,10 +393,13 @@ class ClusterSTM(nn.Module):
         # A setting that the file does not have is taken to agree.
         trained = {part: config_from_dict(type(cfg), asdict(cfg) | config.get(part, {}), f"{path}: {part}")
                    for part, cfg in configs.items()}
-        for part, name in (("vit", "heads"), ("vit", "pos_embed"), ("text", "heads"), ("model", "objective")):
+        settings = [("vit", "heads"), ("vit", "pos_embed"), ("text", "heads")]
+        settings += [("vit", "grid")] * (self.vit_cfg.pos_embed in NEEDS_GRID)
+        settings += [("model", "objective")] * (not "decoder.".startswith(new))
+        settings += [("model", "pooling")] * (not "vision_proj.".startswith(new))
+        for part, name in settings:
             expected, value = getattr(configs[part], name), getattr(trained[part], name)
-            if name != "objective" or not "decoder.".startswith(new):
-                require(value == expected, path, f"{part}.{name}", repr(expected), value)
+            require(value == expected, path, f"{part}.{name}", repr(expected), value)
         unchanged = {key: value for key, value in self.state_dict().items() if key.startswith(new)}
         loaded = {key: value for key, value in weights.items() if not key.startswith(new)}
         load_state_dict_strict(self, unchanged | loaded, folder)
@@ -521,6 +437,7 @@ class VideoToText(nn.Module):
     @classmethod
     def from_student(cls, student: ClusterSTM, has_question: bool) -> "VideoToText":
         """Start from a student's ViT and BERT. The decoder gets BERT's embeddings, fusion layers and head."""
+        student.require_bert()
         model, bert = cls(student.vit_cfg, student.text_cfg, student.cfg, has_question), student.bert
         model.vit.load_state_dict(student.vit.state_dict())
         if has_question:
@@ -539,10 +456,10 @@ class VideoToText(nn.Module):
         model.text_decoder.load_state_dict(state)
         return model
 
-    def encode_video(self, video: Tensor, visible_ids: Tensor | None = None,
-                     token_size: Tensor | None = None) -> tuple[Tensor, None]:
+    def encode_video(self, video: Tensor, visible_ids: Tensor | None = None, token_size: Tensor | None = None,
+                     patch_embeds: Tensor | None = None) -> tuple[Tensor, None]:
         """video (B, T, 3, H, W) uint8 -> tokens (B, S, C), and None for the feature, which this model does not have."""
-        return self.vit(video, visible_ids, token_size), None
+        return self.vit(video, visible_ids, token_size, patch_embeds), None
 
     def encode_context(self, tokens: Tensor, ids: Tensor, clip_index: Tensor) -> tuple[Tensor, Tensor | None]:
         """
@@ -692,8 +609,8 @@ def load_model(folder: str, cls: type | None = None) -> ClusterSTM | VideoToText
     kind = VideoToText if any(key.startswith("text_decoder.") for key in weights) else ClusterSTM
     if cls not in (None, kind):
         raise ValueError(f"{folder} must hold a {cls.__name__}, got a {kind.__name__}")
-    has_question = any(key.startswith("bert.") for key in weights)
-    model = VideoToText(*configs, has_question) if kind is VideoToText else ClusterSTM(*configs)
+    has_question = has_bert = any(key.startswith("bert.") for key in weights)
+    model = VideoToText(*configs, has_question) if kind is VideoToText else ClusterSTM(*configs, with_bert=has_bert)
     load_state_dict_strict(model, weights, folder)
     model.inputs = ModelInputs(folder, config)
     return model.eval()

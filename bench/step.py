@@ -110,11 +110,12 @@ def flops(cfg: train.Config, teacher: SigLIPConfig, B: int) -> dict[str, int]:
     """Flops of a step of B clips, by part. cfg must have text.vocab_size and model.target_dim."""
     vit, text, model, v, t = cfg.vit, cfg.text, cfg.model, teacher.vision_config, teacher.text_config
     T, L, D, p = cfg.data.num_frames, text.max_length, text.width, vit.patch_size
-    N = cfg.grid[0] * cfg.grid[1]
+    N = data.count_tokens(1, cfg.data.image_size, p)
     K = keep_count(N, cfg.mask.ratio)
     F, S, E, C = B * T, T * K, model.target_dim, v.hidden_size
     masked = T * N - S
-    Q = min(masked, max(1, round(masked * model.decoder_query_ratio))) if model.decoder == "cross" else masked
+    queries = model.decoder_queries or max(1, round(masked * model.decoder_query_ratio))
+    Q = min(masked, queries) if model.decoder == "cross" else masked
     image_tower = F * (6 * N * p * p * C + v.num_hidden_layers * layer_flops(N, C, v.intermediate_size))
     text_tower = B * (t.num_hidden_layers * layer_flops(t.max_position_embeddings, C, t.intermediate_size) + 2 * C * C)
     token_targets = F * N * (2 * C * v.num_attention_heads + 4 * C * C + 4 * C * v.intermediate_size)
@@ -161,17 +162,19 @@ class TrainStep:
     device: torch.device
     store: TargetStore | None = None    # cached targets; None: the teacher computes them in each step
     batch: data.Batch = field(init=False)       # host_batch on the device, for the parts
+    grid: tuple[int, int] = field(init=False)   # (h, w) of the student's patches in a frame
 
     def __post_init__(self):
         groups = parameter_groups(self.model, self.cfg.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, self.cfg.lr, (0.9, 0.999), fused=True)
         self.batch = self.host_batch.to(self.device)
+        self.grid = self.model.vit.grid_size(self.batch.video)[1:]
 
     def targets(self, batch: data.Batch) -> TeacherTargets:
         """The teacher targets of the batch, read from the store if there is one."""
         if self.store:
             return self.store.read(batch.clip_ids.tolist(), self.device)
-        return compute_targets(self.teacher, batch, self.cfg.mask, self.cfg.mask.ratio, check=False, grid=self.cfg.grid)
+        return compute_targets(self.teacher, batch, self.cfg.mask, self.cfg.mask.ratio, check=False, grid=self.grid)
 
     def make_inputs(self, batches: list[data.Batch]) -> list[tuple]:
         return train.attach_batch_stats(self.model, batches, [self.targets(b) for b in batches])
@@ -192,7 +195,7 @@ class TrainStep:
             targets = self.targets(self.batch)
         B, T, N, E = targets.token_targets.shape
         with tempfile.NamedTemporaryFile() as file:         # the store keeps it open
-            store = TargetStore(file.name, T, N, targets.visible_ids.shape[1] // T, E)
+            store = TargetStore(file.name, T, N, targets.visible_ids.shape[1], E)
         store.write(range(B), store.to_host(store.quantize(targets)))
         self.store = store
 
@@ -205,7 +208,7 @@ class StepParts:
         self.frames = self.batch.video.flatten(0, 1)
         with torch.no_grad():                   # without autocast, as in compute_targets: it makes the tokens fp32
             self.targets = step.targets(self.batch)
-            self.tokens = self.teacher.forward_features(self.teacher.normalize(self.frames, step.cfg.grid))
+            self.tokens = self.teacher.forward_features(self.teacher.normalize(self.frames, step.grid))
         with torch.no_grad(), bf16_autocast(step.device):
             self.stats, = self.model.batch_stats([self.batch], [self.targets])
             features = self.model.encode_video(self.batch.video, self.targets.visible_ids)
@@ -219,7 +222,7 @@ class StepParts:
         """Each part as a function that leaves no gradients."""
         step = self.step
         frozen = {"teacher": self.run_teacher, "bandwidth and mask": self.run_mask,
-                  "token targets": lambda: self.teacher.token_embeddings(self.tokens, step.cfg.grid)}
+                  "token targets": lambda: self.teacher.token_embeddings(self.tokens, step.grid)}
         if step.store:
             frozen = {"reading the targets": lambda: step.targets(self.batch)}
         trained = {"student ViT": self.run_vit, "decoder and MRM": self.run_decoder,
@@ -238,12 +241,12 @@ class StepParts:
         self.visible.grad = self.video.grad = None
 
     def run_teacher(self):
-        self.teacher.forward_features(self.teacher.normalize(self.frames, self.step.cfg.grid))
+        self.teacher.forward_features(self.teacher.normalize(self.frames, self.step.grid))
         self.teacher.encode_text(self.teacher.tokenize(self.batch.captions))
 
     def run_mask(self):
         cfg, tokens = self.step.cfg, self.tokens.unflatten(0, self.batch.video.shape[:2])
-        select_visible(self.teacher, tokens, cfg.mask, cfg.mask.ratio, self.batch.seed, cfg.grid, check=False)
+        select_visible(self.teacher, tokens, cfg.mask, cfg.mask.ratio, self.batch.seed, self.step.grid, check=False)
 
     def run_vit(self):
         out, feature = self.model.encode_video(self.batch.video, self.targets.visible_ids)
@@ -498,7 +501,7 @@ def batch_tables(cfg: Config, B: int, rate: float):
     umt, variants, profiles = None, {}, []
     if cfg.umt:
         run_cfg, baseline = make_config(cfg, B, "eager"), allocated_bytes()
-        visible = keep_count(run_cfg.grid[0] * run_cfg.grid[1], run_cfg.mask.ratio)
+        visible = keep_count(data.count_tokens(1, run_cfg.data.image_size, run_cfg.vit.patch_size), run_cfg.mask.ratio)
         umt, facts = umt_step(cfg.umt, cfg.device, B, run_cfg.data.num_frames, run_cfg.data.image_size, visible,
                               run_cfg.text.max_length, small=cfg.preset == "sprites")
         umt()                                               # the first step allocates the state of its optimizer

@@ -27,9 +27,10 @@ from helpers.models import (
 )
 
 import encoders
-from encoders import Bert, BertConfig, Block, ViT, mask_tokens, max_masked_tokens, sincos_pos_embed
+from encoders import Bert, BertConfig, Block, ViT, mask_tokens, max_masked_tokens
 from masking import token_sizes
 from model import VideoToText
+from positions import sincos_pos_embed
 
 pytestmark = pytest.mark.usefixtures("seed_0")
 CPU = torch.device("cpu")
@@ -156,7 +157,10 @@ def test_frames_that_do_not_divide_into_patches_are_refused():
 
 @pytest.mark.parametrize("cfg, changes, names", [
     (VIT, {"width": 15}, r"vit\.width.*vit\.heads.*\b2\b.*\b15"),
-    (VIT, {"pos_embed": "2d"}, r"vit\.pos_embed.*1d, 3d.*'2d'"),
+    (VIT, {"pos_embed": "2d"}, r"vit\.pos_embed.*1d, 3d, relative, learned.*'2d'"),
+    (VIT, {"grid": (4, 3)}, r"vit\.grid.*three positive.*\(4, 3\)$"),
+    (VIT, {"grid": (0, 3, 4)}, r"vit\.grid.*three positive.*\(0, 3, 4\)$"),
+    (VIT, {"grid": (2.5, 3, 4)}, r"vit\.grid.*three positive.*\(2\.5, 3, 4\)$"),
     (TEXT, {"width": 13}, r"text\.width.*text\.heads.*\b2\b.*\b13"),
     (TEXT, {"fusion_layers": 3}, r"text\.fusion_layers.*1 to 2\b.*\b3$"),
     (TEXT, {"fusion_layers": 0}, r"text\.fusion_layers.*1 to 2\b.*\b0$"),
@@ -164,6 +168,10 @@ def test_frames_that_do_not_divide_into_patches_are_refused():
 def test_impossible_configs_are_refused_by_field(cfg, changes, names):
     with pytest.raises(ValueError, match=f"^{names}"):
         replace(cfg, **changes)
+
+
+def test_a_grid_read_from_json_is_a_tuple():
+    assert replace(VIT, grid=[4, 2, 3]) == replace(VIT, grid=(4, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_weights_called_new_keep_their_values(tmp_path):
 
 @pytest.mark.parametrize("part, name, expected, value", [
     ("vit", "heads", 2, 4), ("vit", "pos_embed", "1d", "3d"), ("text", "heads", 2, 3),
-    ("model", "objective", "relevance", "pixels")])
+    ("model", "objective", "relevance", "pixels"), ("model", "pooling", "frames", "tokens")])
 def test_settings_that_no_weight_shows_must_agree(tmp_path, part, name, expected, value):
     model = student(model={"target_dim": 48})                                   # as many as the pixels of a patch
     config = config_json(model)
@@ -95,6 +95,35 @@ def test_settings_that_no_weight_shows_must_agree(tmp_path, part, name, expected
     del config[part][name]                                                      # absent: taken to agree
     save_model(model, tmp_path, **config)
     model.init_from(str(tmp_path))
+
+
+@pytest.mark.parametrize("pos_embed", ["relative", "learned"])
+def test_the_grid_of_positions_must_agree(tmp_path, pos_embed):
+    model = student(vit={"pos_embed": pos_embed, "grid": (4, 2, 3)})
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    save_model(student(vit={"pos_embed": pos_embed, "grid": (4, 3, 3)}), tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: vit\.grid .*\(4, 2, 3\).*\(4, 3, 3\)"):
+        model.init_from(str(tmp_path))
+    save_model(model, tmp_path)
+    other = student(vit={"pos_embed": pos_embed, "grid": (4, 2, 3)})
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    other.init_from(str(tmp_path))
+    loaded = ClusterSTM.from_pretrained(str(tmp_path))
+    assert loaded.vit_cfg.grid == (4, 2, 3)
+    for key, value in expected.items():
+        assert torch.equal(other.state_dict()[key], value) and torch.equal(loaded.state_dict()[key], value.float()), key
+
+
+def test_without_relative_positions_grids_need_not_agree(tmp_path):
+    save_model(student(vit={"grid": (4, 3, 3)}), tmp_path)
+    student().init_from(str(tmp_path))
+
+
+def test_a_new_projection_of_videos_may_have_another_pooling(tmp_path):
+    save_model(student(), tmp_path, new=["vision_proj.", "pool_norm."])
+    student(model={"pooling": "tokens"}).init_from(str(tmp_path))
 
 
 def test_a_new_decoder_may_have_another_objective(tmp_path):

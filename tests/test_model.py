@@ -36,8 +36,10 @@ from helpers.models import (
 )
 
 import model as model_module
-from encoders import Bert, bert_config, mask_tokens, sincos_pos_embed
-from model import ClusterSTM, Decoder, hard_negatives, vtc_loss
+from decoders import Decoder
+from encoders import Bert, bert_config, mask_tokens
+from model import ClusterSTM, hard_negatives, vtc_loss
+from positions import sincos_pos_embed
 from runtime import Stream, seeded_generator
 from targets import TeacherTargets
 
