@@ -4,7 +4,6 @@ The settings of a run of train.py: Config, and the presets `sprites`, `base` and
 A run stores its Config in run_state.json, from which read_settings reads it for --resume.
 """
 
-import math
 import os
 import shlex
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data import DataConfig
+from data import DataConfig, count_tokens, grids
 from encoders import TextEncoderConfig, ViTConfig
-from files import config_from_dict
+from files import config_from_dict, read_checkpoint
 from logs import LIBRARIES
 from masking import MASKS, MaskConfig, keep_count
 from media import is_shards
@@ -81,6 +80,7 @@ class Config:
     toy: ToyConfig = field(default_factory=ToyConfig)
 
     def __post_init__(self):
+        self.check_grids()
         only_finetune = {name: getattr(self, name)
                          for name in ("task", "data_root", "select_split", "epochs", "finetune_masked")}
         if self.stage != "finetune" and any(only_finetune.values()):
@@ -92,6 +92,9 @@ class Config:
         if self.stage == "finetune" and self.data.val_file:
             raise ValueError("data.val_file must be empty for stage finetune, whose epochs are scored on select_split, "
                              f"got {self.data.val_file!r}")
+        if self.data.val_file and not self.model.reads_texts:
+            raise ValueError("data.val_file must be empty if no loss of model reads texts, so that no text encoder is "
+                             f"trained, got {self.data.val_file!r}")
         if self.val_every > 0 and not self.data.val_file:
             raise ValueError(f"data.val_file must be an annotation file if val_every is above 0, got '' and "
                              f"{self.val_every}")
@@ -107,15 +110,37 @@ class Config:
             if not getattr(self, name) >= least:            # as NaN is not
                 raise ValueError(f"{name} must be at least {int(least)}, got {getattr(self, name)}")
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The grid (h, w) of the student's patches in a frame."""
-        return (self.data.image_size // self.vit.patch_size,) * 2
+    def check_grids(self):
+        """Raise a ValueError if a clip has fewer tokens than the mask is to keep, or if only some clips hide tokens."""
+        patch, budget = self.vit.patch_size, max(self.mask.tokens, default=0)
+        standard = count_tokens(self.data.num_frames, self.data.image_size, patch)
+        smallest = min(count_tokens(T, size, patch) for T, size in grids(self))
+        for what, count in (("the smallest clip of training", smallest), ("a clip that is scored", standard)):
+            if budget > count:
+                raise ValueError(f"mask.tokens must be at most {count}, the tokens of {what}, got {budget}")
+        masked = self.masked_counts()
+        if "mrm" in self.model.losses and self.model.objective != "visible" and any(masked) and not all(masked):
+            raise ValueError("mask.tokens, mask.ratio and mask.image_ratio must hide some tokens of every clip and "
+                             f"image, or of none, got from 0 to {max(masked)} hidden")
 
-    def hides_tokens(self, ratio: float) -> bool:
-        """Return whether a mask of this ratio hides any token of a frame."""
-        N = math.prod(self.grid)
-        return keep_count(N, ratio) < N
+    @property
+    def shapes_vary(self) -> bool:
+        """Whether the micro-batches of training draw their grid or their budget."""
+        return self.data.varies or len(self.mask.tokens) > 1
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether the mask hides some tokens of the clips, which are then predicted."""
+        return any(self.masked_counts())
+
+    def masked_counts(self) -> list[int]:
+        """Return how many tokens are hidden of a clip of each grid and, with images, of an image of each size."""
+        counts = []
+        for T, size in grids(self):
+            N = count_tokens(1, size, self.vit.patch_size)
+            counts += [T * N - self.mask.total(T, N)]
+            counts += [N - keep_count(N, self.mask.image_ratio)] * bool(self.data.image_corpora)
+        return counts
 
 
 WEB_DATA = DataConfig(
@@ -154,7 +179,8 @@ def batch_sizes(cfg: Config) -> dict[str, int]:
     if cfg.stage == "finetune":
         return {"finetune": cfg.batch}
     toy = {"teacher": cfg.toy.batch} if not cfg.teacher else {}
-    toy |= {"text": cfg.toy.text_batch} if not cfg.text_encoder else {}
+    if not cfg.text_encoder and (cfg.model.reads_texts or cfg.stage == "text"):
+        toy["text"] = cfg.toy.text_batch
     return {"pretrain": cfg.batch, "unmasked": cfg.unmasked_batch or cfg.batch} | toy
 
 
@@ -169,8 +195,39 @@ def micro_batch_sizes(cfg: Config, world: int) -> dict[str, int]:
     return sizes
 
 
+def position_grid(cfg: Config, init_from: str) -> tuple[int, ...]:
+    """
+    Return the grid (T, h, w) of position embeddings that have one: that of the student in the folder init_from, if
+    there is one. Otherwise of relative positions the grid of the clips that are scored, of learned ones the largest
+    numbers of frames and patches of any clip.
+    """
+    if init_from:
+        return tuple(read_checkpoint(init_from, "a student")[0].get("vit", {}).get("grid", ()))
+    data, patch = cfg.data, cfg.vit.patch_size
+    grid_of = {"relative": (data.num_frames, data.image_size), "learned": (data.max_frames, data.max_size)}
+    T, size = grid_of.get(cfg.vit.pos_embed, (0, 0))
+    return (T, size // patch, size // patch) if T else ()
+
+
+def query_count(cfg: Config) -> int:
+    """
+    Return model.decoder_queries where grids or budgets vary: the share of the tokens hidden of a clip of the size that
+    is scored. Elsewhere 0: that share of each clip or image.
+    """
+    if not cfg.shapes_vary:
+        return 0
+    N, T = count_tokens(1, cfg.data.image_size, cfg.vit.patch_size), cfg.data.num_frames
+    masked = T * N - cfg.mask.total(T, N)
+    return max(1, round(masked * cfg.model.decoder_query_ratio))
+
+
 def next_command(cfg: Config, folder: str) -> str:
-    """Return the command that scores the trained model in `folder` on held-out clips of the data it was trained on."""
+    """
+    Return the command that scores the trained model in `folder` on held-out clips of the data it was trained on; if it
+    has no text encoder, the one that trains it with texts.
+    """
+    if not cfg.model.reads_texts:
+        return shlex.join(["python", "train.py", "--name", "WITH_TEXTS", "--init-from", folder])
     command, data = ["python", "eval.py", "--checkpoint", folder], cfg.data
     root, name = os.path.split(data.train_file)
     if is_shards(data.val_file):

@@ -29,7 +29,7 @@ from media import expand_shards, is_shards
 from runtime import STAGES, RunContext
 from tasks import get_task
 from tokenizer import encode_answers, encode_texts
-from video import eval_transform, read_frames, resize, sample_frame_indices, train_transform
+from video import count_tokens, eval_transform, read_frames, resize, sample_frame_indices, train_transform
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
@@ -44,21 +44,31 @@ class DataConfig:
     image_corpora: tuple[str, ...] = ()  # image corpora, each FILE=FOLDER, or tar shards; an image is one frame
     val_file: str = ""              # annotations or shards of held-out videos, on which training is scored; empty: none
     val_root: str = ""              # folder that its "video" names are relative to; empty: as video_root
-    num_frames: int = 8             # frames per clip (T)
-    image_size: int = 64            # height and width of a frame, pixels
+    num_frames: int = 8             # frames per clip (T); where clips vary, of those that are scored
+    image_size: int = 64            # height and width of a frame, pixels; where clips vary, of those that are scored
+    # FIRST LAST STEP, LAST included: each micro-batch of training draws a number of frames; empty: num_frames
+    frames_range: tuple[int, ...] = ()
+    size_range: tuple[int, ...] = ()    # FIRST LAST STEP, likewise of pixels; empty: image_size
+    pool: tuple[int, ...] = ()          # LEAST MOST: only clips of that many tokens are drawn; empty: all of the ranges
     max_seconds: float = 0.0        # use only this many seconds from the start of a video; 0: all
     min_crop_scale: float = 1.0     # smallest fraction of the frame area in a random training crop; 1: no cropping
     hflip: bool = False             # flip half of the training clips horizontally; wrong if captions say left or right
     num_views: int = 1              # fixed augmented views (frames, crop, flip) per clip; 0: a new view every epoch
     frame_cache: bool = True        # decode each video once, into a memory-mapped file next to the annotations
     cache_frames: int = 32          # evenly spaced frames per video in the cache
-    cache_image_size: int = 0       # largest short side of cached frames, pixels; 0: as image_size
+    cache_image_size: int = 0       # largest short side of cached frames, pixels; 0: as the largest clips
     cache_jpeg_quality: int = 0     # store cached frames as JPEG of this quality, 1 to 100; 0: uncompressed
     num_workers: int = 0            # loader processes per rank; 0: load in the main process
     resize_on_device: bool = False  # resize training crops on the GPU instead of in the loader processes
     max_unreadable: float = 0.1     # largest fraction of videos, shards and samples of shards that may be lost in a run
 
     def __post_init__(self):
+        for name in ("frames_range", "size_range"):
+            self.check_range(name, getattr(self, name))
+        if self.pool and not (len(self.pool) == 2 and 1 <= self.pool[0] <= self.pool[1]):
+            raise ValueError(f"data.pool must be LEAST MOST, two numbers of tokens, or empty, got {self.pool}")
+        if self.pool and not self.varies:
+            raise ValueError("data.frames_range or data.size_range must be given with data.pool, got neither")
         for name in ("extra_videos", "image_corpora"):
             for corpus in getattr(self, name):
                 path, _, root = corpus.partition("=")
@@ -70,16 +80,50 @@ class DataConfig:
                 raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.min_crop_scale <= 1:
             raise ValueError(f"data.min_crop_scale must be above 0 and at most 1, got {self.min_crop_scale}")
-        if self.image_corpora and self.num_frames == 1:
-            raise ValueError("data.num_frames must be at least 2 with data.image_corpora, got 1: with one frame, list "
-                             "the images as videos")
+        if self.image_corpora and self.frame_counts[0] == 1:
+            raise ValueError(f"data.{'frames_range' if self.frames_range else 'num_frames'} must be at least 2 with "
+                             "data.image_corpora, got 1: with one frame, list the images as videos")
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"data.max_unreadable must be from 0 to 1, got {self.max_unreadable}")
         if not 0 <= self.cache_jpeg_quality <= 100:
             raise ValueError(f"data.cache_jpeg_quality must be from 0 (no JPEG) to 100, got {self.cache_jpeg_quality}")
-        if self.frame_cache and self.cache_frames < self.num_frames:
-            raise ValueError(f"data.cache_frames must be at least data.num_frames, got {self.cache_frames} and "
-                             f"{self.num_frames}")
+        if self.frame_cache and self.cache_frames < self.max_frames:
+            raise ValueError("data.cache_frames must be at least data.num_frames and the largest of data.frames_range, "
+                             f"got {self.cache_frames} and {self.max_frames}")
+
+    @staticmethod
+    def check_range(name: str, values: tuple[int, ...]):
+        """Raise a ValueError unless a range is empty or FIRST LAST STEP with numbers of at least 1."""
+        if values and not (len(values) == 3 and min(values) >= 1 and values[0] <= values[1]):
+            raise ValueError(f"data.{name} must be FIRST LAST STEP, numbers of at least 1 with FIRST <= LAST, or "
+                             f"empty, got {values}")
+
+    @property
+    def varies(self) -> bool:
+        """Whether the micro-batches of training draw how many frames they have, of which size."""
+        return bool(self.frames_range or self.size_range)
+
+    @property
+    def frame_counts(self) -> range:
+        """The numbers of frames that a clip of training may have."""
+        first, last, step = self.frames_range or (self.num_frames, self.num_frames, 1)
+        return range(first, last + 1, step)
+
+    @property
+    def sizes(self) -> range:
+        """The heights and widths, in pixels, that a clip of training may have."""
+        first, last, step = self.size_range or (self.image_size, self.image_size, 1)
+        return range(first, last + 1, step)
+
+    @property
+    def max_frames(self) -> int:
+        """The largest number of frames of a clip, in training and scoring."""
+        return max(self.num_frames, self.frame_counts[-1])
+
+    @property
+    def max_size(self) -> int:
+        """The largest height and width of a clip, in training and scoring."""
+        return max(self.image_size, self.sizes[-1])
 
     def corpora(self, images: bool = False) -> list[tuple[str, str]]:
         """List (annotation file, media folder) of each video corpus, or of each image corpus. Shards have no folder."""
@@ -91,6 +135,34 @@ class DataConfig:
         """The folder of the frame cache, and of a tokenizer: that of the annotation file, or of the first shard."""
         path = expand_shards(self.train_file)[0] if is_shards(self.train_file) else self.train_file
         return os.path.dirname(path) or "."
+
+
+# The grid of a clip is its number of frames and their size, (T, size). All clips of a micro-batch have the same.
+
+def grids(cfg) -> list[tuple[int, int]]:
+    """
+    List the grids (T, size) that the clips of training may have; cfg: the Config of train.py. They are all pairs of
+    data.frames_range and data.size_range whose number of tokens is within data.pool (FluxViT, Wang et al., ICCV 2025,
+    §3.1). A ValueError says that there must be one.
+    """
+    data, patch = cfg.data, cfg.vit.patch_size
+    tokens = {(T, size): count_tokens(T, size, patch) for T in data.frame_counts for size in data.sizes}
+    least, most = data.pool or (1, math.inf)
+    allowed = [grid for grid, count in tokens.items() if least <= count <= most]
+    if not allowed:
+        raise ValueError(f"data.pool must hold the number of tokens of a clip, {min(tokens.values())} to "
+                         f"{max(tokens.values())} by data.frames_range and data.size_range, got {least} to {most}")
+    return allowed
+
+
+def draw(choices: Sequence, seed: int, stage: str, step: int, part: int, use: int):
+    """Draw one of the choices for micro-batch `part` of a step, uniformly. `use` separates draws of other things."""
+    return choices[np.random.default_rng((seed, STAGES.index(stage), step, part, use)).integers(len(choices))]
+
+
+def draw_grid(grids: Sequence[tuple[int, int]], seed: int, stage: str, step: int, part: int) -> tuple[int, int]:
+    """Draw the grid (T, size) of micro-batch `part` of a step, uniformly, as a function of the arguments alone."""
+    return draw(grids, seed, stage, step, part, 1)
 
 
 @dataclass
@@ -124,8 +196,8 @@ def require_readable(count_read: int, count_all: int):
 class ClipDataset(torch.utils.data.Dataset):
     """
     In training, dataset[n] for any n >= 0 is sample n of a run: every epoch is a permutation of the annotations. The
-    sample is a function of (seed, n) alone, and its pixels of (seed, clip_id, view_id). With train=False, dataset[n]
-    is annotation n as it is evaluated.
+    sample is a function of (seed, n) alone, and its pixels of (seed, clip_id, view_id). dataset[n, T, size] is the same
+    sample with T frames of size x size pixels. With train=False, dataset[n] is annotation n as it is evaluated.
 
     If a training video cannot be read, another annotation is drawn from (seed, n), and the sample lists the video in
     `skipped`; all other samples are unchanged.
@@ -148,11 +220,13 @@ class ClipDataset(torch.utils.data.Dataset):
         """Look up the annotation of a sample's clip_id."""
         return self.annotations[clip_id - self.index_offset]
 
-    def __getitem__(self, n: int) -> Sample:
+    def __getitem__(self, index: int | tuple[int, int, int]) -> Sample:
+        n, *grid = index if isinstance(index, tuple) else (index,)
         if not self.train:
             annotation = self.annotations[n]
-            video = eval_transform(self.load_frames(annotation, "middle", None), self.cfg.image_size)
-            return self.make_sample(annotation, n, 0, video, annotation.captions[0])
+            frames = self.load_frames(annotation, self.cfg.num_frames, "middle", None)
+            video = eval_transform(frames, self.cfg.image_size)
+            return self.make_sample(annotation, n, 0, video, annotation.captions[0], self.cfg.image_size)
         if n < 0:
             raise IndexError(f"the number of a sample must be at least 0, got {n}")
         epoch, i = divmod(n, len(self.annotations))
@@ -163,7 +237,8 @@ class ClipDataset(torch.utils.data.Dataset):
         replacements = np.random.default_rng((self.seed, n, self.index_offset, 2))
         while True:
             try:
-                sample = self.training_sample(index, epoch % self.cfg.num_views if self.cfg.num_views else epoch)
+                view_id = epoch % self.cfg.num_views if self.cfg.num_views else epoch
+                sample = self.training_sample(index, view_id, *grid)
                 return replace(sample, skipped=skipped)
             except UnreadableError as error:
                 skipped.append(error.record)
@@ -171,32 +246,35 @@ class ClipDataset(torch.utils.data.Dataset):
                     raise ValueError(f"{error} (neither can the 9 videos drawn before it)") from None
             index = int(replacements.integers(len(self.annotations)))
 
-    def training_sample(self, index: int, view_id: int) -> Sample:
-        """Make augmented view `view_id` of annotation `index`. UnreadableError if its video cannot be read."""
+    def training_sample(self, index: int, view_id: int, T: int = 0, size: int = 0) -> Sample:
+        """
+        Make augmented view `view_id` of annotation `index`: T frames of size x size pixels, 0: as the config says.
+        UnreadableError if its video cannot be read.
+        """
         annotation, cfg = self.annotations[index], self.cfg
+        T, size = T or cfg.num_frames, size or cfg.image_size
         rng = np.random.default_rng((self.seed, self.index_offset + index, view_id, 1))
         caption = annotation.captions[rng.integers(len(annotation.captions))]
         try:
-            frames = self.load_frames(annotation, "random", rng)
+            frames = self.load_frames(annotation, T, "random", rng)
         except DamagedCacheError:                   # no fault of the video
             raise
         except (ValueError, OSError) as error:
             raise UnreadableError(annotation, error) from None
-        video = train_transform(frames, cfg.image_size, cfg.min_crop_scale, cfg.hflip, rng, cfg.resize_on_device)
-        return self.make_sample(annotation, index, view_id, video, caption)
+        video = train_transform(frames, size, cfg.min_crop_scale, cfg.hflip, rng, cfg.resize_on_device)
+        return self.make_sample(annotation, index, view_id, video, caption, size)
 
-    def load_frames(self, annotation: Annotation, strategy: str, rng: np.random.Generator | None) -> Tensor:
-        """Read num_frames frames of a video (T, 3, H, W) uint8, from the cache if there is one."""
-        num_frames = self.cfg.num_frames
+    def load_frames(self, annotation: Annotation, T: int, strategy: str, rng: np.random.Generator | None) -> Tensor:
+        """Read T frames of a video (T, 3, H, W) uint8, from the cache if there is one."""
         if self.cache is None:
-            return read_frames(annotation.media, num_frames, strategy, rng, seconds=self.cfg.max_seconds)
+            return read_frames(annotation.media, T, strategy, rng, seconds=self.cfg.max_seconds)
         frames = self.cache[annotation.video]
-        indices = sample_frame_indices(num_frames, len(frames), strategy, rng)
-        return torch.from_numpy(frames[indices])
+        return torch.from_numpy(frames[sample_frame_indices(T, len(frames), strategy, rng)])
 
-    def make_sample(self, annotation: Annotation, index: int, view_id: int, video: Tensor, caption: str) -> Sample:
+    def make_sample(self, annotation: Annotation, index: int, view_id: int, video: Tensor, caption: str,
+                    size: int) -> Sample:
         return Sample(video, caption, annotation.frame_caption or caption, annotation.media_id,
-                      self.index_offset + index, view_id, annotation.questions, image_size=self.cfg.image_size)
+                      self.index_offset + index, view_id, annotation.questions, image_size=size)
 
 
 class MixedDataset(torch.utils.data.Dataset):
@@ -218,7 +296,9 @@ class MixedDataset(torch.utils.data.Dataset):
         """Look up the annotation of a sample's clip_id."""
         return self.datasets[clip_id >= self.datasets[1].index_offset].annotation(clip_id)
 
-    def __getitem__(self, n: int) -> Sample:
+    def __getitem__(self, index: int | tuple[int, int, int]) -> Sample:
+        """Sample n, or (n, T, size) as in ClipDataset. An image has one frame, whatever T."""
+        n, *grid = index if isinstance(index, tuple) else (index,)
         batch, i = divmod(n, self.batch)
         epoch, position = divmod(batch, sum(self.batches_per_epoch))
         if epoch != self.epoch:
@@ -226,7 +306,8 @@ class MixedDataset(torch.utils.data.Dataset):
             self.epoch, self.permutation = epoch, np.random.default_rng((self.seed, epoch, 3)).permutation(kinds)
         kind = int(self.permutation[position])
         batch_of_kind = epoch * self.batches_per_epoch[kind] + int((self.permutation[:position] == kind).sum())
-        return self.datasets[kind][batch_of_kind * self.batch + i]
+        n = batch_of_kind * self.batch + i
+        return self.datasets[kind][(n, 1 if kind else grid[0], grid[1]) if grid else n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +324,7 @@ class Batch:
     clip_ids: Tensor                               # (B,) int64, stays on the host
     view_ids: Tensor                               # (B,) int64, stays on the host
     seed: int                                      # of all random draws for this batch
+    budget: int = 0                                # tokens that the mask keeps of a clip; 0: by MaskConfig.ratio
     first_sample: int = 0                          # number of its first sample in the stage
     clip_index: Tensor | None = None               # (Q,) int64, the clip of the batch that a question is about
     answer_ids: Tensor | None = None               # (A, L') int64
@@ -339,13 +421,25 @@ def iterate_micro_batches(run: RunContext, dataset: ClipDataset | MixedDataset, 
     Yield, for each of the steps `step` ... `steps` - 1, the list of this rank's micro-batches, on run.device.
 
     Step s has the samples s * batch ... (s + 1) * batch - 1, in micro-batches of micro_batch clips that are split over
-    the ranks in order. Sample n and the seed of a micro-batch are functions of (cfg.seed, stage, step, index) alone.
+    the ranks in order. Sample n and the seed, grid and budget of a micro-batch are functions of (cfg.seed, stage, step,
+    index) alone. In the stage of the toy teacher all micro-batches of a step have the same grid, as their number is
+    that of the ranks; in that of the toy text encoder the grid does not vary.
     """
     cfg = run.cfg
     count = batch // micro_batch                   # micro-batches of a step, over all ranks
     local = range(run.rank * count // run.world, (run.rank + 1) * count // run.world)
     first = lambda s, i: s * batch + i * micro_batch
-    batches = [range(first(s, i), first(s, i) + micro_batch) for s in range(step, steps) for i in local]
+    allowed = grids(cfg) if cfg.data.varies and stage != "text" else []
+
+    def samples(s: int, i: int) -> Sequence:
+        """List what micro-batch i of step s reads of the dataset."""
+        numbers = range(first(s, i), first(s, i) + micro_batch)
+        if not allowed:
+            return numbers
+        grid = draw_grid(allowed, cfg.seed, stage, s, 0 if stage == "teacher" else i)
+        return [(n, *grid) for n in numbers]
+
+    batches = (samples(s, i) for s in range(step, steps) for i in local)
     loader = iter(DataLoader(
         dataset, batch_sampler=batches, num_workers=cfg.data.num_workers, pin_memory=run.device.type == "cuda",
         worker_init_fn=ignore_stop_signals, collate_fn=partial(
@@ -366,6 +460,7 @@ def iterate_micro_batches(run: RunContext, dataset: ClipDataset | MixedDataset, 
                     b.map_tensors(lambda x, current=current: x.record_stream(current) if x.is_cuda else None)
                 key = np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i))
                 b.seed, b.first_sample = int(key.generate_state(1, np.uint64)[0]), first(s, i)
+                b.budget = int(draw(cfg.mask.tokens, cfg.seed, stage, s, i, 2)) if cfg.mask.tokens else 0
                 group.append(b)
             yield group
     finally:

@@ -129,7 +129,7 @@ def build_frame_cache(rows: Sequence, cfg, folder: str) -> FrameCache:
     sources = {}                                    # Media -> source of its first row
     for row in rows:
         sources.setdefault(row.media, row.source)
-    size = cfg.cache_image_size or cfg.image_size
+    size = cfg.cache_image_size or cfg.max_size
     stats = {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) if os.path.isfile(path) else ()
              for path in {media.path for media in sources}}
     settings = [CACHE_VERSION, cfg.cache_frames, size, float(cfg.max_seconds), cfg.cache_jpeg_quality]

@@ -15,7 +15,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,21 +24,27 @@ from torch import Tensor
 
 from files import write_all
 from kernels import to_device
-from masking import MaskConfig, keep_count, token_sizes
+from masking import MaskConfig, keep_count, select, token_sizes
 from runtime import AsyncHostCopy, RunContext, Stream, print0, seeded_generator
 from teacher import SigLIP, load_teacher
+from video import count_tokens
 
 if TYPE_CHECKING:
     from data import Batch, ClipDataset, MixedDataset
+    from encoders import ViT
 
 
 @dataclass
 class TeacherTargets:
-    """Teacher targets of a batch. What no loss uses is None, in fine-tuning all but visible_ids and token_size."""
+    """
+    Teacher targets of a batch. What no loss uses is None; fine-tuning and scoring use visible_ids, token_size and
+    patch_embeds alone.
+    """
     visible_ids: Tensor                     # (B, S) int64, flat ids t * N + n of the visible tokens, ascending
     token_targets: Tensor | None = None     # (B, T, N, E), each token's neighbourhood in the joint space, unit length
     text_embeds: Tensor | None = None       # (B, E), the captions in the same space, unit length
     token_size: Tensor | None = None        # (B, S) fp32, how many tokens each visible token represents
+    patch_embeds: Tensor | None = None      # (B, T * N, C), the student's patch embeddings, if they were computed
 
     def gather(self, ids: Tensor) -> Tensor:
         """Targets of the tokens with flat ids (B, Q) -> (B, Q, E) fp32."""
@@ -53,6 +59,7 @@ class TeacherTargets:
 def compute_targets(
     teacher: SigLIP, batch: "Batch", mask: Callable, ratio: float, pooling: str = "map", check: bool = True,
     grid: tuple[int, int] | None = None, with_sizes: bool = False, with_tokens: bool = True, with_texts: bool = True,
+    total: int = 0, embed_patches: Callable | None = None,
 ) -> TeacherTargets:
     """
     Compute the teacher targets of a batch: visible ids; if with_tokens, token targets; if with_texts, caption
@@ -61,7 +68,9 @@ def compute_targets(
 
     batch has video (B, T, 3, H, W) uint8, captions and seed. mask is a function like those in masking.MASKS. check says
     whether the mask looks for a NaN in the tokens, for which the host waits for the device. grid (h, w) is the
-    student's number of patches in a frame; frames are resized if the teacher's patches would differ from it.
+    student's number of patches in a frame; frames are resized if the teacher's patches would differ from it. total is
+    the number of visible tokens of a clip; 0: `ratio` decides. embed_patches is the student's ViT.embed_patches, for a
+    mask that compares its features.
     """
     B, T = batch.video.shape[:2]
     with torch.autocast(batch.video.device.type, enabled=False):        # the teacher computes in the dtype it was given
@@ -74,35 +83,71 @@ def compute_targets(
             text_embeds = teacher.encode_text(teacher.tokenize(batch.captions))
         if with_tokens or "aligned" in inputs:
             token_targets = teacher.token_embeddings(tokens, grid, pooling).unflatten(0, (B, T))    # (B, T, N, E)
-        tokens = tokens.unflatten(0, (B, T))
-        visible_ids = select_visible(teacher, tokens, mask, ratio, batch.seed, grid, text=text_embeds,
+        features = tokens
+        if features_of(mask) == "teacher_embedding":
+            features = teacher.embed_patches(pixel_values)
+        elif features_of(mask) == "student_embedding":
+            features = embed_patches(batch.video)
+        features = features.view(B, T, tokens.shape[1], -1)
+        visible_ids = select_visible(teacher, features, mask, ratio, batch.seed, grid, total, text=text_embeds,
                                      aligned=token_targets, check=check)
         return TeacherTargets(visible_ids, token_targets if with_tokens else None, text_embeds if with_texts else None,
-                              token_sizes(tokens, visible_ids) if with_sizes else None)
+                              token_sizes(features, visible_ids) if with_sizes else None)
 
 
 @torch.no_grad()
-def compute_visible_ids(teacher: SigLIP, video: Tensor, mask: Callable, ratio: float, seed: int, grid: tuple[int, int],
-                        with_sizes: bool = False) -> TeacherTargets:
-    """Select visible ids of video (B, T, 3, H, W) uint8 on the student's grid (h, w), and token sizes if with_sizes."""
+def compute_visible_ids(
+    teacher: SigLIP | None, video: Tensor, mask: Callable, ratio: float, seed: int, grid: tuple[int, int],
+    with_sizes: bool = False, total: int = 0, embed_patches: Callable | None = None,
+) -> TeacherTargets:
+    """
+    Select visible ids of video (B, T, 3, H, W) uint8 on the student's grid (h, w), and token sizes if with_sizes.
+
+    total and embed_patches are those of compute_targets. No more of the teacher runs than the mask needs, and a teacher
+    is not needed unless `needs_teacher`. If the student's patches were embedded, the result has their embeddings.
+    """
+    patch_embeds = None
     with torch.autocast(video.device.type, enabled=False):
-        tokens = teacher.forward_features(teacher.normalize(video.flatten(0, 1), grid)).unflatten(0, video.shape[:2])
-        visible_ids = select_visible(teacher, tokens, mask, ratio, seed, grid)
-        return TeacherTargets(visible_ids, token_size=token_sizes(tokens, visible_ids) if with_sizes else None)
+        if features_of(mask) == "student_embedding":
+            tokens = patch_embeds = embed_patches(video)
+        elif not needs_teacher(mask, with_sizes):
+            tokens = torch.zeros(*video.shape[:2], math.prod(grid), 1, device=video.device)     # only its shape is used
+        else:
+            pixel_values = teacher.normalize(video.flatten(0, 1), grid)
+            of_patches = features_of(mask) == "teacher_embedding"
+            tokens = (teacher.embed_patches if of_patches else teacher.forward_features)(pixel_values)
+        tokens = tokens.view(*video.shape[:2], math.prod(grid), -1)
+        visible_ids = select_visible(teacher, tokens, mask, ratio, seed, grid, total)
+        return TeacherTargets(visible_ids, token_size=token_sizes(tokens, visible_ids) if with_sizes else None,
+                              patch_embeds=patch_embeds)
+
+
+def features_of(mask: Callable) -> str:
+    """Return what a mask compares: MaskConfig.features, or "teacher" for another function."""
+    return mask.features if isinstance(mask, MaskConfig) else "teacher"
+
+
+def needs_teacher(mask: Callable, with_sizes: bool = False) -> bool:
+    """Return whether a mask needs a teacher for the visible ids and, if with_sizes, the token sizes of a clip."""
+    shape_only = isinstance(mask, MaskConfig) and mask.shape_only
+    return features_of(mask) != "student_embedding" and (with_sizes or not shape_only)
 
 
 @torch.no_grad()
-def select_visible(teacher: SigLIP, tokens: Tensor, mask: Callable, ratio: float, seed: int,
-                   grid: tuple[int, int] | None = None, **aux) -> Tensor:
+def select_visible(teacher: SigLIP | None, tokens: Tensor, mask: Callable, ratio: float, seed: int,
+                   grid: tuple[int, int] | None = None, total: int = 0, **aux) -> Tensor:
     """
-    Teacher tokens (B, T, N, C) on a grid (h, w) -> flat ids (B, S) of the tokens that the mask leaves visible.
+    Tokens (B, T, N, C) on a grid (h, w) -> flat ids (B, S) of the tokens that the mask leaves visible. S is total, or
+    T times what the ratio leaves of a frame if total is 0.
 
-    The teacher's attention is computed unless the mask is a MaskConfig that does not use it.
+    The tokens are the teacher's, from which its attention is computed unless the mask is a MaskConfig that does not use
+    it. For such a mask they may be other features.
     """
+    T, N = tokens.shape[1:3]
     if not isinstance(mask, MaskConfig) or "attention" in mask.inputs:
         aux["attention"] = teacher.pool_attention(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-    return mask(tokens, keep_count(tokens.shape[2], ratio), grid=grid or teacher.patch_grid,
-                generator=torch.Generator().manual_seed(seed), **aux)
+    return select(mask, tokens, total or T * keep_count(N, ratio), grid=grid or teacher.patch_grid,
+                  generator=torch.Generator().manual_seed(seed), **aux)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,17 +158,17 @@ class TargetStore:
     A file with one record of fixed size for each view:
 
         token targets (T, N, E) fp16 · one bit for each token, 1 if visible · text embedding (E,) fp32 ·
-        sizes of the visible tokens (T * K,) int16 · CRC-32 of these bytes and the record id
+        sizes of the S visible tokens (S,) int16 · CRC-32 of these bytes and the record id
 
     with_tokens, with_texts, with_sizes: whether it has the first, the third and the fourth of these parts.
     """
 
-    def __init__(self, path: str, T: int, N: int, K: int, E: int, with_sizes: bool = False, with_tokens: bool = True,
+    def __init__(self, path: str, T: int, N: int, S: int, E: int, with_sizes: bool = False, with_tokens: bool = True,
                  with_texts: bool = True):
-        self.shape, self.num_visible = (T, N, E), T * K
+        self.shape, self.num_visible = (T, N, E), S
         self.with_tokens, self.with_texts, self.with_sizes = with_tokens, with_texts, with_sizes
         self.part_bytes = [
-            2 * T * N * E * with_tokens, math.ceil(T * N / 8), 4 * E * with_texts, 2 * T * K * with_sizes]
+            2 * T * N * E * with_tokens, math.ceil(T * N / 8), 4 * E * with_texts, 2 * S * with_sizes]
         self.record_bytes = sum(self.part_bytes) + 4
         self.file = open(path, "r+b", buffering=0)      # noqa: SIM115  (the owner of the store closes it)
 
@@ -182,16 +227,20 @@ class TargetProvider:
     not fixed or for a reason in `disabled_because`.
     """
 
-    def __init__(self, run: RunContext, teacher: SigLIP, dataset: "ClipDataset | MixedDataset"):
+    def __init__(self, run: RunContext, teacher: SigLIP, dataset: "ClipDataset | MixedDataset",
+                 embed_patches: Callable | None = None):
+        """embed_patches: as in compute_targets."""
         cfg = run.cfg
-        self.run, self.teacher, self.num_views = run, teacher, cfg.data.num_views
+        self.run, self.teacher, self.num_views, self.embed_patches = run, teacher, cfg.data.num_views, embed_patches
         self.folder, self.pending = os.path.join(run.folder, "target_cache"), []
-        self.grid = cfg.grid                                # one teacher token for each student patch
         self.parts = {"with_sizes": cfg.model.proportional, "with_tokens": "mrm" in cfg.model.losses,
                       "with_texts": cfg.model.uses_text_embeds}
         one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
         self.disabled_because = [reason for reason, holds in (
             ("the data has images", bool(cfg.data.image_corpora)),
+            ("the grids of clips vary", cfg.data.varies),
+            ("mask.tokens has several budgets", len(cfg.mask.tokens) > 1),
+            ("the mask compares the student's embedding, which is trained", cfg.mask.features == "student_embedding"),
             ("a view is seen less than twice", cfg.steps * cfg.batch < 2 * self.num_views * len(dataset)),
             ("the run has several hosts", not one_host),
             (f"mask {cfg.mask.name} draws at random from teacher outputs", cfg.mask.stochastic and not
@@ -228,8 +277,9 @@ class TargetProvider:
             os.makedirs(self.folder)
             open(path, "wb").close()
         run.barrier()
-        N, E = math.prod(self.grid), self.teacher.cfg.vision_config.hidden_size
-        self.store = TargetStore(path, cfg.data.num_frames, N, keep_count(N, cfg.mask.ratio), E, **self.parts)
+        T, E = cfg.data.num_frames, self.teacher.cfg.vision_config.hidden_size
+        N = count_tokens(1, cfg.data.image_size, cfg.vit.patch_size)
+        self.store = TargetStore(path, T, N, cfg.mask.total(T, N), E, **self.parts)
         run.exit_stack.enter_context(self.store.file)
         if is_new:
             total, free = self.store.record_bytes * self.num_views * num_clips, shutil.disk_usage(self.folder).free
@@ -248,7 +298,13 @@ class TargetProvider:
         check = batch.video.device.type != "cuda"
         image = cfg.data.image_corpora and batch.video.shape[1] == 1
         return compute_targets(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio,
-                               cfg.target_pooling, check, self.grid, **self.parts)
+                               cfg.target_pooling, check, self.grid(batch), total=0 if image else batch.budget,
+                               embed_patches=self.embed_patches, **self.parts)
+
+    def grid(self, batch: "Batch") -> tuple[int, int]:
+        """Return (h, w), one teacher token for each student patch of a frame."""
+        H, W = batch.video.shape[-2:]
+        return H // self.run.cfg.vit.patch_size, W // self.run.cfg.vit.patch_size
 
     def compute_and_store(self, batch: "Batch") -> TeacherTargets:
         """
@@ -268,8 +324,8 @@ class TargetProvider:
         cfg, targets = self.run.cfg, self.store.read(self.record_ids(batch), batch.video.device)
         if targets and cfg.mask.stochastic:     # the mask uses only shapes: it is drawn again, as compute would draw it
             tokens = torch.empty(len(targets.visible_ids), *self.store.shape[:2], 1, device=targets.visible_ids.device)
-            targets.visible_ids = cfg.mask(tokens, keep_count(tokens.shape[2], cfg.mask.ratio), check=False,
-                                           generator=seeded_generator(batch, Stream.MASK), grid=self.grid)
+            targets.visible_ids = select(cfg.mask, tokens, self.store.num_visible, check=False,
+                                         generator=seeded_generator(batch, Stream.MASK), grid=self.grid(batch))
         return targets
 
     def record_ids(self, batch: "Batch") -> list[int]:
@@ -303,34 +359,40 @@ class TargetProvider:
 class VisibleIdCache:
     """
     Compute the visible ids of a batch's clips in fine-tuning: Batch -> TeacherTargets. Ids of a fixed view are computed
-    once and stay on the device, unless the mask is random.
+    once and stay on the device, unless the mask is random, the student's own embedding selects, or grids or budgets
+    vary.
     """
 
-    def __init__(self, run: RunContext, grid_fn: Callable, wrap: Callable | None = None):
-        """grid_fn(video) ends in the student's (h, w), as ViT.grid_size does. wrap(teacher) may compile its layers."""
+    def __init__(self, run: RunContext, vit: "ViT", wrap: Callable | None = None):
+        """vit: the student's. wrap(teacher) may compile its layers."""
         cfg = run.cfg
-        if not cfg.teacher:
-            raise ValueError("--teacher must be a SigLIP for --finetune-masked, got '': config.json of --init-from "
-                             "names none")
-        self.teacher = load_teacher(cfg.teacher, run.device, cfg.teacher_fp8, with_tokenizer=False)
-        self.teacher = wrap(self.teacher) if wrap else self.teacher
-        self.mask, self.grid_fn, self.with_sizes = cfg.mask, grid_fn, cfg.model.proportional
-        self.enabled = cfg.data.num_views > 0 and not cfg.mask.stochastic
+        self.mask, self.vit, self.with_sizes, self.teacher = cfg.mask, vit, cfg.model.proportional, None
+        if needs_teacher(cfg.mask, self.with_sizes):
+            if not cfg.teacher:
+                raise ValueError("--teacher must be a SigLIP for --finetune-masked, got '': config.json of --init-from "
+                                 "names none")
+            self.teacher = load_teacher(cfg.teacher, run.device, cfg.teacher_fp8, with_tokenizer=False)
+            self.teacher = wrap(self.teacher) if wrap else self.teacher
+        self.enabled = cfg.data.num_views > 0 and not (
+            cfg.mask.stochastic or cfg.mask.features == "student_embedding" or cfg.shapes_vary)
         self.cache = {}                             # (clip id, view id) -> visible ids (S,), and sizes (S,) if used
 
-    def compute(self, video: Tensor, seed: int) -> TeacherTargets:
-        """Run the teacher on video (B, T, 3, H, W) uint8."""
-        return compute_visible_ids(self.teacher, video, self.mask, self.mask.ratio, seed, self.grid_fn(video)[-2:],
-                                   self.with_sizes)
+    def compute(self, video: Tensor, seed: int, budget: int) -> TeacherTargets:
+        """Select the visible ids of video (B, T, 3, H, W) uint8; budget: Batch.budget, 0 in scoring."""
+        T, *grid = self.vit.grid_size(video)
+        total = budget or self.mask.total(T, math.prod(grid))
+        targets = compute_visible_ids(self.teacher, video, self.mask, self.mask.ratio, seed, tuple(grid),
+                                      self.with_sizes, total, self.vit.embed_patches)
+        return replace(targets, patch_embeds=None)      # without gradient: the visible patches are embedded again
 
     def __call__(self, batch: "Batch") -> TeacherTargets:
         if not self.enabled:                        # and the host does not wait for the device
-            return self.compute(batch.video, batch.seed)
+            return self.compute(batch.video, batch.seed, batch.budget)
         views = list(zip(batch.clip_ids.tolist(), batch.view_ids.tolist(), strict=True))
         new = {view: i for i, view in enumerate(views) if view not in self.cache}
         if new:
             indices = to_device(torch.tensor([*new.values()]), batch.video.device)
-            targets = self.compute(batch.video[indices], batch.seed)
+            targets = self.compute(batch.video[indices], batch.seed, batch.budget)
             parts = (targets.visible_ids, targets.token_size) if self.with_sizes else (targets.visible_ids,)
             self.cache.update(zip(new, zip(*parts, strict=True), strict=True))
         visible_ids, *token_size = map(torch.stack, zip(*(self.cache[view] for view in views), strict=True))

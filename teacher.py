@@ -259,12 +259,17 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (F, 3, H, W) -> (F, N, C). Pixels beyond the last whole patch are cut off."""
+        p = self.cfg.patch_size
+        return self.embed_patches(pixel_values) + self.interpolate_pos_embed(
+            (pixel_values.shape[-2] // p, pixel_values.shape[-1] // p))
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """Embed the patches alone, without their positions: pixel_values (F, 3, H, W) -> (F, N, C)."""
         (H, W), p, conv = pixel_values.shape[-2:], self.cfg.patch_size, self.patch_embedding
         if min(H, W) < p:
             raise ValueError(f"frames must have at least {p} x {p} pixels (patch_size), got {H} x {W}")
         pixel_values = pixel_values[..., :H // p * p, :W // p * p].to(conv.weight.dtype)
-        x = nnf.linear(patchify(pixel_values, p), conv.weight.flatten(1), conv.bias)
-        return x + self.interpolate_pos_embed((H // p, W // p))
+        return nnf.linear(patchify(pixel_values, p), conv.weight.flatten(1), conv.bias)
 
     def interpolate_pos_embed(self, grid: tuple[int, int]) -> Tensor:
         """Position embedding (N, C) of a grid (h, w), interpolated if it differs from the checkpoint's grid."""
@@ -368,6 +373,10 @@ class SigLIP(nn.Module):
         """Normalized pixels (F, 3, H, W) -> tokens (F, N, C) after the last LayerNorm."""
         m = self.vision_model
         return m.post_layernorm(m.encoder(m.embeddings(pixel_values)))
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """Normalized pixels (F, 3, H, W) -> patch embeddings (F, N, C), without positions."""
+        return self.vision_model.embeddings.embed_patches(pixel_values)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """ids (M, L), padded to the model's length because SigLIP masks no padding -> (M, E) of unit length."""

@@ -38,7 +38,17 @@ from tqdm import tqdm
 
 import eval as evaluation
 from annotations import Annotation, build_mapped_annotations
-from config import PRESETS, Config, batch_sizes, micro_batch_sizes, name_run, next_command, read_settings
+from config import (
+    PRESETS,
+    Config,
+    batch_sizes,
+    micro_batch_sizes,
+    name_run,
+    next_command,
+    position_grid,
+    query_count,
+    read_settings,
+)
 from data import Batch, ClipDataset, DataConfig, MixedDataset
 from encoders import Bert, BertLayer, Block, TextEncoderConfig, ViTConfig, bert_config, mask_tokens
 from files import (
@@ -81,6 +91,9 @@ from teacher import EncoderLayer, SigLIP, VisionConfig, load_teacher, read_tower
 from tokenizer import load_tokenizer, resolve_tokenizer
 from tools.sprites import write_sprites
 from tools.toy_teacher import SigLIPTrainer, build_toy_teacher, sample_single_frames
+
+# Parts of a student that are not trained if no loss reads texts, as they begin in ClusterSTM.state_dict().
+NOT_OF_VISION = ["bert.", "text_proj.", "itm_head.", "pool_norm.", "vision_proj.", "temp"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -228,14 +241,11 @@ def pretrain(run: RunContext) -> nn.Module:
                         or write_sprites(os.path.dirname(cfg.data.train_file)))
     validation = Validation(run) if cfg.data.val_file and cfg.stage == "all" else None
     videos, images = build_datasets(run)
-    if images and cfg.hides_tokens(cfg.mask.ratio) != cfg.hides_tokens(cfg.mask.image_ratio):
-        raise ValueError(f"mask.ratio and mask.image_ratio must both hide some of {math.prod(cfg.grid)} tokens, or "
-                         f"neither, got {cfg.mask.ratio} and {cfg.mask.image_ratio}")
     dataset = lambda batch: MixedDataset(videos, images, batch) if images else videos
     captions = (caption for part in (videos, images) if part for row in part.annotations for caption in row.captions)
     tokenizer = resolve_tokenizer(run, captions, text_folder)
     require_unchanged(run, "tokenizer", hash_json(tokenizer.to_str()), "the vocabulary")
-    run = fix_config(run, resolve_config(run, tokenizer, teacher_folder))
+    run = fix_config(run, resolve_config(run, tokenizer, teacher_folder, init_from))
 
     if run.cfg.stage != "text":
         if not cfg.teacher:
@@ -244,22 +254,23 @@ def pretrain(run: RunContext) -> nn.Module:
         if cfg.stage == "teacher":
             print0(f"{run.cfg.teacher}: the toy teacher is trained")
             return teacher
-    if not cfg.text_encoder:
+    needs_bert = cfg.model.reads_texts or cfg.stage == "text"
+    if needs_bert and not cfg.text_encoder:
         text_folder = train_toy_text_encoder(run, dataset, tokenizer)
     torch.manual_seed(cfg.seed)
-    bert = Bert.from_pretrained(text_folder, **asdict(bert_config(run.cfg.text, cfg.vit.width)))
+    bert = Bert.from_pretrained(text_folder, **asdict(bert_config(run.cfg.text, cfg.vit.width))) if needs_bert else None
     if cfg.stage == "text":
         print0(f"{text_folder}: the toy text encoder is trained")
         return bert
-    if any(key.startswith("cls.") for key in bert.missing_keys):
+    if bert and any(key.startswith("cls.") for key in bert.missing_keys):
         print0(f"{text_folder} has no masked-language-model head: a random one is trained")
     return train_student(run, teacher, bert, dataset, tokenizer, init_from, validation)
 
 
-def resolve_config(run: RunContext, tokenizer, teacher_folder: str) -> Config:
+def resolve_config(run: RunContext, tokenizer, teacher_folder: str, init_from: str) -> Config:
     """
-    Fill in the vocabulary, special ids, teacher and target width -> the config. teacher_folder: the local folder of
-    cfg.teacher, empty for a toy teacher.
+    Fill in what depends on files: vocabulary, special ids, teacher, widths and grids -> the config. teacher_folder and
+    init_from: the local folders of cfg.teacher and cfg.init_from, empty if there is none.
     """
     cfg = run.cfg
     width = cfg.toy.width
@@ -275,7 +286,9 @@ def resolve_config(run: RunContext, tokenizer, teacher_folder: str) -> Config:
         cfg, teacher=cfg.teacher or os.path.join(run.folder, "teacher"),
         text=replace(cfg.text, vocab_size=vocab_size,
                      mask_token_id=cfg.text.mask_token_id or tokenizer.token_to_id("[MASK]")),
-        model=replace(cfg.model, target_dim=cfg.model.target_dim or width))
+        vit=replace(cfg.vit, grid=cfg.vit.grid or position_grid(cfg, init_from)),
+        model=replace(cfg.model, target_dim=cfg.model.target_dim or width,
+                      decoder_queries=cfg.model.decoder_queries or query_count(cfg)))
 
 
 def train_toy_teacher(run: RunContext, dataset: Callable, tokenizer):
@@ -317,15 +330,16 @@ def train_toy_text_encoder(run: RunContext, dataset: Callable, tokenizer) -> str
     return folder
 
 
-def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callable, tokenizer,
+def train_student(run: RunContext, teacher: SigLIP, bert: Bert | None, dataset: Callable, tokenizer,
                   init_from: str, validation: "Validation | None") -> nn.Module:
-    """Masked pretraining, then the unmasked stage -> the trained student."""
+    """Masked pretraining, then the unmasked stage -> the trained student. bert: None if no loss reads texts."""
     cfg, out = run.cfg, run.folder
-    model = ClusterSTM(cfg.vit, cfg.text, cfg.model, bert)
+    model = ClusterSTM(cfg.vit, cfg.text, cfg.model, bert, with_bert=bert is not None)
+    extra = {} if bert else {"new": NOT_OF_VISION}          # parts that a run from this model begins
     if init_from:
         model.init_from(init_from)
     model = wrap_layers(model.to(run.device).train(), cfg)
-    has_targets = cfg.hides_tokens(cfg.mask.ratio) or cfg.model.objective == "visible"
+    has_targets = cfg.hides_tokens or cfg.model.objective == "visible"
     masked_losses = cfg.model.losses - (set() if has_targets else {"mrm"})
     before_unmasked = os.path.join(out, "before_unmasked")
     at_step = lambda steps: validation.at_step(model, tokenizer, steps) if validation else {}
@@ -336,21 +350,21 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert, dataset: Callabl
     elif os.path.basename(newest).startswith("unmasked-"):
         print0(f"{before_unmasked} was deleted and is not written again; the unmasked stage goes on from {newest}")
     else:
-        provider = TargetProvider(run, wrap_layers(teacher, cfg), dataset(cfg.batch))
+        provider = TargetProvider(run, wrap_layers(teacher, cfg), dataset(cfg.batch), model.vit.embed_patches)
         train_stage(run, Stage(
             "pretrain", model, dataset(cfg.batch), tokenizer, cfg.batch, cfg.steps, cfg.lr,
             lambda batches: attach_batch_stats(model, batches, provider(batches)), loss_weights(cfg.model),
             frozen=unused_parameters(cfg, masked_losses), at_step=at_step(cfg.steps),
             before_checkpoint=provider.flush_all_ranks))
         provider.delete()
-        save_model(run, model, tokenizer, before_unmasked)
+        save_model(run, model, tokenizer, before_unmasked, **extra)
     if cfg.unmasked_steps:
         batch = cfg.unmasked_batch or cfg.batch
         train_stage(run, Stage(
             "unmasked", model, dataset(batch), tokenizer, batch, cfg.unmasked_steps, cfg.lr * cfg.unmasked_lr_scale,
             lambda batches: attach_batch_stats(model, batches, [None] * len(batches)), loss_weights(cfg.model),
             frozen=unused_parameters(cfg, cfg.model.losses - {"mrm"}), at_step=at_step(cfg.unmasked_steps)))
-    save_model(run, model, tokenizer, out)
+    save_model(run, model, tokenizer, out, **extra)
     print0(f"{out}: trained. Next: {next_command(cfg, out)}")
     return model
 
@@ -403,10 +417,11 @@ def wrap_layers(model: nn.Module, cfg: Config, shapes_vary: bool = False) -> nn.
     """
     Compile the model's layers, or recompute them in the backward pass, if cfg says so -> the model itself.
 
-    Shapes are fixed in pretraining. They vary in fine-tuning: the last batch of a split is smaller, and the number of
-    clips whose visible ids are not cached yet changes.
+    Shapes are fixed in pretraining, unless grids or budgets vary. They vary in fine-tuning: the last batch of a split
+    is smaller, and the number of clips whose visible ids are not cached yet changes. Where they vary, a layer is
+    compiled for all shapes when it meets a second one, so that ranks do not stop at each grid to compile.
     """
-    compiled = partial(torch.compile, fullgraph=True, dynamic=None if shapes_vary else False,
+    compiled = partial(torch.compile, fullgraph=True, dynamic=None if shapes_vary or cfg.shapes_vary else False,
                        options={"fallback_random": True})
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 64
@@ -515,7 +530,7 @@ def finetune(run: RunContext) -> nn.Module:
     tokenizer = load_tokenizer(resolve_checkpoint(cfg.init_from, "a student"))
     require_unchanged(run, "tokenizer", hash_json(tokenizer.to_str()), "the vocabulary")
     model = build_finetuned(run, task)
-    visible_ids = VisibleIdCache(run, model.vit.grid_size, partial(wrap_layers, cfg=run.cfg, shapes_vary=True)) \
+    visible_ids = VisibleIdCache(run, model.vit, partial(wrap_layers, cfg=run.cfg, shapes_vary=True)) \
         if cfg.finetune_masked else lambda batch: None
 
     def make_inputs(batches: list[Batch]) -> list[tuple]:

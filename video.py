@@ -630,6 +630,13 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(F, (H // p) * (W // p), c * p * p)
 
 
+def count_tokens(T: int, size: int, patch_size: int) -> int:
+    """Return how many tokens T frames of size x size pixels have. ValueError unless the patches divide the size."""
+    if size % patch_size:
+        raise ValueError(f"the size of a frame must be a multiple of patch_size {patch_size}, got {size}")
+    return T * (size // patch_size) ** 2
+
+
 def eval_transform(frames: Tensor, size: int) -> Tensor:
     """(T, 3, H, W) uint8 -> (T, 3, size, size): the whole frame, whatever its aspect ratio, as in UMT."""
     return resize(frames, (size, size))

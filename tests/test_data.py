@@ -20,6 +20,7 @@ import video
 from annotations import Annotation, Question
 from data import ClipDataset, DataConfig, MixedDataset, collate
 from encoders import TextEncoderConfig
+from masking import MaskConfig
 from runtime import RunContext
 from tokenizer import build_wordpiece, encode_answers, encode_texts, load_tokenizer
 
@@ -525,7 +526,8 @@ def test_device_crops_agree_for_mixtures_skips_and_workers(shapes_folder, tokeni
 # The loader of a run
 
 def context(rank=0, world=1, seed=3, task="", **options):
-    cfg = SimpleNamespace(seed=seed, task=task, text=TextEncoderConfig(max_length=10), data=replace(CFG, **options))
+    cfg = SimpleNamespace(seed=seed, task=task, text=TextEncoderConfig(max_length=10), data=replace(CFG, **options),
+                          mask=MaskConfig())
     return RunContext(cfg, "", torch.device("cpu"), rank, world)
 
 

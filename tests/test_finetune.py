@@ -142,11 +142,11 @@ def test_masked_finetuning_runs_the_teacher_once_for_each_clip(
         teacher_args[:] = teacher, *args
         return compute_visible_ids(teacher, video, *args)
 
-    def record_forward(self, video, visible_ids=None, token_size=None):
-        x = vit_forward(self, video, visible_ids, token_size)
+    def record_forward(self, video, visible_ids=None, token_size=None, *rest):
+        x = vit_forward(self, video, visible_ids, token_size, *rest)
         visible_shares.append(x.shape[1] / (video.shape[1] * 16))           # of 16 patches a frame
         if flags and visible_ids is not None:
-            expected = compute_visible_ids(teacher_args[0], video, *teacher_args[1:-1], True)
+            expected = compute_visible_ids(teacher_args[0], video, *teacher_args[1:5], True)
             assert torch.equal(visible_ids, expected.visible_ids)
             assert torch.equal(token_size, expected.token_size) and token_size.max() > 1
         assert (token_size is None) == (not flags or visible_ids is None)

@@ -28,6 +28,7 @@ import video
 from annotations import build_mapped_annotations, read_annotations
 from data import ClipDataset, DataConfig
 from encoders import TextEncoderConfig
+from masking import MaskConfig
 from media import Media, expand_shards, iter_samples, read_shard
 from runtime import RunContext
 from tasks import get_task, read_rows
@@ -477,7 +478,7 @@ def sprite_shards(sprites, tmp_path_factory):
 
 def draw(annotations, cfg, tokenizer, rank, world, step=0, folder="."):
     """The micro-batches of a rank, those of a step in a list."""
-    settings = SimpleNamespace(seed=3, task="", text=TextEncoderConfig(max_length=16), data=cfg)
+    settings = SimpleNamespace(seed=3, task="", text=TextEncoderConfig(max_length=16), data=cfg, mask=MaskConfig())
     run = RunContext(settings, "", torch.device("cpu"), rank, world)
     dataset = ClipDataset(annotations, cfg, 3, cache_folder=folder)
     return list(data.iterate_micro_batches(run, dataset, tokenizer, "pretrain", 8, 2, step, 7))

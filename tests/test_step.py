@@ -37,10 +37,12 @@ from helpers.runs import Killed, kill, log
 from helpers.siglip import random_clips, tiny_siglip
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import budgets
 import encoders
 import loop
 import masking
 import model
+import positions
 import targets
 import teacher
 import train
@@ -64,7 +66,7 @@ STEPS, MASKED_STEPS = 12, 8                         # the last steps are without
 
 def wrap_options(compile=False, activation_checkpointing=False):
     """The settings that wrap_layers reads."""
-    return SimpleNamespace(compile=compile, activation_checkpointing=activation_checkpointing)
+    return SimpleNamespace(compile=compile, activation_checkpointing=activation_checkpointing, shapes_vary=False)
 
 
 def train_losses(parts=1, with_sizes=False, **options):
@@ -234,6 +236,7 @@ def test_queries_are_the_masked_tokens_with_the_lowest_draws():
 # No step waits for the device
 
 META = torch.device("meta")
+VARYING = "--data.frames-range 3 6 1 --data.size-range 12 20 4 --mask.name flux_group_dynamic --micro-batch 2"
 RUNS = pytest.mark.parametrize("flags, step", [
     ("--data.num-views 0", 0),
     ("--data.num-views 0 --mask.name umt --micro-batch 8", 0),
@@ -242,7 +245,9 @@ RUNS = pytest.mark.parametrize("flags, step", [
     ("--data.num-views 1", 3),                      # and read from it
     ("--data.num-views 1 --mask.name tube", 3),
     ("--data.num-views 0 --model.proportional", 0),
-    ("--data.num-views 1 --model.proportional", 3)])
+    ("--data.num-views 1 --model.proportional", 3),
+    (f"{VARYING} --vit.pos-embed relative --mask.tokens 24 12", 0),
+    (f"{VARYING} --vit.pos-embed learned --mask.tokens 24 --mask.features student_embedding", 0)])
 KINDS = pytest.mark.parametrize("kind", ["retrieval", "qa", "caption"])
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -294,7 +299,7 @@ def detect_waits():
         return compute_targets(siglip, batch, mask, ratio, pooling, False, grid, **parts)           # as on a GPU
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (encoders, masking, model, targets, teacher):
+        for module in (budgets, encoders, model, positions, targets, teacher):
             patch.setattr(module, "to_device", copy_to_device)
         for module in (loop, targets):
             patch.setattr(module, "AsyncHostCopy", ZerosOnHost)
@@ -339,15 +344,16 @@ def pretrain(run_config, flags, step, device, before_inputs=lambda: None):
     cfg = run_config(f"--name a --log-every 99 --save-every 99 {flags}")
     dataset = ClipDataset(read_annotations(cfg.data.train_file, cfg.data.video_root), cfg.data, cfg.seed)
     tokenizer, host = load_tokenizer(cfg.text_encoder), torch.device("cpu")
-    cfg = train.resolve_config(RunContext(cfg, f"out/{cfg.name}", host, 0, 1), tokenizer, cfg.teacher)
+    cfg = train.resolve_config(RunContext(cfg, f"out/{cfg.name}", host, 0, 1), tokenizer, cfg.teacher, "")
     run = RunContext(cfg, f"out/{cfg.name}", host, 0, 1)
     groups = list(iterate_micro_batches(run, dataset, tokenizer, "pretrain", cfg.batch, cfg.micro_batch, 0, step + 3))
-    provider = TargetProvider(run, SigLIP.from_pretrained(cfg.teacher), dataset)
+    net = ClusterSTM(cfg.vit, cfg.text, cfg.model)
+    provider = TargetProvider(run, SigLIP.from_pretrained(cfg.teacher), dataset, net.vit.embed_patches)
     for group in groups[:step]:
         provider(group)
     provider.flush()
     provider.teacher.to(device)
-    net = ClusterSTM(cfg.vit, cfg.text, cfg.model).to(device).train()
+    net = net.to(device).train()
     wrap_layers(net, wrap_options(activation_checkpointing=True))
 
     def make_inputs(batches):

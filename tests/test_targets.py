@@ -14,8 +14,11 @@ from helpers.siglip import random_clips, tiny_siglip
 
 import train
 from annotations import read_annotations
-from data import ClipDataset, UnreadableError, iterate_micro_batches
-from masking import MASK_INPUTS, MASKS, MaskConfig, cluster_stm, keep_count, token_sizes
+from config import Config
+from data import ClipDataset, DataConfig, UnreadableError, iterate_micro_batches
+from encoders import ViT, ViTConfig
+from masking import MASK_INPUTS, MASKS, MaskConfig, cluster_stm, group_dynamic, keep_count, token_sizes
+from model import ModelConfig
 from runtime import RunContext
 from targets import (
     TargetProvider,
@@ -78,7 +81,7 @@ def test_targets_that_nothing_needs_are_not_computed(tokens, texts, name):
 def test_a_store_has_the_parts_that_are_used(tmp_path, tokens, texts, sizes):
     path, (T, N, K, E) = tmp_path / "targets.bin", (2, 9, 4, 6)
     path.touch()
-    store = TargetStore(str(path), T, N, K, E, sizes, tokens, texts)
+    store = TargetStore(str(path), T, N, T * K, E, sizes, tokens, texts)
     ids = torch.stack([torch.randperm(T * N)[:T * K].sort().values for _ in range(3)])
     targets = TeacherTargets(ids, torch.randn(3, T, N, E) if tokens else None, torch.randn(3, E) if texts else None,
                              torch.randint(1, 9, (3, T * K)).float() if sizes else None)
@@ -91,6 +94,52 @@ def test_a_store_has_the_parts_that_are_used(tmp_path, tokens, texts, sizes):
     for name in ("token_targets", "text_embeds", "token_size"):
         wanted, value = getattr(targets, name), getattr(found, name)
         assert value is None if wanted is None else torch.equal(value, wanted.to(value.dtype))
+
+
+def student_vit():
+    """A ViT for the patches of tiny_siglip, in fp64."""
+    torch.manual_seed(1)
+    return ViT(ViTConfig(patch_size=4, width=6, depth=1, heads=1)).double()
+
+
+def features_by_hand(kind, teacher, vit, video):
+    """What a mask with these features compares, from the pixels: (B, T, N, C)."""
+    patches = video.double().unfold(3, 4, 4).unfold(4, 4, 4).permute(0, 1, 3, 4, 2, 5, 6)       # (B, T, h, w, 3, 4, 4)
+    if kind == "teacher_embedding":
+        conv = teacher.vision_model.embeddings.patch_embedding
+        return (patches / 255 - 0.5).flatten(4).flatten(2, 3) / 0.5 @ conv.weight.flatten(1).T + conv.bias
+    mean, std = (torch.tensor(x).double()[:, None, None] for x in (ViT.mean, ViT.std))
+    return vit.patch_embed(((patches / 255 - mean) / std).flatten(4).flatten(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["teacher_embedding", "student_embedding"])
+@pytest.mark.parametrize("total", [0, 1, 7, 17, 18])
+def test_a_mask_compares_the_chosen_features_at_any_budget(kind, total):
+    teacher, vit, batch = tiny_siglip(), student_vit(), random_clips(T=2)
+    mask = MaskConfig("flux_group_dynamic", ratio=0.6, features=kind)
+    expected = group_dynamic(features_by_hand(kind, teacher, vit, batch.video), total or 8)
+    with mock.patch.object(teacher, "forward_features", wraps=teacher.forward_features) as forward:
+        found = compute_visible_ids(teacher if kind == "teacher_embedding" else None, batch.video, mask, 0.6, 0, (3, 3),
+                                    total=total, embed_patches=vit.embed_patches)
+        assert not forward.called                               # neither needs the teacher's layers
+    assert torch.equal(found.visible_ids, expected)
+    if kind == "student_embedding":
+        assert torch.equal(found.patch_embeds, vit.embed_patches(batch.video))
+    targets = compute_targets(teacher, batch, mask, 0.6, total=total, embed_patches=vit.embed_patches)
+    assert torch.equal(targets.visible_ids, expected) and targets.patch_embeds is None
+    assert torch.equal(targets.token_targets, compute_targets(teacher, batch, cluster_stm, 0.6).token_targets)
+
+
+def test_a_mask_of_shapes_needs_no_teacher_and_one_of_its_attention_no_other_features():
+    video, ids = random_clips().video, []
+    for teacher in (None, tiny_siglip()):
+        ids.append(compute_visible_ids(teacher, video, MaskConfig("tube"), 0.6, 5, (3, 3), total=5).visible_ids)
+    assert torch.equal(*ids) and ids[0].shape == (3, 5)
+    for name in ("umt", "attention_high", "fastvid_style", "text_guided"):
+        with pytest.raises(ValueError, match=f"features must be teacher .*{name}.*(attention|aligned).*student_emb"):
+            MaskConfig(name, features="student_embedding")
+    with pytest.raises(ValueError, match="total must be in 1 to 18.*got 19"):
+        compute_visible_ids(None, video, MaskConfig("tube"), 0.6, 5, (3, 3), total=19)
 
 
 @pytest.mark.parametrize("grid", [(2, 5), (4, 4), (1, 1)], ids=str)
@@ -571,18 +620,22 @@ def test_a_killed_run_ends_bit_for_bit_as_an_unbroken_one(run_config, undisturbe
 # ---------------------------------------------------------------------------------------------------------------------
 # Visible ids in fine-tuning
 
-def visible_id_cache(folder, mask="cluster_stm", num_views=2, proportional=False, wrap=None, fp8=False):
-    """A VisibleIdCache whose teacher is in the folder, for patches of 4 pixels."""
-    cfg = SimpleNamespace(teacher=str(folder), teacher_fp8=fp8, mask=MaskConfig(mask, ratio=0.6),
-                          model=SimpleNamespace(proportional=proportional), data=SimpleNamespace(num_views=num_views))
-    run = RunContext(cfg, "", torch.device("cpu"), 0, 1)
-    return VisibleIdCache(run, lambda video: (video.shape[1], video.shape[-2] // 4, video.shape[-1] // 4), wrap)
+def visible_id_cache(folder, mask="cluster_stm", num_views=2, proportional=False, wrap=None, fp8=False, ranges=(),
+                     **options):
+    """A VisibleIdCache whose teacher is in the folder, for patches of 4 pixels. options: of MaskConfig."""
+    cfg = Config(teacher=str(folder), teacher_fp8=fp8, mask=MaskConfig(mask, ratio=0.6, **options),
+                 model=ModelConfig(proportional=proportional, mrm_weight=0.0),
+                 data=DataConfig(num_frames=3, image_size=12, num_views=num_views, frames_range=ranges),
+                 vit=ViTConfig(patch_size=4, width=6, depth=1, heads=1))
+    torch.manual_seed(0)
+    return VisibleIdCache(RunContext(cfg, "", torch.device("cpu"), 0, 1), ViT(cfg.vit), wrap)
 
 
-def finetuning_batch(clip_ids, view_ids, seed=11):
+def finetuning_batch(clip_ids, view_ids, seed=11, budget=0):
     """Clips whose frames are a function of clip and view."""
     video = torch.cat([random_clips(seed=100 * c + v, B=1).video for c, v in zip(clip_ids, view_ids, strict=True)])
-    return SimpleNamespace(video=video, clip_ids=torch.tensor(clip_ids), view_ids=torch.tensor(view_ids), seed=seed)
+    return SimpleNamespace(video=video, clip_ids=torch.tensor(clip_ids), view_ids=torch.tensor(view_ids), seed=seed,
+                           budget=budget)
 
 
 @pytest.mark.parametrize("mask, num_views, proportional, cached", [
@@ -605,6 +658,22 @@ def test_visible_ids_of_a_fixed_view_are_computed_once(tmp_path, mask, num_views
                 assert torch.equal(result.token_size, expected.token_size)
             else:
                 assert result.token_size is None
+
+
+@pytest.mark.parametrize("options", [
+    dict(tokens=(17,)), dict(tokens=(17, 7)), dict(mask="flux_group_dynamic", features="student_embedding"),
+    dict(mask="flux_group_dynamic", features="teacher_embedding", ranges=(2, 3, 1)), dict(mask="tube", tokens=(7,))],
+    ids=str)
+def test_visible_ids_of_varying_grids_and_budgets_are_computed_each_time(tmp_path, options):
+    tiny_siglip().float().save_pretrained(tmp_path)
+    cache = visible_id_cache(tmp_path, **options)
+    with mock.patch("targets.compute_visible_ids", wraps=compute_visible_ids) as compute:
+        for budget in (0, 17, 17):
+            batch = finetuning_batch([3, 0, 5], [0, 0, 0], budget=budget)
+            targets = cache(batch)
+            expected = budget or cache.mask.total(2, 9)
+            assert targets.visible_ids.shape == (3, expected) and targets.patch_embeds is None
+    assert compute.call_count == (1 if options == dict(tokens=(17,)) else 3)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])

@@ -585,7 +585,7 @@ def test_the_student_may_have_larger_patches_than_the_teacher(run_config, sprite
     ("--text-encoder nowhere", "nowhere is not a folder of a BERT"),
     ("--init-from nowhere", "nowhere is not a folder of a student"),
     ("--tokenizer nowhere.json", "nowhere.json"),
-    ("--vit.patch-size 5", "16.* 5"),
+    ("--vit.patch-size 5", "patch_size 5, got 16"),
     ("--task sprites", "task.*finetune.*'all'"),
 ])
 def test_invalid_settings_end_with_one_line_and_write_no_model(run_config, sprites, first_run, capsys, flags, message):

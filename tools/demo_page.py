@@ -18,6 +18,7 @@ import numpy as np
 import search_page
 from annotations import iter_annotations
 from config import Config
+from data import count_tokens
 from files import atomic_write_text, read_json
 from masking import keep_count
 from search_page import Hit, escape, read_preview, render_clip
@@ -86,7 +87,7 @@ class DemoResults:
 
     @property
     def N(self) -> int:
-        return math.prod(self.cfg.grid)
+        return count_tokens(1, self.cfg.data.image_size, self.cfg.vit.patch_size)
 
     @property
     def K(self) -> int:
