@@ -4,6 +4,7 @@ Statistics of masks that need no training: clips whose objects are known, a teac
     python -m tools.mask_stats masks --out masks.json           # every mask of masking.MASKS, on held-out clips
     python -m tools.mask_stats quantiles --out quantiles.json   # ClusterSTM by d_c and pick, on training clips
     python -m tools.mask_stats bandwidth --teacher SIGLIP VIDEOS/*.mp4      # which d_c to take for your own teacher
+    python -m tools.mask_stats selector --out selector.png      # FluxViT's selector by patch norm and budget
 
 A token is on an object if tools.demo.objects_at says so, and on the background if it is on no object.
 
@@ -27,35 +28,47 @@ Masks that draw at random are averaged over three seeds; brackets hold the stand
 
 `bandwidth` needs no objects. It measures "lost" of each video, which it calls unexplained, for several quantiles, and
 says which to take: choose_quantile has the rule.
+
+`selector` draws training clips of the set crowd itself. It selects tokens by the change of their patches' embeddings,
+normalised as NORMS says, and prints "objects" by budget, here the mean over clips of the share in each clip.
 """
 
 import json
 import math
 import os
 import statistics
+import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from functools import partial
+from itertools import product
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from annotations import read_annotations
+from budgets import First, group_dynamic
 from config import PRESETS
 from data import ClipDataset, DataConfig
+from encoders import ViT
 from files import atomic_write_text, escape_control
 from kernels.bandwidth import bandwidth
 from kernels.density_peaks import density_peaks
-from masking import MASKS, MaskConfig, keep_count, log_attention
+from masking import MASKS, MaskConfig, keep_count, log_attention, select
 from runtime import run_cli, select_device
 from teacher import SigLIP
 from tools.demo import objects_at, objects_kept
-from tools.sprites import SIZE, read_boxes
+from tools.show import plt, save
+from tools.sprites import SETS, SIZE, clip_spec, read_boxes, write_clip
 from tools.tables import banner, format_mean, print_header, print_row, try_or_message
-from video import eval_transform, read_frames
+from video import eval_transform, patchify, read_frames, sample_frame_indices
 
 PRESET = PRESETS["sprites"].mask
 QUANTILES = (0.02, 0.1, 0.5, 0.8, 0.9, 0.95, 0.98)
@@ -112,7 +125,20 @@ class Bandwidth:
     out: str = ""                                     # JSON file to write; empty: none
 
 
-COMMANDS = {"masks": Masks, "quantiles": Quantiles, "bandwidth": Bandwidth}
+@dataclass
+class Selector:
+    """Measure how many objects FluxViT's selector covers, by patch norm and budget: tables and a picture."""
+    clips: int = 256                                  # training clips of the set crowd, other ones for each seed
+    seeds: tuple[int, ...] = (0, 1)                   # seeds of the clips, the projection and the random tokens
+    frames: tuple[int, ...] = (8, 16)                 # frames of a clip
+    size: tuple[int, ...] = (48, 64)                  # height and width of a frame, pixels
+    tokens: tuple[int, ...] = (36, 72, 144, 288)      # budgets, at most all tokens of the smallest clip
+    teacher: tuple[str, ...] = ()                     # a SigLIP for each seed; empty: the student's new projection
+    commit: str = ""                                  # commit to print above the tables; empty: ask git
+    out: str = "selector.png"                         # picture to write; empty: none
+
+
+COMMANDS = {"masks": Masks, "quantiles": Quantiles, "bandwidth": Bandwidth, "selector": Selector}
 
 
 @dataclass
@@ -306,7 +332,7 @@ def choose_quantile(shares: dict[float, list[float]]) -> tuple[float, dict[float
 def measure_bandwidth(cfg: Bandwidth):
     """Measure the unexplained shares of the videos, print them by quantile, and say which quantile to take."""
     keep_count(1, cfg.ratio)
-    check_outputs(cfg)
+    check_outputs(cfg.out, cfg.seed)
     if not cfg.videos or cfg.frames < 1:
         raise ValueError(f"videos and --frames must be at least one, got {len(cfg.videos)} and {cfg.frames}")
     device = select_device(cfg.device)
@@ -347,6 +373,128 @@ def print_bandwidths(title: str, percent: dict[float | str, list[float]]) -> flo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# FluxViT's selector
+
+SAME = nn.Identity()
+RMS = lambda x: nnf.rms_norm(x, x.shape[-1:], eps=1e-6)             # of FluxViT's dual patch norm before training:
+LAYER = lambda x: nnf.layer_norm(x, x.shape[-1:], eps=1e-6)         # its scales are 1 and its shifts 0
+CENTRE = lambda x: x - x.mean(-1, keepdim=True)
+# What is done to the pixels of a patch before the projection, and to its embedding after it. FluxViT's paper has
+# LayerNorm, its release RMSNorm. The last two show which part of LayerNorm costs.
+NORMS = {"none": (SAME, SAME), "RMSNorm": (RMS, RMS), "LayerNorm": (LAYER, LAYER), "LayerNorm after": (SAME, LAYER),
+         "centred before": (CENTRE, SAME)}
+RANDOM = "random tokens"
+COLOURS = {"none": "#0072b2", "RMSNorm": "#009e73", "LayerNorm": "#d55e00", RANDOM: "#777777"}     # in the picture
+
+
+def draw_clips(seed: int, count: int) -> tuple[Tensor, np.ndarray]:
+    """Draw training clips of crowd, as read from their files -> (B, T, 3, H, W) uint8, boxes (B, T, objects, 4)."""
+    crowd, videos = SETS["crowd"], []
+    boxes = np.full((count, crowd.frames, len(crowd.counts), 4), np.nan, np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):
+            _, found = write_clip(folder, seed, crowd, ("clip.mp4", "train", i))
+            boxes[i, :, :found.shape[1]] = found
+            videos.append(read_frames(f"{folder}/clip.mp4", 0))
+    return torch.stack(videos), boxes
+
+
+def patch_projection(seed: int, teacher: str) -> tuple[Callable, Callable, int]:
+    """
+    Return the functions video (B, T, 3, H, W) -> normalised patches (B, TN, 3 P^2) -> embeddings, and the patch size P,
+    of a teacher or, if it is "", of a new student.
+    """
+    if not teacher:
+        torch.manual_seed(seed)
+        vit = ViT(PRESETS["sprites"].vit)
+        return lambda video: vit.patch_pixels(video, None), vit.patch_embed, vit.patch_size
+    siglip = SigLIP.from_pretrained(teacher, with_tokenizer=False)
+    conv, P = siglip.vision_model.embeddings.patch_embedding, siglip.cfg.vision_config.patch_size
+    return (lambda video: patchify(siglip.normalize(video.flatten(0, 1)), P).view(len(video), -1, 3 * P * P),
+            lambda x: nnf.linear(x, conv.weight.flatten(1), conv.bias), P)
+
+
+@torch.no_grad()
+def measure_selector(cfg: Selector) -> dict[tuple, np.ndarray]:
+    """Measure "objects" of each clip in per cent: (frames, size, norm, first-frame rule) -> (seeds, budgets, clips)."""
+    covered = defaultdict(list)
+    for seed, teacher in zip(cfg.seeds, cfg.teacher or [""] * len(cfg.seeds), strict=True):
+        (video, boxes), (pixels, project, P) = draw_clips(seed, cfg.clips), patch_projection(seed, teacher)
+        for T, size in tqdm([*product(cfg.frames, cfg.size)], f"seed {seed}", leave=False):
+            frames = sample_frame_indices(T, video.shape[1])
+            x = pixels(torch.stack([eval_transform(clip[frames], size) for clip in video])).unflatten(1, (T, -1))
+            there = boxes[:, frames] * (size / SIZE)
+            rows = {(name, first): partial(group_dynamic, after(project(before(x))), first=first)
+                    for (name, (before, after)), first in product(NORMS.items(), get_args(First))}
+            rows[RANDOM, "copy"] = partial(select, MaskConfig("random"), x,
+                                           generator=torch.Generator().manual_seed(seed))
+            for row, keep in rows.items():
+                covered[(T, size, *row)].append([[100 * objects_kept(ids[None], box[None], size, P) for ids, box in zip(
+                    keep(S), there, strict=True)] for S in cfg.tokens])
+    return {key: np.array(values) for key, values in covered.items()}
+
+
+def print_covered(cfg: Selector, title: str, rows: dict[tuple, np.ndarray]):
+    """Print means ± standard errors over seeds and clips of (seeds, budgets, clips), by (frames, size, norm)."""
+    print_header(title, "frames", "pixels", "patch norm", *map(str, cfg.tokens))
+    for row, values in rows.items():
+        print_row(*row, *(format_mean(x.ravel().tolist()) for x in values.swapaxes(0, 1)))
+    if spread := max(np.ptp(values.mean(2), 0).max() for values in rows.values()):
+        print(f"\nOver {len(cfg.seeds)} x {cfg.clips} clips. Between seeds the means differ by {spread:.1f} at most.")
+
+
+def plot_covered(cfg: Selector, covered: dict[tuple, np.ndarray]):
+    """Draw objects covered against the budget: a panel for each grid, a colour for each norm, a dash for each rule."""
+    figure, axes = plt.subplots(len(cfg.size), len(cfg.frames), squeeze=False, sharex=True, sharey=True,
+                                figsize=(4.4 * len(cfg.frames), 1 + 3 * len(cfg.size)), layout="constrained")
+    for axis, (size, T) in zip(axes.flat, product(cfg.size, cfg.frames), strict=True):
+        for (*grid, name, first), values in covered.items():
+            if grid == [T, size] and name in COLOURS:
+                axis.plot(cfg.tokens, values.mean((0, 2)), "o-" if first == "copy" else "o--", color=COLOURS[name],
+                          markerfacecolor=COLOURS[name] if first == "copy" else "white", markersize=5, linewidth=1.5)
+        axis.set(title=f"{T} frames of {size} x {size} pixels", xscale="log", ylim=(0, 103))
+        axis.set_xticks(cfg.tokens, map(str, cfg.tokens))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    lines = {**{"no patch norm" if name == "none" else name: dict(color=colour, linewidth=4)
+                for name, colour in COLOURS.items()},
+             "a group's first frame: copy": dict(color="black", marker="o"),
+             "across": dict(color="black", marker="o", linestyle="--", markerfacecolor="white")}
+    figure.legend(handles=[plt.Line2D([], [], label=name, **style) for name, style in lines.items()],
+                  loc="outside upper center", ncols=3, frameon=False)
+    figure.supxlabel("tokens kept of the clip")
+    figure.supylabel("objects covered, %")
+    save(figure, cfg.out)
+
+
+def compare_norms(cfg: Selector):
+    """Print and draw the objects that the selector covers, by patch norm, first-frame rule and budget."""
+    torch.set_num_threads(1)
+    check_outputs(cfg.out)
+    for name, least in {"clips": 1, "seeds": 0, "frames": 1, "size": 1, "tokens": 1}.items():
+        if np.min(getattr(cfg, name), initial=2 ** 31) < least or not np.size(getattr(cfg, name)):
+            raise ValueError(f"--{name} must be at least {least} and not empty, got {getattr(cfg, name)}")
+    if len(cfg.teacher) not in (0, len(cfg.seeds)):
+        raise ValueError(f"--teacher must be a folder for each of {len(cfg.seeds)} seeds, got {len(cfg.teacher)}")
+    covered = measure_selector(cfg)
+    copy, across = ({key[:3]: x for key, x in covered.items() if key[3] == first} for first in get_args(First))
+    banner("cpu", cfg.commit, "tools.mask_stats")
+    print_covered(cfg, "Objects covered, %; first=copy", copy)
+    gains = {row: x - copy[(*row[:2], "none")] for row, x in copy.items() if row[2] != "none"}
+    print_covered(cfg, "Points more than without a norm, clip by clip; first=copy", gains)
+    tones = np.array([[clip_spec(seed, "train", i, SETS["crowd"]).tone for i in range(cfg.clips)]
+                      for seed in cfg.seeds])
+    print_covered(cfg, "The same, by the tone of the background", {
+        (T, size, f"{name}, {tone}"): x.swapaxes(0, 1)[:, tones == tone][None] for (T, size, name), x in gains.items()
+        if name in ("RMSNorm", "LayerNorm") for tone in np.unique(tones)})
+    print_covered(cfg, "Points more with first=across than with copy, clip by clip", {
+        row: x - copy[row] for row, x in across.items()})
+    if cfg.out:
+        plot_covered(cfg, covered)
+        print(escape_control(f"written to {cfg.out}"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
 def check(cfg: Masks):
@@ -355,16 +503,16 @@ def check(cfg: Masks):
         raise ValueError("--ratio must be at least one number, got none")
     for ratio in cfg.ratio:
         keep_count(1, ratio)
-    check_outputs(cfg)
+    check_outputs(cfg.out, cfg.seed)
 
 
-def check_outputs(cfg: Masks | Bandwidth):
+def check_outputs(out: str, seed: int = 0):
     """Raise ValueError if the file --out cannot be written, or for a seed below 0."""
-    folder = os.path.dirname(cfg.out) or "."
-    if cfg.out and not os.path.isdir(folder):
-        raise ValueError(f"--out {cfg.out}: no such folder {folder}")
-    if cfg.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {cfg.seed}")
+    folder = os.path.dirname(out) or "."
+    if out and not os.path.isdir(folder):
+        raise ValueError(f"--out {out}: no such folder {folder}")
+    if seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {seed}")
 
 
 def main(cfg: Masks):
@@ -403,7 +551,7 @@ def main(cfg: Masks):
 
 def cli():
     cfg = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m tools.mask_stats")
-    measure_bandwidth(cfg) if isinstance(cfg, Bandwidth) else main(cfg)
+    {Bandwidth: measure_bandwidth, Selector: compare_norms}.get(type(cfg), main)(cfg)
 
 
 if __name__ == "__main__":
