@@ -4,6 +4,8 @@ Evaluate a trained model.
     python eval.py --task sprites --checkpoint out/sprites
     python eval.py --task msrvtt --checkpoint out/base --data-root DATA         # any task of tasks.TASKS
     python eval.py --task sprites --checkpoint out/sprites --mask cluster_stm --mask-ratio 0.9
+    python eval.py --task sprites --checkpoint out/sprites --frames 16 --size 48 \\
+        --mask flux_group_dynamic --tokens 144 --features student_embedding     # any grid and budget, no teacher
     python eval.py --checkpoint out/captions --data captions.json --data-root FOLDER
     torchrun --nproc_per_node=8 eval.py --task msrvtt --checkpoint out/base --data-root DATA
     python eval.py --task list                                                  # the tasks, a line each
@@ -17,7 +19,7 @@ Retrieval is text-to-video (T2V) and video-to-text (V2T): R@1/5/10 in per cent, 
 ranked by similarity (the mean over frames of the cosines), by similarity with a dual softmax over all queries, and with
 the top k of each query re-ranked by the matching head. Multiple choice uses both scores. Question answering ranks a
 list of answers, and generates one. Captioning decodes greedily and by beam search. With --mask the model sees only the
-tokens that the mask selects.
+tokens that the mask selects. All videos have one grid: the standard one of the run, or that of --frames and --size.
 """
 
 import json
@@ -45,11 +47,11 @@ from annotations import Annotation, iter_annotations
 from data import ClipDataset, DataConfig, init_loader_worker, require_readable
 from files import atomic_write, atomic_write_text, config_from_dict, escape_control, read_json
 from inputs import require_finite
-from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig, keep_count
+from masking import CLIP_BUDGET, MASK_INPUTS, MASKS, MaskConfig
 from media import is_shards
 from model import ClusterSTM, VideoToText, load_model
 from runtime import all_gather_lists, all_reduce_sum, bf16_autocast, rank_and_world, run_cli, select_device
-from targets import compute_visible_ids
+from targets import TeacherTargets, compute_visible_ids, needs_teacher
 from tasks import TASK_KINDS, TASKS, Task, split_files
 from teacher import SigLIP
 from tokenizer import decode_ids, encode_answers, encode_texts, load_tokenizer
@@ -70,12 +72,16 @@ class Config:
     split: Literal["test", "val"] = "test"              # split of the task; not to be given with --data
     mask: Annotated[str, tyro.conf.arg(help=MASK_HELP)] = ""
     mask_ratio: float | None = None     # share of the tokens that --mask hides, 0 to below 1; None: as in training
-    teacher: str = ""       # SigLIP folder or hub id, which --mask needs; empty: the teacher of the training
+    tokens: int = 0         # tokens of a clip that --mask keeps; 0: as --mask-ratio, or the largest budget of training
+    # what --mask compares: the teacher's last layer, its patch embedding, or the student's; empty: as in training
+    features: Literal["", "teacher", "teacher_embedding", "student_embedding"] = ""
+    teacher: str = ""       # SigLIP folder or hub id, which most masks need; empty: the teacher of the training
     # retrieval: candidates to re-rank, 0: none; questions: answers to score in full, 0: all; -1: the task's number
     rerank: int = -1
     count_first_token_twice: bool = True    # questions: count the log p of an answer's first token twice, as UMT does
     beams: int = 3          # captioning: beams of the beam search; 1: greedy decoding only
     frames: int = 0         # frames per clip; 0: as fine-tuned, or the task's zero-shot number if only pretrained
+    size: int = 0           # height and width of a frame, pixels; 0: as trained
     on_missing: Literal["error", "skip"] = "error"      # if a video cannot be read: stop, or skip and report it
     batch: int = 32         # clips per forward pass
     workers: int = -1       # data loading processes; 0: load in the main process; -1: as in training
@@ -89,11 +95,15 @@ class Config:
             raise ValueError(f"--data-root must be the folder of the videos in --data {self.data}, got ''")
         if self.mask and self.mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
-        if not self.mask and (self.teacher or self.mask_ratio is not None):
-            raise ValueError("--mask must name a mask if --mask-ratio or --teacher is given, got ''")
+        if not self.mask and (self.teacher or self.tokens or self.features or self.mask_ratio is not None):
+            raise ValueError("--mask must name a mask if --mask-ratio, --tokens, --features or --teacher is given, "
+                             "got ''")
+        if self.tokens and self.mask_ratio is not None:
+            raise ValueError(f"--tokens must not be given with --mask-ratio, got {self.tokens} and {self.mask_ratio}")
         if self.data and self.split != "test":
             raise ValueError(f"--split must not be given with --data, whose rows are all scored, got {self.split}")
-        for name, least in (("beams", 1), ("batch", 1), ("workers", -1), ("rerank", -1), ("frames", 0)):
+        for name, least in (("beams", 1), ("batch", 1), ("workers", -1), ("rerank", -1), ("frames", 0), ("size", 0),
+                            ("tokens", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -137,12 +147,16 @@ def encode_videos(model, dataset: ClipDataset, indices: Sequence[int], tokenizer
         batch = batch.to(device)
         with bf16_autocast(device):
             targets = protocol.visible_fn and protocol.visible_fn(batch)
-            visible_ids, token_size = (targets.visible_ids, targets.token_size) if targets else (None, None)
-            tokens, features = model.encode_video(batch.video, visible_ids, token_size)
+            tokens, features = model.encode_video(batch.video, *clip_inputs(targets))
         videos = [dataset.annotations[i].video for i in batch_indices]
         for values in (x for x in (tokens, features) if x is not None):
             require_finite(values, videos, "the model's features of the video")
         yield batch_indices, tokens, features
+
+
+def clip_inputs(targets: TeacherTargets | None) -> tuple[Tensor | None, ...]:
+    """Return what encode_video takes beside the video; nothing if it sees all tokens."""
+    return (targets.visible_ids, targets.token_size, targets.patch_embeds) if targets else ()
 
 
 def encode_captions(model: ClusterSTM, tokenizer, captions: list[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -451,6 +465,8 @@ def describe_protocol(task: Task, protocol: Protocol, max_seconds: float) -> lis
 def load_model_for(task: Task, checkpoint: str) -> ClusterSTM | VideoToText:
     """Load the model of a checkpoint. ValueError if it was trained for another kind of task."""
     model = load_model(checkpoint)
+    if isinstance(model, ClusterSTM):
+        model.require_bert()
     actual = "retrieval" if isinstance(model, ClusterSTM) else "qa" if model.bert else "caption"
     expected = task.kind if task.kind in ("qa", "caption") else "retrieval"
     if actual != expected:
@@ -460,13 +476,18 @@ def load_model_for(task: Task, checkpoint: str) -> ClusterSTM | VideoToText:
 
 
 def make_data_config(cfg: Config, task: Task, run_config: dict) -> DataConfig:
-    """Return how videos are read: as in the model's training; if it was only pretrained, as the task says."""
+    """
+    Return how videos are read: as in the model's training; if it was only pretrained, as the task says. All videos have
+    one grid: the standard one of a run with several, or that of cfg.
+    """
     values = run_config["data"]
     if run_config.get("task") in TASKS or cfg.data:
         num_frames, max_seconds = values["num_frames"], values.get("max_seconds", 0)
     else:
         num_frames, max_seconds = task.zero_shot_frames, task.seconds
-    changes = {"num_frames": cfg.frames or num_frames, "max_seconds": max_seconds, "frame_cache": False}
+    changes = {"num_frames": cfg.frames or num_frames, "image_size": cfg.size or values["image_size"],
+               "frames_range": (), "size_range": (), "pool": (), "image_corpora": (), "max_seconds": max_seconds,
+               "frame_cache": False}
     return config_from_dict(DataConfig, {**values, **changes}, os.path.join(cfg.checkpoint, "config.json"))
 
 
@@ -500,26 +521,42 @@ def find_teacher(checkpoint: str, recorded: str) -> str:
     return recorded
 
 
-def make_visible_fn(cfg: Config, run_config: dict, model, image_size: int,
-                    device: torch.device) -> tuple[Callable | None, str]:
-    """Make the function that selects the visible tokens of a batch (None: all tokens), and a description of it."""
+def make_visible_fn(cfg: Config, run_config: dict, model, data_cfg: DataConfig,
+                    load_teacher: Callable = SigLIP.from_pretrained) -> tuple[Callable | None, str]:
+    """
+    Make the function that selects the visible tokens of a batch (None: all tokens), and a description of it. A
+    ValueError says that the model cannot take the grid of data_cfg, or that it has fewer tokens than are to be kept.
+    """
+    T, size, device = data_cfg.num_frames, data_cfg.image_size, next(model.parameters()).device
+    N, pool = (data.count_tokens(frames, size, model.vit_cfg.patch_size) for frames in (1, T))
+    model.vit.positions((T, *(size // model.vit_cfg.patch_size,) * 2), device)      # learned ones have a largest grid
     if not cfg.mask:
         return None, "all"
-    ratio = run_config["mask"]["ratio"] if cfg.mask_ratio is None else cfg.mask_ratio
-    mask = config_from_dict(MaskConfig, {**run_config["mask"], "name": cfg.mask, "ratio": ratio},
-                            os.path.join(cfg.checkpoint, "config.json"))
-    folder = cfg.teacher or find_teacher(cfg.checkpoint, run_config["teacher"])
-    if not folder:
-        raise ValueError(f"--teacher must be a SigLIP for --mask {cfg.mask}, got '': {cfg.checkpoint} names none")
-    teacher = SigLIP.from_pretrained(folder, with_tokenizer=False).to(device)
-    N = (image_size // model.vit_cfg.patch_size) ** 2
-    on_average = " on average" if cfg.mask in CLIP_BUDGET else ""
+    changes = {"name": cfg.mask} | ({"features": cfg.features} if cfg.features else {})
+    if cfg.mask_ratio is not None:
+        changes |= {"ratio": cfg.mask_ratio, "tokens": ()}
+    elif cfg.tokens:
+        changes |= {"tokens": (cfg.tokens,)}
+    mask = config_from_dict(MaskConfig, run_config["mask"] | changes, os.path.join(cfg.checkpoint, "config.json"))
+    S = mask.total(T, N)
+    if S > pool:
+        raise ValueError(f"--tokens must be at most {pool}, the tokens of {T} frames of {size} x {size}, got {S}"
+                         f"{'' if cfg.tokens else ', as in training'}")
+    teacher, with_sizes = None, model.cfg.proportional
+    if needs_teacher(mask, with_sizes):
+        folder = cfg.teacher or find_teacher(cfg.checkpoint, run_config["teacher"])
+        if not folder:
+            raise ValueError(f"--teacher must be a SigLIP for --mask {cfg.mask}, got '': {cfg.checkpoint} names none")
+        teacher = load_teacher(folder, with_tokenizer=False).to(device)
 
     def visible_fn(batch):
         return compute_visible_ids(teacher, batch.video, mask, mask.ratio, cfg.seed + batch.seed,
-                                   model.vit.grid_size(batch.video)[1:], model.cfg.proportional)
+                                   model.vit.grid_size(batch.video)[1:], with_sizes, S, model.vit.embed_patches)
 
-    return visible_fn, f"{cfg.mask}, {keep_count(N, ratio)} of {N} a frame{on_average}"
+    count = f"{S} of {pool} a clip"
+    if not mask.tokens:
+        count = f"{S // T} of {N} a frame{' on average' if cfg.mask in CLIP_BUDGET else ''}"
+    return visible_fn, f"{cfg.mask}, {count}{f', by {mask.features}' if mask.features != 'teacher' else ''}"
 
 
 def split_notes(cfg: Config, task: Task, path: str, annotations: list[Annotation], missing: list[Annotation],
@@ -556,8 +593,8 @@ def majority_baseline(task: Task, test: list[Annotation], data_root: str) -> tup
 def result_file(cfg: Config, name: str) -> str:
     """Name the file of the results by all settings that change them and are not the default ones."""
     parts = [f"eval-{name}-{cfg.mask or 'all'}"]
-    for setting in ("split", "mask_ratio", "teacher", "frames", "seed", "rerank", "count_first_token_twice", "answers",
-                    "beams"):
+    for setting in ("split", "mask_ratio", "tokens", "features", "teacher", "frames", "size", "seed", "rerank",
+                    "count_first_token_twice", "answers", "beams"):
         if (value := getattr(cfg, setting)) != getattr(Config, setting):
             parts.append(f"{setting}={os.path.basename(str(value).rstrip('/'))}")
     return "-".join(parts) + ".json"
@@ -583,7 +620,7 @@ def main(cfg: Config) -> dict:
     data_cfg = make_data_config(cfg, task, run_config)
     protocol = make_protocol(cfg, task, run_config, data_cfg.num_workers)
     protocol.saved_scores = {} if cfg.save_scores else None
-    protocol.visible_fn, tokens = make_visible_fn(cfg, run_config, model, data_cfg.image_size, device)
+    protocol.visible_fn, tokens = make_visible_fn(cfg, run_config, model, data_cfg)
     results = evaluate(model, task, annotations, data_cfg, tokenizer, protocol)
 
     unreadable = {}                     # video -> the reason of its first annotation

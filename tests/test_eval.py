@@ -357,7 +357,7 @@ def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, path, name):
 # Masks
 
 def record_encode_video(monkeypatch):
-    """The arguments (video, visible_ids, token_size) of each call of ClusterSTM.encode_video."""
+    """The arguments (video, visible_ids, token_size, patch_embeds), or (video,), of each call of encode_video."""
     calls, encode_video = [], ClusterSTM.encode_video
 
     def recorded(self, *args):
@@ -392,7 +392,7 @@ def test_a_mask_is_a_function_of_the_seed(checkpoint, sprites, monkeypatch, mask
     run = lambda seed: evaluation.main(sprites_config(checkpoint, sprites, seed=seed, **cfg))
     assert run(0) == run(0) and len(calls) == 4
     run(1)
-    ids, is_random = [visible_ids for _, visible_ids, _ in calls], "generator" in MASK_INPUTS[mask]
+    ids, is_random = [args[1] for args in calls], "generator" in MASK_INPUTS[mask]
     assert torch.equal(ids[0], ids[2]) and torch.equal(ids[1], ids[3]) and ids[0].shape == (6, 8 * 4)
     assert torch.equal(ids[4], ids[0]) == (not is_random)
     assert not is_random or not torch.equal(ids[0], ids[1])                 # each batch draws its own
@@ -407,11 +407,12 @@ def test_token_sizes_are_used_if_the_model_is_proportional(checkpoint, sprites, 
     for mask in ("cluster_stm", ""):
         evaluation.main(sprites_config(checkpoint, sprites, batch=5, rerank=0, mask=mask, out="x.json"))
     teacher, mask = SigLIP.from_pretrained(config["teacher"]), MaskConfig(**config["mask"])
-    for video, visible_ids, token_size in calls[:3]:
+    for video, visible_ids, token_size, patch_embeds in calls[:3]:
         targets = compute_visible_ids(teacher, video, mask, mask.ratio, 0, (4, 4), True)
         assert torch.equal(visible_ids, targets.visible_ids) and targets.token_size.max() > 1
         assert torch.equal(token_size, targets.token_size) if proportional else token_size is None
-    assert [args[1:] for args in calls[3:]] == [(None, None)] * 3
+        assert patch_embeds is None
+    assert [args[1:] for args in calls[3:]] == [()] * 3
 
 
 @pytest.mark.parametrize("mask, needed", [("adamae", "logits"), ("text_guided", "aligned")])

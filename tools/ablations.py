@@ -5,6 +5,7 @@ Ablations: students trained with many settings, side by side: named variants x s
     python -m tools.ablations train --tables masks pick --seeds 0    # a part; rows that the file has are not run again
     python -m tools.ablations train --full                           # larger students on more clips, for a GPU
     python -m tools.ablations table                                  # print the tables from the file
+    python -m tools.ablations tokens --checkpoint out/sprites        # one student at any grid and budget: token_budgets
 
 A variant is a set of changes to the training config, under the names of train.py's flags, or to the captions
 (SHUFFLED_CAPTIONS). A seed determines the clips (the set "crowd" of tools.sprites), the teacher, the text encoder and
@@ -26,7 +27,6 @@ qa          questions answered correctly, per cent, overall and by question type
 qa seen     the same on the validation clips, whose pairs of shape and colour occur in training
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -67,7 +67,8 @@ from teacher import SigLIP
 from tokenizer import load_tokenizer
 from tools.show import read_log
 from tools.sprites import VERSION, write_sprites
-from tools.tables import append_csv, current_commit, format_mean, print_header, print_row, read_csv
+from tools.tables import append_csv, config_diff, current_commit, digest, format_mean, print_header, print_row, read_csv
+from tools.token_budgets import TokensCommand, compare_budgets
 
 NUM_TEST, NUM_VAL = 512, 512    # held-out clips; clips drawn as the training clips are, on which settings are chosen
 CURVE_POINTS = 4                # points of the learning curve
@@ -189,21 +190,12 @@ class TrainCommand(ShowCommand):
     commit: str = ""                            # commit to write into the file; empty: ask git
 
 
-COMMANDS = {"train": TrainCommand, "table": ShowCommand}
+COMMANDS = {"train": TrainCommand, "table": ShowCommand, "tokens": TokensCommand}
 SCORES = ("own", "random", "before", "after")
 COLUMNS = ("form", "task", "variant", "seed", "settings",
            *(f"{name} {way}" for name in SCORES for way in ("T2V", "V2T")), "curve", "loss",
            *(f"qa{suffix}" for suffix in ("", " by kind", " seen", " seen by kind")),
            "masked seconds", "seconds", "commit", "device", "torch")
-
-
-def config_diff(values: dict, defaults: dict) -> dict:
-    """Return the settings that differ from the defaults: fields that train.py gets later change no digest."""
-    return {k: config_diff(v, defaults[k]) if isinstance(v, dict) else v for k, v in values.items() if v != defaults[k]}
-
-
-def digest(*values) -> str:
-    return hashlib.sha1(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -499,7 +491,7 @@ class StudentRun:
                 curve[step] = statistics.fmean(self.retrieval("val", cfg.mask).values())
 
             points = [self.steps * k // CURVE_POINTS for k in range(1, CURVE_POINTS)]
-            has_queries = cfg.hides_tokens(cfg.mask.ratio) or cfg.model.objective == "visible"
+            has_queries = cfg.hides_tokens or cfg.model.objective == "visible"
             self.fit("pretrain", self.steps, cfg.batch, cfg.lr,
                      lambda batches: train.attach_batch_stats(self.model, batches, self.targets(batches)),
                      frozen=() if has_queries and cfg.model.mrm_weight else (r"^decoder\.",),
@@ -693,7 +685,7 @@ def run_all(cfg: TrainCommand):
 
 def cli():
     cfg = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m tools.ablations")
-    run_all(cfg) if isinstance(cfg, TrainCommand) else show_tables(cfg)
+    {TrainCommand: run_all, ShowCommand: show_tables, TokensCommand: compare_budgets}[type(cfg)](cfg)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """
-Tables, for the tools and for bench/: titles and cells -> Markdown on the terminal; rows <-> a CSV file.
+Tables, for the tools and for bench/: titles and cells -> Markdown on the terminal; rows <-> a CSV file; settings of a
+row -> their digest.
 
 Every Markdown row is flushed as soon as it is printed: a long run can be followed, and its output pasted into docs/.
 """
 
 import csv
+import hashlib
+import json
 import os
 import statistics
 import subprocess
@@ -69,6 +72,16 @@ def append_csv(path: str, columns: tuple[str, ...], row: dict):
         if is_new:
             writer.writeheader()
         writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def config_diff(values: dict, defaults: dict) -> dict:
+    """Return the settings that differ from the defaults: fields that train.py gets later change no digest."""
+    return {k: config_diff(v, defaults[k]) if isinstance(v, dict) else v for k, v in values.items() if v != defaults[k]}
+
+
+def digest(*values) -> str:
+    """Return a short name of values, such as the settings of a row: twelve digits of the SHA-1 of their JSON."""
+    return hashlib.sha1(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def current_commit() -> str:

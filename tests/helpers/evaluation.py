@@ -22,9 +22,9 @@ from tokenizer import encode_texts, load_tokenizer
 from video import eval_transform, read_frames
 
 
-def load_clip(path, num_frames, seconds=0):
-    """(1, T, 3, 16, 16) uint8, the frames of a video that a model sees."""
-    return eval_transform(read_frames(path, num_frames, seconds=seconds), 16)[None]
+def load_clip(path, num_frames, seconds=0, size=16):
+    """(1, T, 3, size, size) uint8, the frames of a video that a model sees."""
+    return eval_transform(read_frames(path, num_frames, seconds=seconds), size)[None]
 
 
 def visible_ids_by_name(config, tokenizer, folder, num_frames, ratio):
@@ -52,12 +52,12 @@ def metrics_by_hand(ranks):
             "median": (ranks[n // 2] + ranks[(n - 1) // 2]) / 2, "mean": sum(ranks) / n}
 
 
-def retrieval_by_hand(model, rows, folder, tokenizer, length, k, num_frames=8, visible_ids=None, seconds=0):
+def retrieval_by_hand(model, rows, folder, tokenizer, length, k, num_frames=8, visible_ids=None, seconds=0, size=16):
     """The scores of retrieval over rows of (video name or list of them, captions); videos are in folder."""
     videos = list(dict.fromkeys(name for names, _ in rows for name in as_list(names)))
     texts = [(caption, as_list(names)) for names, captions in rows for caption in captions]
     with torch.no_grad():
-        clips = [model.encode_video(load_clip(f"{folder}/{name}", num_frames, seconds),
+        clips = [model.encode_video(load_clip(f"{folder}/{name}", num_frames, seconds, size),
                                     visible_ids and visible_ids(name)) for name in videos]
         ids = [encode_texts(tokenizer, [normalize_caption(caption)], length) for caption, _ in texts]
         states, features = zip(*map(model.encode_text, ids), strict=True)
