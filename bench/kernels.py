@@ -34,6 +34,7 @@ from bench.operations import (
     probe_fp32_out,
 )
 from bench.timing import is_deterministic, measure_roofline, peak_memory, ratio, roofline_ms, time_interleaved, time_ms
+from budgets import group_dynamic
 from config import PRESETS
 from kernels.bandwidth import bandwidth_ref
 from kernels.density_peaks import density_peaks
@@ -334,6 +335,7 @@ def teacher_rows(cfg: Config, device: str, dtype: torch.dtype, frames: int = 256
     print_row("forward, eager", forward, ratio(forward, forward))
     for name, function, x in (
             ("cluster_stm(check=False)", lambda x: cluster_stm(x, K, check=False), clips),
+            ("group_dynamic(check=False)", lambda x: group_dynamic(x, K * x.shape[1], check=False), clips),
             ("SigLIP.token_embeddings", lambda x: teacher.token_embeddings(x, teacher.patch_grid), tokens)):
         ms = try_or_message(time_ms, function, [(x,)], effort(device))
         print_row(name, ms, ratio(ms, forward))
@@ -392,6 +394,8 @@ def cpu_tables(cfg: Config):
     clips = features(B, T, N, C, "cpu", torch.float32, 1)
     ms, = time_interleaved([lambda: cluster_stm(clips, K)], max(1, cfg.rounds // 4))
     print_row("cluster_stm", f"({B}, {T}, {N}, {C}), K = {K}", ms, None, None)
+    ms, = time_interleaved([lambda: group_dynamic(clips, T * K)], cfg.rounds)
+    print_row("group_dynamic, plain PyTorch", f"({B}, {T}, {N}, {C}), S = {T * K}", ms, None, None)
 
 
 def main(cfg: Config):
