@@ -62,7 +62,8 @@ from media import VIDEO_EXTENSIONS
 from model import ClusterSTM
 from runtime import bf16_autocast, num_cpus, run_cli, select_device
 from search_page import Answer, Hit, format_time
-from teacher import SigLIP, SigLIPConfig, VisionConfig, read_image_processor, read_tower_config
+from siglip_files import SigLIPConfig, VisionConfig, read_image_processor, read_tower_config
+from teacher import SigLIP
 from tokenizer import encode_texts
 from video import RESAMPLE_MODES, eval_transform, resize_like_pillow, sample_frame_indices
 

@@ -2,6 +2,7 @@
 The frozen teacher: SigLIP (Zhai et al., ICCV 2023), its two towers, its attention-pooling (MAP) head, and its loading.
 
     frames (F, 3, H, W) uint8 -> normalize -> forward_features -> patch tokens (F, N, C) -> token_embeddings (F, N, E)
+    and flat ids (B, S) of some tokens of each clip -> forward_kept -> tokens (B, S, C) -> token_embeddings (B, S, E)
     captions -> tokenize -> encode_text -> (M, E)
 
 Layout and parameter names are those of Hugging Face's checkpoints (transformers, models/siglip), so that published
@@ -10,24 +11,19 @@ differ only in their tokenizer. E, the width of the joint space of images and te
 MAP head pools an image into it, and a linear head projects a text's last token into it.
 """
 
-import math
 import os
-import re
-import string
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import partial
 
 import torch
 import torch.nn.functional as nnf
-from tokenizers import Regex, Tokenizer, models, normalizers, processors
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from files import (
     atomic_write_text,
-    config_from_dict,
     load_state_dict_strict,
     read_checkpoint,
-    read_json,
     require,
     resolve_checkpoint,
     save_weights,
@@ -36,74 +32,17 @@ from files import (
 from inputs import embed_clips, embed_texts, iter_clips
 from kernels import to_device
 from kernels.window_attention import window_attention
-from tokenizer import read_tokenizer
+from siglip_files import (
+    ACTIVATIONS,
+    IMAGE_PROCESSORS,
+    SigLIPConfig,
+    TextConfig,
+    VisionConfig,
+    load_siglip_tokenizer,
+    read_image_processor,
+    read_tower_config,
+)
 from video import RESAMPLE_MODES, patchify, resize_like_pillow
-
-ACTIVATIONS = {
-    "gelu_pytorch_tanh": lambda x: nnf.gelu(x, approximate="tanh"),
-    "gelu": nnf.gelu,
-    "relu": nnf.relu,
-}
-# A tokenizer.json of these classes is used unchanged. Versions of transformers from 5 on write the last name; some of
-# version 4 write the first, even for a fast tokenizer.
-PLAIN_TOKENIZER_CLASSES = "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"
-
-# The image processors that are supported, and which of their settings must have which value. Those in HARMLESS_SETTINGS
-# change no pixel here: frames are RGB, and the size is explicit.
-IMAGE_PROCESSORS = "SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"
-FIXED_SETTINGS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "do_pad": False}
-HARMLESS_SETTINGS = ("do_convert_rgb", "processor_class", "_valid_processor_keys", "data_format", "default_to_square",
-                     "disable_grouping", "checksum")
-
-
-@dataclass
-class VisionConfig:
-    """Vision tower. Names and defaults are those of Hugging Face's SiglipVisionConfig."""
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 16
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: float = 1e-6
-
-
-@dataclass
-class TextConfig:
-    """Text tower. Names and defaults are those of Hugging Face's SiglipTextConfig."""
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    vocab_size: int = 32000
-    max_position_embeddings: int = 64
-    pad_token_id: int = 1
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: float = 1e-6
-
-
-@dataclass
-class ImageProcessorConfig:
-    """Resizing and normalization. Names and defaults are those of SigLIP's preprocessor_config.json."""
-    image_mean: tuple = (0.5, 0.5, 0.5)
-    image_std: tuple = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
-    resample: int = 3           # Pillow's number of the filter; a key of RESAMPLE_MODES
-    size: tuple = ()            # (height, width); empty: the vision tower's image_size
-
-
-@dataclass
-class SigLIPConfig:
-    """The config.json and preprocessor_config.json of a SigLIP checkpoint."""
-    vision_config: VisionConfig = field(default_factory=VisionConfig)
-    text_config: TextConfig = field(default_factory=TextConfig)
-    model_type: str = "siglip"
-    image_processor: ImageProcessorConfig = field(default_factory=ImageProcessorConfig)
-
-    def __post_init__(self):
-        self.image_processor.size = self.image_processor.size or (self.vision_config.image_size,) * 2
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Modules
@@ -117,11 +56,11 @@ class Attention(nn.Module):
         self.heads = cfg.num_attention_heads
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (F, N, C) -> (F, N, C)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (F, N, C) -> (F, N, C). mask (F, 1, N, N) bool: True where token i attends to token j; None: everywhere."""
         F, N, C = x.shape
         q, k, v = (p(x).view(F, N, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(F, N, C))
+        return self.out_proj(nnf.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(F, N, C))
 
 
 class MLP(nn.Module):
@@ -169,8 +108,9 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (F, N, C), mask as of Attention -> (F, N, C)."""
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -181,9 +121,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (F, N, C), mask as of Attention -> (F, N, C)."""
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, mask)
         return x
 
 
@@ -238,14 +179,21 @@ class MapHead(nn.Module):
         x = self.attention.out_proj(mixed)
         return x + self.mlp(self.layernorm(x))
 
-    def pool_windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def pool_windows(self, x: Tensor, grid: tuple[int, ...], ids: Tensor | None = None) -> Tensor:
         """
         Apply the head to each token's 3 x 3 neighbourhood, clipped at the border: x (F, N, C) -> (F, N, E).
 
-        Logits and values are computed once a token, not once a window (kernels/window_attention.py).
+        Logits and values are computed once a token, not once a window (kernels/window_attention.py). ids and grid are
+        those of SigLIP.token_embeddings.
         """
-        logits = self.attention.query_logits(self.probe[0, 0], x)
-        return self.project_out(window_attention(logits, self.attention.project_values(x), grid))
+        logits, values = self.attention.query_logits(self.probe[0, 0], x), self.attention.project_values(x)
+        if ids is None:
+            return self.project_out(window_attention(logits, values, grid))
+        # A missing token has the least logit, so its weight is 0 beside a token that is there. It is not -inf, since
+        # windows without any token, of which nothing is read, would be NaN.
+        logits = scatter_tokens(logits, ids, grid, torch.finfo(logits.dtype).min)
+        mixed = window_attention(logits, scatter_tokens(values, ids, grid, 0), grid[1:])
+        return self.project_out(gather_tokens(mixed, ids))
 
 
 class VisionEmbeddings(nn.Module):
@@ -312,6 +260,25 @@ class TextModel(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Some tokens of a clip, by flat ids t * N + n
+
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Take the tokens with flat ids (B, S) from those of all frames of B clips: x (BT, N, C) -> (B, S, C)."""
+    x = x.reshape(len(ids), -1, x.shape[-1])
+    return x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
+
+
+def scatter_tokens(x: Tensor, ids: Tensor, grid: tuple[int, int, int], fill: float) -> Tensor:
+    """
+    Put tokens x (B, S, C) of flat ids (B, S) in their places in frames of a grid (T, h, w), and `fill` in all others
+    -> (BT, hw, C).
+    """
+    T, h, w = grid
+    frames = x.new_full((len(x), T * h * w, x.shape[-1]), fill)
+    return frames.scatter(1, ids[..., None].expand(x.shape), x).view(-1, h * w, x.shape[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The model
 
 class SigLIP(nn.Module):
@@ -374,6 +341,21 @@ class SigLIP(nn.Module):
         m = self.vision_model
         return m.post_layernorm(m.encoder(m.embeddings(pixel_values)))
 
+    def forward_kept(self, pixel_values: Tensor, ids: Tensor, patch_embeds: Tensor | None = None) -> Tensor:
+        """
+        Run the tower on some tokens alone: normalized pixels (BT, 3, H, W) of the frames of B clips, flat ids (B, S) ->
+        tokens (B, S, C) after the last LayerNorm.
+
+        A token attends to the kept tokens of its frame, so the clip's S tokens are computed together whatever their
+        number in each frame, and all shapes are fixed. patch_embeds are embed_patches' of these pixels, if known.
+        """
+        m = self.vision_model
+        x = self.embed_patches(pixel_values) if patch_embeds is None else patch_embeds      # (BT, N, C)
+        frame, place = ids // x.shape[1], ids % x.shape[1]
+        x = gather_tokens(x, ids) + m.embeddings.interpolate_pos_embed(self.patch_grid_of(pixel_values))[place]
+        same_frame = frame[:, None, :, None] == frame[:, None, None]                        # (B, 1, S, S)
+        return m.post_layernorm(m.encoder(x, same_frame))
+
     def embed_patches(self, pixel_values: Tensor) -> Tensor:
         """Normalized pixels (F, 3, H, W) -> patch embeddings (F, N, C), without positions."""
         return self.vision_model.embeddings.embed_patches(pixel_values)
@@ -418,28 +400,43 @@ class SigLIP(nn.Module):
         encode = lambda chunk: self.encode_text(self.tokenize(chunk))
         return embed_texts(encode, texts, self.cfg.vision_config.hidden_size, self.logit_bias.device)
 
-    def pool_attention(self, tokens: Tensor) -> Tensor:
-        """Attention of the MAP head's probe, averaged over heads: tokens (F, N, C) -> (F, N) that sums to 1 over N."""
-        head = self.vision_model.head
-        return head.attention.query_logits(head.probe[0, 0], tokens).float().softmax(1).mean(-1)
-
-    def token_embeddings(self, tokens: Tensor, grid: tuple[int, int], pooling: str = "map") -> Tensor:
+    def pool_attention(self, tokens: Tensor, ids: Tensor | None = None, grid: tuple[int, ...] = ()) -> Tensor:
         """
-        Pool each token's 3 x 3 neighbourhood into the joint space: tokens (F, N, C) -> (F, N, E) of unit length.
+        Attention of the MAP head's probe, averaged over heads: tokens (F, N, C) -> (F, N) that sums to 1 over N. Or
+        tokens (B, S, C) of flat ids (B, S) in clips of a grid (T, h, w) -> (B, S) that sums to 1 over those of a frame.
+        """
+        head = self.vision_model.head
+        logits = head.attention.query_logits(head.probe[0, 0], tokens).float()
+        if ids is None:
+            return logits.softmax(1).mean(-1)
+        logits = scatter_tokens(logits, ids, grid, torch.finfo(logits.dtype).min)
+        return gather_tokens(logits.softmax(1), ids).mean(-1)
+
+    def token_embeddings(self, tokens: Tensor, grid: tuple[int, ...], pooling: str = "map",
+                         ids: Tensor | None = None) -> Tensor:
+        """
+        Pool each token's 3 x 3 neighbourhood into the joint space: tokens (F, N, C) on a grid (h, w) -> (F, N, E) of
+        unit length. Or tokens (B, S, C) of flat ids (B, S) in clips of a grid (T, h, w) -> (B, S, E), from those of
+        them that are in the neighbourhood.
 
         pooling "map" applies the MAP head to the neighbourhood alone; "mean" averages the neighbourhood and applies
         the MAP head to the mean; "token" applies the MAP head to the token alone.
         """
         F, N, C = tokens.shape
-        if grid[0] * grid[1] != N:
+        if ids is None and grid[0] * grid[1] != N:
             raise ValueError(f"grid must have as many cells as a frame has tokens, {N}, got {grid[0]} x {grid[1]}")
         if pooling not in ("map", "mean", "token"):
             raise ValueError(f"pooling must be 'map', 'mean' or 'token', got {pooling!r}")
         head = self.vision_model.head
         if pooling == "map":
-            return nnf.normalize(head.pool_windows(tokens, grid), dim=-1)
+            return nnf.normalize(head.pool_windows(tokens, grid, ids), dim=-1)
         x = tokens
-        if pooling == "mean":
+        if pooling == "mean" and ids is not None:
+            x = scatter_tokens(torch.cat([x, torch.ones_like(x[..., :1])], -1), ids, grid, 0)   # the ones are counted
+            x = nnf.avg_pool2d(x.transpose(1, 2).unflatten(2, grid[1:]), 3, 1, 1, divisor_override=1)
+            x = gather_tokens(x.flatten(2).transpose(1, 2), ids)                                # (B, S, C + 1), sums
+            x = x[..., :-1] / x[..., -1:]
+        elif pooling == "mean":
             x = x.transpose(1, 2).reshape(F, C, *grid)
             x = nnf.avg_pool2d(x, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)  # (F, N, C)
         return nnf.normalize(head.project_out(head.attention.project_values(x)), dim=-1)
@@ -553,134 +550,3 @@ def require_fp8(device: torch.device):
             return
         found = "a GPU of compute capability {}.{}".format(*capability)
     raise ValueError(f"teacher_fp8 needs a GPU of compute capability 8.9 or more, got {found}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a checkpoint's folder
-
-def read_tower_config(cls: type, config: dict, part: str, path: str) -> VisionConfig | TextConfig:
-    """Build `cls` from config[part], where `config` is the content of the config.json at `path`. Fields that the file
-    lacks have the published defaults."""
-    values = config.get(part) or {}
-    require(isinstance(values, dict), path, part, "an object", values)
-    values = {k: v for k, v in values.items() if v is not None}
-    for key, choices in (("hidden_act", tuple(ACTIVATIONS)), ("num_channels", (3,)), ("vision_use_head", (True,))):
-        value = values.get(key, choices[0])
-        require(value in choices, path, f"{part}.{key}", " or ".join(map(repr, choices)), value)
-    for f in fields(cls):
-        value = values.get(f.name, f.default)
-        require(isinstance(value, (int, f.type)), path, f"{part}.{f.name}", f"of type {f.type.__name__}", value)
-        require(f.type is str or value > 0 or f.name == "pad_token_id" and value == 0, path, f"{part}.{f.name}",
-                "positive", value)
-    cfg = config_from_dict(cls, values, path, strict=False)
-    require(cfg.hidden_size % cfg.num_attention_heads == 0, path, f"{part}.hidden_size",
-            f"a multiple of num_attention_heads, {cfg.num_attention_heads}", cfg.hidden_size)
-    return cfg
-
-
-def read_image_processor(folder: str) -> ImageProcessorConfig:
-    """
-    Read how a folder's images are resized and normalized: from processor_config.json if that says it, as transformers 5
-    writes it, else from preprocessor_config.json. Settings that the files lack have transformers' defaults.
-    """
-    path, values = os.path.join(folder, "processor_config.json"), None
-    if os.path.isfile(path):
-        values = read_json(path).get("image_processor")
-        require(values is None or isinstance(values, dict), path, "image_processor", "an object", values)
-    if values is None:
-        path = os.path.join(folder, "preprocessor_config.json")
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{folder} has neither preprocessor_config.json nor an image_processor in processor_config.json, so "
-                "its preprocessing is unknown: copy one from the SigLIP that it comes from, for example: "
-                f"hf download google/siglip-base-patch16-224 preprocessor_config.json --local-dir {folder}")
-        values = read_json(path)
-    values = {"size": {"height": 224, "width": 224}} | {k: v for k, v in values.items() if v is not None}
-    kind = values.pop("image_processor_type", IMAGE_PROCESSORS[0])
-    require(kind in IMAGE_PROCESSORS, path, "image_processor_type", " or ".join(IMAGE_PROCESSORS), kind)
-    for key, expected in FIXED_SETTINGS.items():
-        value = values.pop(key, expected)
-        require(value is expected, path, key, str(expected).lower(), value)
-    names = [f.name for f in fields(ImageProcessorConfig)]
-    for key in values:
-        require(key in names or key in HARMLESS_SETTINGS, path, key, "absent, as this setting is not supported",
-                values[key])
-    return parse_image_processor(values, path)
-
-
-def parse_image_processor(values: dict, path: str) -> ImageProcessorConfig:
-    """Build the config from the settings in the file at `path`."""
-    def is_number(value):
-        return type(value) in (int, float) and math.isfinite(value)
-
-    size = values["size"]
-    is_size = isinstance(size, dict) and all(type(size.get(k)) is int and size[k] > 0 for k in ("height", "width"))
-    require(is_size, path, "size", "height and width in pixels", size)
-    values["size"] = size["height"], size["width"]
-    for key in ("image_mean", "image_std"):
-        if key in values:
-            value = values[key]
-            require(isinstance(value, list) and len(value) == 3 and all(map(is_number, value)), path, key, "3 numbers",
-                    value)
-            values[key] = tuple(value)
-    cfg = config_from_dict(ImageProcessorConfig, values, path, strict=False)
-    require(min(cfg.image_std) > 0, path, "image_std", "positive", cfg.image_std)
-    require(is_number(cfg.rescale_factor) and cfg.rescale_factor > 0, path, "rescale_factor", "a positive number",
-            cfg.rescale_factor)
-    require(type(cfg.resample) is int and cfg.resample in RESAMPLE_MODES, path, "resample",
-            f"one of {RESAMPLE_MODES}", cfg.resample)
-    return cfg
-
-
-def load_siglip_tokenizer(folder: str, cfg: TextConfig) -> Tokenizer:
-    """
-    Load a folder's tokenizer.json and make it do what the checkpoint's processor does. Sets cfg.pad_token_id.
-
-    SigLIP (sentencepiece, a Unigram model): lower case, no punctuation, single spaces; </s> ends and pads.
-    SigLIP 2 (Gemma's, a BPE model): lower case; no <bos>, <eos> ends, <pad> pads. Others are used unchanged.
-    """
-    path, config_path = (os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer_config.json"))
-    require_tokenizer(folder)
-    tokenizer = read_tokenizer(path)
-    options = read_json(config_path) if os.path.isfile(config_path) else {}
-    lower, steps, end, pad = options.get("do_lower_case", True), [], None, None
-    if options.get("tokenizer_class") in PLAIN_TOKENIZER_CLASSES and "do_lower_case" not in options:
-        pass
-    elif isinstance(tokenizer.model, models.Unigram) and tokenizer.token_to_id("</s>") is not None:
-        # SigLIP's processor calls Python's lower(), which maps a capital sigma at the end of a word to a final sigma.
-        # Lowercase() does not.
-        steps = [normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς"), normalizers.Lowercase()] if lower else []
-        steps += [normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
-                  normalizers.Replace(Regex(r"[\s▁]+"), " "), normalizers.Strip()]
-        end = pad = "</s>"
-    elif isinstance(tokenizer.model, models.BPE) and tokenizer.token_to_id("<eos>") is not None:
-        steps, end, pad = [normalizers.Lowercase()] if lower else [], "<eos>", "<pad>"
-    if steps:
-        old_steps = [tokenizer.normalizer] if tokenizer.normalizer else []
-        tokenizer.normalizer = normalizers.Sequence([*steps, *old_steps])
-    if end:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))])
-    pad = options.get("pad_token") or pad
-    if pad is not None:
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        pad_id = tokenizer.token_to_id(pad) if isinstance(pad, str) else None
-        require(pad_id is not None, config_path, "pad_token", "a token of tokenizer.json", pad)
-        cfg.pad_token_id = pad_id
-    largest_id = max(*tokenizer.get_vocab().values(), cfg.pad_token_id)
-    require(largest_id < cfg.vocab_size, path, "its largest id",
-            f"below text_config.vocab_size, {cfg.vocab_size}, of config.json", largest_id)
-    return tokenizer
-
-
-def require_tokenizer(folder: str):
-    """Raise a FileNotFoundError that says how to get a tokenizer.json if a folder has none."""
-    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        return
-    advice = "copy it from the SigLIP that these weights come from"
-    if os.path.isfile(os.path.join(folder, "spiece.model")):        # all that transformers saves of SigLIP's tokenizer
-        advice = ("spiece.model is not read; convert it in that folder (pip install transformers sentencepiece "
-                  'protobuf): python -c "from transformers import SiglipTokenizer; from '
-                  "transformers.convert_slow_tokenizer import SpmConverter; "
-                  "SpmConverter(SiglipTokenizer('spiece.model')).converted().save('tokenizer.json')\"")
-    raise FileNotFoundError(f"{folder} has no tokenizer.json, which captions need: {advice}")

@@ -40,7 +40,8 @@ from kernels.bandwidth import bandwidth_ref
 from kernels.density_peaks import density_peaks
 from masking import MaskConfig, cluster_stm, keep_count, select_tokens_ref, select_tokens_triton
 from runtime import num_cpus, select_device
-from teacher import SigLIP, SigLIPConfig
+from siglip_files import SigLIPConfig
+from teacher import SigLIP
 from tools.sprites import render
 from tools.tables import banner, print_header, print_row, try_or_message
 

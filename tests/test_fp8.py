@@ -5,7 +5,8 @@ import torch
 from helpers.runs import assert_one_line, command
 from helpers.tables import markdown_tables
 
-from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from siglip_files import SigLIPConfig, TextConfig, VisionConfig
+from teacher import SigLIP
 from tokenizer import load_tokenizer
 from tools.fp8 import compare, share_changed
 

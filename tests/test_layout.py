@@ -10,9 +10,9 @@ from helpers.runs import ROOT
 # Each file imports only files above it, and files of its own line. "tools" stands for the other files of tools/.
 ORDER = [
     "kernels", "budgets", "masking", "files", "runtime", "tokenizer", "media", "formats", "annotations", "tasks",
-    "video", "frame_cache", "inputs", "teacher", "positions", "encoders", "targets", "products", "decoders", "model",
-    "metrics", "data", "eval", "tools.sprites tools.toy_teacher", "logs", "loop", "config", "train", "search_page",
-    "search", "tools", "bench",
+    "video", "frame_cache", "inputs", "siglip_files", "teacher", "positions", "blocks", "encoders", "targets",
+    "products", "decoders", "model", "metrics", "data", "eval", "tools.sprites tools.toy_teacher", "logs", "loop",
+    "config", "train", "search_page", "search", "tools", "bench",
 ]
 MAX_LINES = 700
 

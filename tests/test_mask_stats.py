@@ -11,8 +11,9 @@ from helpers.tables import markdown_tables
 
 from annotations import normalize_caption
 from masking import MASKS, MaskConfig, keep_count
+from siglip_files import SigLIPConfig, TextConfig, VisionConfig
 from targets import select_visible
-from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from teacher import SigLIP
 from tokenizer import load_tokenizer
 from tools import mask_stats
 from tools.demo import objects_at, objects_kept

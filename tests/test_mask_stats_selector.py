@@ -11,7 +11,8 @@ from helpers.tables import markdown_tables
 from config import PRESETS
 from encoders import ViT
 from masking import select
-from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from siglip_files import SigLIPConfig, TextConfig, VisionConfig
+from teacher import SigLIP
 from tools.mask_stats import COLOURS, NORMS, RANDOM, Selector, draw_clips, measure_selector, patch_projection
 from tools.sprites import SETS, clip_spec, render
 from video import eval_transform

@@ -14,7 +14,8 @@ from matplotlib.colors import to_hex
 from PIL import Image, ImageDraw
 
 from masking import MASK_INPUTS, MASKS, MaskConfig, keep_count
-from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from siglip_files import SigLIPConfig, TextConfig, VisionConfig
+from teacher import SigLIP
 from tokenizer import build_wordpiece, load_tokenizer
 from tools import show
 from video import eval_transform, read_frames, resize, write_video

@@ -14,6 +14,7 @@ from helpers.siglip import (
     WORDS,
     edit_json,
     image_processor_class,
+    map_head,
     random_clips,
     sentencepiece_tokenizer,
     tiny_siglip,
@@ -22,9 +23,9 @@ from helpers.siglip import (
 )
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import nn
 
-from teacher import ImageProcessorConfig, SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from siglip_files import ImageProcessorConfig, SigLIPConfig, TextConfig, VisionConfig
+from teacher import SigLIP
 from video import RESAMPLE_MODES, resize_like_pillow
 
 GRIDS = [(3, 3), (2, 5), (5, 2), (1, 4), (4, 1), (1, 1)]
@@ -33,15 +34,6 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 def random_tokens(F, grid):
     return torch.randn(F, grid[0] * grid[1], 16, generator=seeded(), dtype=torch.float64) * 2
-
-
-def map_head(head, x):
-    """The MAP head on tokens x (S, C) and nothing else, with PyTorch's attention -> (E,), its weights (S,)."""
-    C = x.shape[-1]
-    mha = nn.MultiheadAttention(C, head.attention.heads, batch_first=True).to(x.dtype)
-    mha.load_state_dict(head.attention.state_dict())
-    y, weights = mha(head.probe, x[None], x[None], average_attn_weights=True)
-    return (y + head.mlp(head.layernorm(y)))[0, 0], weights[0, 0]
 
 
 def windows(x, grid):

@@ -11,7 +11,8 @@ from helpers.siglip import WORDS, tiny_siglip, word_tokenizer
 from torch import nn
 
 import teacher
-from teacher import MLP, SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from siglip_files import ACTIVATIONS, SigLIPConfig, TextConfig, VisionConfig
+from teacher import MLP, SigLIP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # GELU in the epilogue of a product
@@ -66,7 +67,7 @@ def test_gelu_is_fused_for_frozen_16_bit_layers_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(teacher, "linear_gelu", Mock(side_effect=AssertionError("is not the tanh form")))
     for act in ("gelu", "relu"):
         mlp, x = mlp_and_tokens(torch.float32, act)
-        assert torch.equal(mlp(x), mlp.fc2(teacher.ACTIVATIONS[act](mlp.fc1(x))))
+        assert torch.equal(mlp(x), mlp.fc2(ACTIVATIONS[act](mlp.fc1(x))))
 
 
 def test_torch_compile_keeps_gelu_in_the_product(monkeypatch):

@@ -28,8 +28,9 @@ from annotations import read_annotations
 from config import PRESETS
 from data import ClipDataset, DataConfig
 from runtime import run_cli
+from siglip_files import SigLIPConfig, TextConfig
 from targets import compute_targets
-from teacher import SigLIP, SigLIPConfig, TextConfig, use_fp8
+from teacher import SigLIP, use_fp8
 from tokenizer import build_wordpiece, load_tokenizer
 from tools.tables import banner, print_header, print_row
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from data import Batch
 from runtime import all_gather, all_gather_with_grad
-from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from siglip_files import SigLIPConfig, TextConfig, VisionConfig
+from teacher import SigLIP
 
 
 @dataclass(frozen=True)

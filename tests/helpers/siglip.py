@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 
 from helpers.models import hugging_face, shaken
-from teacher import SigLIP, SigLIPConfig, TextConfig, VisionConfig
+from siglip_files import SigLIPConfig, TextConfig, VisionConfig
+from teacher import SigLIP
 
 WORDS = "[PAD] [UNK] a red blue square circle moves left right".split()
 
@@ -26,6 +28,15 @@ def tiny_siglip(text_width=16, act="gelu_pytorch_tanh", size=12, patch=4):
     vision = VisionConfig(16, 24, 2, 2, image_size=size, patch_size=patch, hidden_act=act)
     text = TextConfig(text_width, 20, 2, 4, len(WORDS), max_position_embeddings=6, pad_token_id=0, hidden_act=act)
     return shaken(SigLIP(SigLIPConfig(vision, text), word_tokenizer()))
+
+
+def map_head(head, x):
+    """The MAP head on tokens x (S, C) and nothing else, with PyTorch's attention -> (E,), its weights (S,)."""
+    C = x.shape[-1]
+    mha = nn.MultiheadAttention(C, head.attention.heads, batch_first=True).to(x.dtype)
+    mha.load_state_dict(head.attention.state_dict())
+    y, weights = mha(head.probe, x[None], x[None], average_attn_weights=True)
+    return (y + head.mlp(head.layernorm(y)))[0, 0], weights[0, 0]
 
 
 def random_clips(seed=0, B=3, T=2, size=12):
