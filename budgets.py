@@ -34,6 +34,16 @@ def check_ratio(name: str, value: float):
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
+def check_quantile(name: str, value: float):
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value}")
+
+
+def check_choice(name: str, value: str, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def deal(total: int, sizes: list[int]) -> list[int]:
     """Deal `total` to places of these sizes, one to each in turn, full ones skipped, until all is dealt."""
     if not 0 <= total <= sum(sizes):
@@ -80,6 +90,25 @@ def mask_frames(mask: Callable, tokens: Tensor, total: int, check: bool, aux: di
     return torch.cat([ids[K][:, t] for t, K in enumerate(budgets) if K], 1)
 
 
+def group_spans(T: int, groups: int = 4) -> list[slice]:
+    """Cut T frames into G = max(1, min(groups, T // 2)) consecutive groups; group g begins at frame floor(g T / G)."""
+    G = max(1, min(groups, T // 2))
+    return [slice(g * T // G, (g + 1) * T // G) for g in range(G)]
+
+
+def count_equal_groups(total: int, T: int, N: int) -> int:
+    """
+    Return the number G of groups of which group_dynamic keeps equally many of `total` tokens of a clip, T frames of N
+    tokens. A ValueError says that it must.
+    """
+    spans = group_spans(T)
+    G, smallest = len(spans), N * min(span.stop - span.start for span in spans)
+    if total % G or not G <= total <= G * smallest:
+        raise ValueError(f"mask.teacher_tokens must be a multiple of {G} and at most {G * smallest} for clips of {T} "
+                         f"frames of {N} tokens, which have {G} groups of at least {smallest} tokens, got {total}")
+    return G
+
+
 def check_total(tokens: Tensor, total: int):
     """Raise a ValueError unless clips of tokens (B, T, N, C) have `total` tokens, and total is positive."""
     pool = tokens.shape[1] * tokens.shape[2]
@@ -93,10 +122,10 @@ def group_dynamic(tokens: Tensor, total: int, *, groups: int = 4, first: First =
     """
     Keep the tokens that change most in each group of consecutive frames (FluxViT, Wang et al., ICCV 2025).
 
-    tokens (B, T, N, C) -> (B, total) int64 flat ids t * N + n, ascending. There are G = max(1, min(groups, T // 2))
-    groups of two or more frames; group g begins at frame floor(g T / G). The budget is dealt to the groups in turn. In
-    a group, tokens of larger change come first, then those farther from the mean token of their frame, then lower ids.
-    So the ids of a total are among those of every larger total.
+    tokens (B, T, N, C) -> (B, total) int64 flat ids t * N + n, ascending. The budget is dealt in turn to the groups of
+    frames (group_spans), which have two or more frames unless T = 1. In a group, tokens of larger change come first,
+    then those farther from the mean token of their frame, then lower ids. So the ids of a total are among those of
+    every larger total.
 
     The change of a token is its fp32 L2 distance to the token at its place in the frame before. With first="copy" the
     first frame of each group takes the changes of its second, so that no group depends on another. With "across" it is
@@ -112,8 +141,7 @@ def group_dynamic(tokens: Tensor, total: int, *, groups: int = 4, first: First =
     if first not in get_args(First):
         raise ValueError(f"first must be one of {', '.join(get_args(First))}, got {first!r}")
     _, T, N, _ = x.shape
-    G = max(1, min(groups, T // 2))
-    spans = [slice(g * T // G, (g + 1) * T // G) for g in range(G)]
+    spans = group_spans(T, groups)
     budgets = deal(total, [N * (span.stop - span.start) for span in spans])
     chunks = map(to_float32, x.split(frames_per_chunk(x)))                      # on a CPU they stay in its cache
     return torch.cat([keep_changing(clips, spans, budgets, first) for clips in chunks])

@@ -48,6 +48,8 @@ from torch.nn.functional import normalize, one_hot
 
 from budgets import (
     bottomk_stable,
+    check_choice,
+    check_quantile,
     check_ratio,
     check_total,
     frame_difference,
@@ -80,6 +82,9 @@ class MaskConfig:
     ratio: float = 0.9              # share of a video frame's tokens that is hidden, unless tokens is given
     # tokens kept of a clip, the largest number first: each micro-batch draws one; empty: ratio decides
     tokens: tuple[int, ...] = ()
+    # tokens of a clip that the teacher sees, those that change most (FluxViT's double mask); the student sees some of
+    # them, as the mask chooses in each group of frames; ratio is then of these; 0: the teacher sees all
+    teacher_tokens: int = 0
     # what the mask compares: the teacher's tokens, the teacher's patch embedding, or the student's patch embedding
     features: Features = "teacher"
     image_ratio: float = 0.5        # share of an image's tokens that is hidden; 0.5 is UMT's value
@@ -106,6 +111,15 @@ class MaskConfig:
         if self.features != "teacher" and (of_teacher := self.inputs - {"tokens", "grid", "generator"}):
             raise ValueError(f"mask.features must be teacher for mask {self.name}, which uses the teacher's "
                              f"{', '.join(sorted(of_teacher))}, got {self.features!r}")
+        S1, by_place = self.teacher_tokens, "grid" in self.inputs or self.name in BY_PLACE
+        if S1 < 0:
+            raise ValueError(f"mask.teacher_tokens must be at least 0, got {S1}")
+        for name, rule, holds in (
+                ("features", "teacher", self.features == "teacher"),
+                ("name", "a mask that uses no places in a frame", not by_place),
+                ("tokens", f"at most {S1}", max(self.tokens, default=0) <= S1)):
+            if S1 and not holds:
+                raise ValueError(f"mask.{name} must be {rule} with mask.teacher_tokens {S1}, got {getattr(self, name)}")
 
     def __call__(self, tokens: Tensor, keep: int, **aux) -> Tensor:
         """Apply the mask: tokens (B, T, N, C) -> (B, T * keep), as every function in MASKS."""
@@ -115,7 +129,8 @@ class MaskConfig:
                            density=self.density, assign=self.assign, pick=self.pick, **aux)
 
     def total(self, T: int, N: int) -> int:
-        """Return S, the number of tokens that the student sees of a clip: the largest budget, or T K by the ratio."""
+        """Return S, the number of tokens that the student sees of a clip: the largest budget, or by the ratio."""
+        T, N = (1, self.teacher_tokens) if self.teacher_tokens else (T, N)
         return self.tokens[0] if self.tokens else T * keep_count(N, self.ratio)
 
     @property
@@ -132,16 +147,6 @@ class MaskConfig:
     def inputs(self) -> frozenset:
         """Inputs of the mask. One that is in MASKS without register_mask is assumed to need tokens and a generator."""
         return MASK_INPUTS.get(self.name, frozenset({"tokens", "generator"}))
-
-
-def check_quantile(name: str, value: float):
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {value}")
-
-
-def check_choice(name: str, value: str, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 # ClusterSTM.
@@ -221,6 +226,7 @@ def _(x, keep, *args):
 
 MASKS = {"cluster_stm": cluster_stm}                        # name -> mask(tokens, keep, **aux)
 MASK_INPUTS = {"cluster_stm": frozenset({"tokens"})}        # name -> its inputs; "tokens" if it reads their values
+BY_PLACE = "tube", "dynamic", "flux_group_dynamic", "everest", "evs"    # they compare a place in one frame and another
 CLIP_BUDGET = set()                                         # names of masks that keep T * keep tokens of the clip
 INPUT_SHAPES = {"attention": "(B, T, N)", "logits": "(B, T, N)", "text": "(B, E)", "aligned": "(B, T, N, E)",
                 "grid": "(h, w)"}

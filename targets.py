@@ -3,7 +3,7 @@ What the student learns from: the teacher's outputs for a batch, and their cache
 
     compute_targets(teacher, batch, mask, ratio) -> TeacherTargets      one batch
     TargetProvider(run, teacher, dataset)(batches) -> TeacherTargets of each batch, cached if possible     pretraining
-    VisibleIdCache(run, grid_fn)(batch) -> TeacherTargets with visible ids alone                           fine-tuning
+    VisibleIdCache(run, vit)(batch) -> TeacherTargets with visible ids alone                               fine-tuning
 
 If clips have a fixed number of views (--data.num-views), each view is seen many times. The teacher runs on it in the
 first pass over all views; later passes read its targets from out/NAME/target_cache/targets.bin and never run the
@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
+from budgets import count_equal_groups
 from files import write_all
 from kernels import to_device
-from masking import MaskConfig, keep_count, select, token_sizes
+from masking import MaskConfig, group_dynamic, keep_count, select, token_sizes
 from runtime import AsyncHostCopy, RunContext, Stream, print0, seeded_generator
-from teacher import SigLIP, load_teacher
+from teacher import SigLIP, gather_tokens, load_teacher
 from video import count_tokens
 
 if TYPE_CHECKING:
@@ -45,11 +47,22 @@ class TeacherTargets:
     text_embeds: Tensor | None = None       # (B, E), the captions in the same space, unit length
     token_size: Tensor | None = None        # (B, S) fp32, how many tokens each visible token represents
     patch_embeds: Tensor | None = None      # (B, T * N, C), the student's patch embeddings, if they were computed
+    # (B, S1) int64, flat ids of the tokens that the teacher saw, ascending: token_targets (B, 1, S1, E) are theirs, and
+    # all other ids are among them. None: it saw all
+    pool_ids: Tensor | None = None
+    smaller: list["TeacherTargets"] | None = None       # the same at smaller budgets, the largest first
+
+    def at_budgets(self) -> list["TeacherTargets"]:
+        """Return the targets at each budget, the largest first."""
+        return [self, *(self.smaller or ())]
+
+    def find(self, ids: Tensor) -> Tensor:
+        """Flat ids (B, Q) -> their indices (B, Q) among the tokens that the teacher saw, of which they must be."""
+        return ids if self.pool_ids is None else torch.searchsorted(self.pool_ids, ids)
 
     def gather(self, ids: Tensor) -> Tensor:
         """Targets of the tokens with flat ids (B, Q) -> (B, Q, E) fp32."""
-        x = self.token_targets.flatten(1, 2)
-        return x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1])).float()
+        return gather_tokens(self.token_targets, self.find(ids)).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +72,7 @@ class TeacherTargets:
 def compute_targets(
     teacher: SigLIP, batch: "Batch", mask: Callable, ratio: float, pooling: str = "map", check: bool = True,
     grid: tuple[int, int] | None = None, with_sizes: bool = False, with_tokens: bool = True, with_texts: bool = True,
-    total: int = 0, embed_patches: Callable | None = None,
+    total: int = 0, embed_patches: Callable | None = None, smaller: tuple[int, ...] = (),
 ) -> TeacherTargets:
     """
     Compute the teacher targets of a batch: visible ids; if with_tokens, token targets; if with_texts, caption
@@ -70,29 +83,50 @@ def compute_targets(
     whether the mask looks for a NaN in the tokens, for which the host waits for the device. grid (h, w) is the
     student's number of patches in a frame; frames are resized if the teacher's patches would differ from it. total is
     the number of visible tokens of a clip; 0: `ratio` decides. embed_patches is the student's ViT.embed_patches, for a
-    mask that compares its features.
+    mask that compares its features. smaller: further budgets, for which the mask is applied again with the same random
+    numbers, so that their ids are among those of larger ones if the mask is nested. With mask.teacher_tokens the
+    teacher runs on those tokens alone, and all results are of those.
     """
     B, T = batch.video.shape[:2]
     with torch.autocast(batch.video.device.type, enabled=False):        # the teacher computes in the dtype it was given
         pixel_values = teacher.normalize(batch.video.flatten(0, 1), grid)
         grid = teacher.patch_grid_of(pixel_values)
-        tokens = teacher.forward_features(pixel_values)                                 # (F, N, C)
+        pool_ids, shape = None, (B, T, math.prod(grid))
         inputs = mask.inputs if isinstance(mask, MaskConfig) else {"text", "aligned"}
+        needs_tokens = with_tokens or "aligned" in inputs or (
+            features_of(mask) == "teacher" and needs_values(mask, with_sizes))
+        if isinstance(mask, MaskConfig) and mask.teacher_tokens:
+            pool_ids, tokens, shape = run_on_pool(teacher, pixel_values, T, mask.teacher_tokens, needs_tokens, check)
+            grid = T, *grid
+        elif needs_tokens:
+            tokens = teacher.forward_features(pixel_values)                             # (F, N, C)
+        else:
+            tokens = torch.zeros(*shape, 1, device=pixel_values.device)                 # only its shape is used
         text_embeds = token_targets = None
         if with_texts or "text" in inputs:
             text_embeds = teacher.encode_text(teacher.tokenize(batch.captions))
         if with_tokens or "aligned" in inputs:
-            token_targets = teacher.token_embeddings(tokens, grid, pooling).unflatten(0, (B, T))    # (B, T, N, E)
+            token_targets = teacher.token_embeddings(tokens, grid, pooling, pool_ids).view(*shape, -1)  # (B, T, N, E)
         features = tokens
         if features_of(mask) == "teacher_embedding":
             features = teacher.embed_patches(pixel_values)
         elif features_of(mask) == "student_embedding":
             features = embed_patches(batch.video)
-        features = features.view(B, T, tokens.shape[1], -1)
-        visible_ids = select_visible(teacher, features, mask, ratio, batch.seed, grid, total, text=text_embeds,
-                                     aligned=token_targets, check=check)
-        return TeacherTargets(visible_ids, token_targets if with_tokens else None, text_embeds if with_texts else None,
-                              token_sizes(features, visible_ids) if with_sizes else None)
+        features = features.view(*shape, -1)
+        visible_ids = select_visible(teacher, features, mask, ratio, batch.seed, grid, total, pool_ids,
+                                     text=text_embeds, aligned=token_targets, check=check)
+        targets = TeacherTargets(visible_ids, token_targets if with_tokens else None,
+                                 text_embeds if with_texts else None, pool_ids=pool_ids)
+        if with_tokens and pool_ids is not None:
+            targets.token_targets = token_targets.flatten(1, 2)[:, None]                # (B, 1, S1, E)
+        targets.token_size = token_sizes(features, targets.find(visible_ids)) if with_sizes else None
+        for S in smaller:
+            ids = select_visible(teacher, features, mask, ratio, batch.seed, grid, S, pool_ids, text=text_embeds,
+                                 aligned=token_targets, check=check)
+            size = token_sizes(features, targets.find(ids)) if with_sizes else None
+            at_budget = replace(targets, visible_ids=ids, token_size=size, smaller=None)
+            targets.smaller = [*(targets.smaller or ()), at_budget]
+        return targets
 
 
 @torch.no_grad()
@@ -106,20 +140,59 @@ def compute_visible_ids(
     total and embed_patches are those of compute_targets. No more of the teacher runs than the mask needs, and a teacher
     is not needed unless `needs_teacher`. If the student's patches were embedded, the result has their embeddings.
     """
-    patch_embeds = None
+    patch_embeds, pool_ids, shape = None, None, (*video.shape[:2], math.prod(grid))
     with torch.autocast(video.device.type, enabled=False):
         if features_of(mask) == "student_embedding":
             tokens = patch_embeds = embed_patches(video)
         elif not needs_teacher(mask, with_sizes):
-            tokens = torch.zeros(*video.shape[:2], math.prod(grid), 1, device=video.device)     # only its shape is used
+            tokens = torch.zeros(*shape, 1, device=video.device)        # only its shape is used
         else:
             pixel_values = teacher.normalize(video.flatten(0, 1), grid)
             of_patches = features_of(mask) == "teacher_embedding"
-            tokens = (teacher.embed_patches if of_patches else teacher.forward_features)(pixel_values)
-        tokens = tokens.view(*video.shape[:2], math.prod(grid), -1)
-        visible_ids = select_visible(teacher, tokens, mask, ratio, seed, grid, total)
-        return TeacherTargets(visible_ids, token_size=token_sizes(tokens, visible_ids) if with_sizes else None,
-                              patch_embeds=patch_embeds)
+            if isinstance(mask, MaskConfig) and mask.teacher_tokens:
+                pool_ids, tokens, shape = run_on_pool(teacher, pixel_values, shape[1], mask.teacher_tokens,
+                                                      needs_values(mask, with_sizes))
+                grid = video.shape[1], *grid
+            else:
+                tokens = (teacher.embed_patches if of_patches else teacher.forward_features)(pixel_values)
+        tokens = tokens.view(*shape, -1)
+        visible_ids = select_visible(teacher, tokens, mask, ratio, seed, grid, total, pool_ids)
+        targets = TeacherTargets(visible_ids, patch_embeds=patch_embeds, pool_ids=pool_ids)
+        targets.token_size = token_sizes(tokens, targets.find(visible_ids)) if with_sizes else None
+        return targets
+
+
+def run_on_pool(teacher: SigLIP, pixel_values: Tensor, T: int, kept: int, with_tokens: bool = True,
+                check: bool = True) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+    """
+    Run the teacher on the S1 = `kept` tokens of each clip that change most: normalized pixels (BT, 3, H, W) -> flat ids
+    (B, S1), tokens (B, S1, C) and the shape (B, G, S1 / G) in which masks see them, a group of frames as a frame.
+
+    FluxViT's selector (budgets.group_dynamic) chooses on the teacher's patch embedding. It keeps equally many tokens of
+    each group, and groups are spans of ids, so that the view is one of memory. Without with_tokens the tokens are zeros
+    (B, S1, 1).
+    """
+    embeds = teacher.embed_patches(pixel_values)                                        # (BT, N, C)
+    G = count_equal_groups(kept, T, embeds.shape[1])
+    ids = group_dynamic(embeds.unflatten(0, (-1, T)), kept, check=check)
+    tokens = teacher.forward_kept(pixel_values, ids, embeds) if with_tokens else embeds.new_zeros(*ids.shape, 1)
+    return ids, tokens, (len(ids), G, kept // G)
+
+
+@torch.no_grad()
+def compare_pool(teacher: SigLIP, video: Tensor, grid: tuple[int, int], ids: Tensor) -> tuple[float, float]:
+    """
+    Compare the teacher's tokens of flat ids (B, S1) if it sees those alone with the same if it sees all of the video
+    (B, T, 3, H, W) uint8 -> their cosine, mean and 1 % quantile. One clip at a time, so that it needs little memory.
+    """
+    cosines = []
+    with torch.autocast(video.device.type, enabled=False):
+        for clip, kept in zip(video, ids[:, None], strict=True):
+            pixel_values = teacher.normalize(clip, grid)
+            full = gather_tokens(teacher.forward_features(pixel_values), kept)
+            cosines.append(nnf.cosine_similarity(teacher.forward_kept(pixel_values, kept).float(), full.float(), -1))
+    cosine = torch.cat(cosines).flatten().sort().values
+    return cosine.mean().item(), cosine[len(cosine) // 100].item()
 
 
 def features_of(mask: Callable) -> str:
@@ -129,25 +202,37 @@ def features_of(mask: Callable) -> str:
 
 def needs_teacher(mask: Callable, with_sizes: bool = False) -> bool:
     """Return whether a mask needs a teacher for the visible ids and, if with_sizes, the token sizes of a clip."""
-    shape_only = isinstance(mask, MaskConfig) and mask.shape_only
-    return features_of(mask) != "student_embedding" and (with_sizes or not shape_only)
+    chooses_pool = isinstance(mask, MaskConfig) and mask.teacher_tokens > 0
+    return features_of(mask) != "student_embedding" and (chooses_pool or needs_values(mask, with_sizes))
+
+
+def needs_values(mask: Callable, with_sizes: bool) -> bool:
+    """Return whether the visible ids and, if with_sizes, the sizes need the values of what a mask compares."""
+    return with_sizes or not (isinstance(mask, MaskConfig) and mask.shape_only)
 
 
 @torch.no_grad()
 def select_visible(teacher: SigLIP | None, tokens: Tensor, mask: Callable, ratio: float, seed: int,
-                   grid: tuple[int, int] | None = None, total: int = 0, **aux) -> Tensor:
+                   grid: tuple[int, ...] | None = None, total: int = 0, pool_ids: Tensor | None = None,
+                   **aux) -> Tensor:
     """
     Tokens (B, T, N, C) on a grid (h, w) -> flat ids (B, S) of the tokens that the mask leaves visible. S is total, or
     T times what the ratio leaves of a frame if total is 0.
 
     The tokens are the teacher's, from which its attention is computed unless the mask is a MaskConfig that does not use
     it. For such a mask they may be other features.
+
+    If the teacher saw the flat ids pool_ids (B, S1) alone, tokens are theirs, (B, G, S1 / G, C), the grid is (T, h, w),
+    and S is total or what the ratio leaves of the S1.
     """
     T, N = tokens.shape[1:3]
+    total = total or (T * keep_count(N, ratio) if pool_ids is None else keep_count(T * N, ratio))
     if not isinstance(mask, MaskConfig) or "attention" in mask.inputs:
-        aux["attention"] = teacher.pool_attention(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-    return select(mask, tokens, total or T * keep_count(N, ratio), grid=grid or teacher.patch_grid,
-                  generator=torch.Generator().manual_seed(seed), **aux)
+        flat = tokens.flatten(0, 1) if pool_ids is None else tokens.flatten(1, 2)
+        aux["attention"] = teacher.pool_attention(flat, pool_ids, grid).view(tokens.shape[:3])
+    ids = select(mask, tokens, total, grid=grid or teacher.patch_grid,
+                 generator=torch.Generator().manual_seed(seed), **aux)
+    return ids if pool_ids is None else pool_ids.gather(1, ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,11 +318,13 @@ class TargetProvider:
         cfg = run.cfg
         self.run, self.teacher, self.num_views, self.embed_patches = run, teacher, cfg.data.num_views, embed_patches
         self.folder, self.pending = os.path.join(run.folder, "target_cache"), []
-        self.parts = {"with_sizes": cfg.model.proportional, "with_tokens": "mrm" in cfg.model.losses,
+        self.parts = {"with_sizes": cfg.model.proportional,
+                      "with_tokens": "mrm" in cfg.model.losses and cfg.model.objective != "pixels",
                       "with_texts": cfg.model.uses_text_embeds}
         one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")     # writes one file
         self.disabled_because = [reason for reason, holds in (
             ("the data has images", bool(cfg.data.image_corpora)),
+            ("the teacher sees a part of each clip", cfg.mask.teacher_tokens > 0),
             ("the grids of clips vary", cfg.data.varies),
             ("mask.tokens has several budgets", len(cfg.mask.tokens) > 1),
             ("the mask compares the student's embedding, which is trained", cfg.mask.features == "student_embedding"),
@@ -248,6 +335,7 @@ class TargetProvider:
             (f"the token sizes of mask {cfg.mask.name} are random", cfg.mask.stochastic and cfg.model.proportional),
         ) if holds]
         self.enabled = self.num_views > 0 and not self.disabled_because
+        self.compares_pool = cfg.mask.teacher_tokens > 0 and run.rank == 0
         if self.enabled:
             self.first_pass_end = math.ceil(self.num_views * len(dataset) / cfg.batch) * cfg.batch  # a sample number
             self.synced = False
@@ -297,9 +385,17 @@ class TargetProvider:
         # On a GPU the mask does not look for a NaN, because the host would wait for it. A NaN makes the loss NaN.
         check = batch.video.device.type != "cuda"
         image = cfg.data.image_corpora and batch.video.shape[1] == 1
-        return compute_targets(self.teacher, batch, cfg.mask, cfg.mask.image_ratio if image else cfg.mask.ratio,
-                               cfg.target_pooling, check, self.grid(batch), total=0 if image else batch.budget,
-                               embed_patches=self.embed_patches, **self.parts)
+        mask = replace(cfg.mask, teacher_tokens=0) if image else cfg.mask
+        total, *smaller = (0,) if image else mask.tokens if cfg.all_budgets else (batch.budget,)
+        targets = compute_targets(self.teacher, batch, mask, mask.image_ratio if image else mask.ratio,
+                                  cfg.target_pooling, check, self.grid(batch), total=total, smaller=tuple(smaller),
+                                  embed_patches=self.embed_patches, **self.parts)
+        if self.compares_pool and targets.pool_ids is not None:
+            self.compares_pool, pool = False, count_tokens(*batch.video.shape[1::2], cfg.vit.patch_size)
+            mean, low = compare_pool(self.teacher, batch.video, self.grid(batch), targets.pool_ids)
+            print0(f"the teacher sees {mask.teacher_tokens} of the {pool} tokens of a clip; their cosine with the same "
+                   f"tokens if it sees all: mean {mean:.3f}, 1 % quantile {low:.3f}")
+        return targets
 
     def grid(self, batch: "Batch") -> tuple[int, int]:
         """Return (h, w), one teacher token for each student patch of a frame."""
