@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from encoders import Block, ViTConfig, check_choices, check_heads, init_xavier
+from blocks import Block, init_xavier
+from encoders import ViTConfig, check_choices, check_heads
 from positions import sincos_pos_embed
 
 
@@ -19,16 +20,16 @@ from positions import sincos_pos_embed
 class ModelConfig:
     """The student's decoder and losses."""
     embed_dim: int = 512         # width of the joint space of videos and texts (VTC)
-    # feature of a video: mean over frames of the unit vector of each frame's mean token (frames), or unit vector of the
-    # mean of all visible tokens (tokens)
-    pooling: Literal["frames", "tokens"] = "frames"
+    # what the feature of a video is. frames: the mean over frames of the unit vector of each frame's mean token;
+    # tokens: the unit vector of the mean of all visible tokens; cls: that of the class token, which needs vit.cls
+    pooling: Literal["frames", "tokens", "cls"] = "frames"
     decoder: Literal["cross", "joint"] = "cross"    # cross: queries attend to visible tokens; joint: self-attention
     decoder_width: int = 512     # channels of the decoder
     decoder_depth: int = 2       # number of decoder blocks
     decoder_heads: int = 8       # attention heads of the decoder
     decoder_query_ratio: float = 0.25    # share of the masked tokens that a cross decoder predicts per step, in (0, 1]
-    # number of masked tokens of a clip that a cross decoder predicts per step, at every grid; 0: decoder_query_ratio's
-    # share; a joint decoder predicts all masked tokens
+    # cross: this many masked tokens of each clip are predicted per step; 0: decoder_query_ratio's share of them or, if
+    # grids or budgets vary, of their median number, as train.py sets it. joint: all masked tokens are predicted
     decoder_queries: int = 0
     target_dim: int = 0          # width of the teacher's token embeddings; 0: as in the teacher
     proportional: bool = False   # weight each visible token by the number of tokens it represents (Token Merging)
@@ -36,6 +37,12 @@ class ModelConfig:
     # relevance: MRM, the relevance of masked tokens to captions; visible: UMT's alignment of visible tokens; pixels:
     # MAE's reconstruction of masked pixels
     objective: Literal["relevance", "visible", "pixels"] = "relevance"
+    # distillation of a video's feature between the budgets of a step (train.py's all_budgets): from each to the next
+    # smaller one (chain), or from the largest to all (star)
+    distill: Literal["none", "chain", "star"] = "none"
+    # 1 - cosine; or smooth L1 of unit vectors, as in FluxViT's release, which is (1 - cosine) / embed_dim
+    distill_loss: Literal["cosine", "smooth_l1"] = "cosine"
+    distill_weight: float = 1.0  # loss weight of this distillation
     mrm_weight: float = 1.0      # loss weight of the objective, MRM or what replaces it; a loss of weight 0 is left out
     vtc_weight: float = 1.0      # loss weight of video-text contrast
     vtm_weight: float = 1.0      # loss weight of video-text matching
@@ -46,9 +53,10 @@ class ModelConfig:
         check_choices(self, "model")
         if not 0 < self.decoder_query_ratio <= 1:
             raise ValueError(f"model.decoder_query_ratio must be in (0, 1], got {self.decoder_query_ratio}")
-        if self.decoder_queries < 0:
-            raise ValueError(f"model.decoder_queries must be at least 0, got {self.decoder_queries}")
-        for name in ("mrm", "vtc", "vtm", "mlm"):
+        if self.decoder_queries < 0 or self.decoder_queries == 1 and self.objective == "relevance":
+            raise ValueError("model.decoder_queries must be 0, or at least 2, as MRM compares with the mean of a "
+                             f"clip's targets, got {self.decoder_queries}")
+        for name in ("mrm", "vtc", "vtm", "mlm", "distill"):
             if not getattr(self, f"{name}_weight") >= 0:        # as NaN is not
                 raise ValueError(f"model.{name}_weight must be at least 0, got {getattr(self, f'{name}_weight')}")
 
@@ -66,6 +74,12 @@ class ModelConfig:
     def uses_text_embeds(self) -> bool:
         """Whether a loss reads the teacher's embeddings of captions."""
         return "mrm" in self.losses and self.objective == "relevance" and self.mrm_texts != "none"
+
+
+def loss_weights(cfg: ModelConfig) -> dict[str, float]:
+    """Return weights by loss name. "align" and "pixels" are the losses of the objectives that replace MRM."""
+    return {**dict.fromkeys(("mrm", "align", "pixels"), cfg.mrm_weight),
+            **{name: getattr(cfg, f"{name}_weight") for name in ("vtc", "vtm", "mlm", "distill")}}
 
 
 class Decoder(nn.Module):

@@ -5,9 +5,10 @@ The student's encoders: a ViT for video and a BERT for text.
     Bert  text ids (M, L)                                  ->  states (M, L, D), which its last layers fuse with tokens
 
 The ViT follows UMT (OpenGVLab/unmasked_teacher, multi_modality/models/backbones/vit/vit.py): joint space-time
-attention, tubelets of one frame, no CLS token. The BERT has the parameter names of Hugging Face (transformers,
-models/bert/modeling_bert.py). As in UMT (multi_modality/models/backbones/bert/xbert.py), its first layers read text
-only and its last layers also attend to the video.
+attention, tubelets of one frame, no class token. ViTConfig adds the modules of FluxViT (arXiv 2503.14237, §3.3). The
+BERT has the parameter names of Hugging Face (transformers, models/bert/modeling_bert.py). As in UMT
+(multi_modality/models/backbones/bert/xbert.py), its first layers read text only and its last layers also attend to the
+video.
 """
 
 import math
@@ -20,6 +21,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from blocks import Block, LocalPos, Norm, init_xavier, make_norm
 from files import (
     config_from_dict,
     load_state_dict_strict,
@@ -31,7 +33,7 @@ from files import (
 )
 from inputs import require_clips
 from kernels import to_device
-from positions import NEEDS_GRID, PosEmbed, interpolate_pos_embed, sincos_pos_embed
+from positions import NEEDS_GRID, GlobalPos, PosEmbed, convolve_pos_embed, interpolate_pos_embed, sincos_pos_embed
 from runtime import print0
 from video import patchify
 
@@ -50,10 +52,29 @@ class ViTConfig:
     # frames of a clip, patches down and across a frame: the reference grid of relative positions, the size of the table
     # of learned ones; empty: train.py sets it
     grid: tuple[int, ...] = ()
+    # norm of a patch's pixels before the projection, and of its embedding after it (FluxViT: layer in the paper, rms in
+    # the release)
+    patch_norm: Literal["none", "layer", "rms"] = "none"
+    # what attention adds to a token's output, computed from that token's values: w v + b of each channel (affine, as
+    # released) or a matrix for each head (linear, as in the paper)
+    local_pos: LocalPos = "none"
+    # what is done to the table of learned positions before it is interpolated: w p + b of each channel (affine, as
+    # released) or a depth-wise 3 x 3 x 3 convolution (conv, as in the paper)
+    global_pos: GlobalPos = "none"
+    norm: Norm = "layer"         # norm of the blocks and of their output: LayerNorm or RMSNorm
+    qk_norm: bool = False        # RMSNorm of queries and keys, over the channels of all heads
+    layer_scale: float = 0.0     # start of a factor for each channel of a residual branch; 0: no factors
+    qkv_bias: bool = True        # biases of queries, keys and values
+    cls: bool = False            # add a class token to the tokens of the patches
 
     def __post_init__(self):
         check_heads("vit.width", self.width, "vit.heads", self.heads)
         check_choices(self, "vit")
+        if self.global_pos != "none" and self.pos_embed != "learned":
+            raise ValueError(f"vit.pos_embed must be 'learned' with vit.global_pos {self.global_pos!r}, got "
+                             f"{self.pos_embed!r}")
+        if not 0 <= self.layer_scale < math.inf:                    # as NaN is not
+            raise ValueError(f"vit.layer_scale must be at least 0 and finite, got {self.layer_scale}")
         object.__setattr__(self, "grid", tuple(self.grid))          # JSON has lists
         if self.grid and not (len(self.grid) == 3 and all(isinstance(n, int) and n > 0 for n in self.grid)):
             raise ValueError(f"vit.grid must be empty or three positive numbers (T, h, w), got {self.grid}")
@@ -95,54 +116,6 @@ def check_choices(cfg, part: str):
 # ---------------------------------------------------------------------------------------------------------------------
 # ViT
 
-class Block(nn.Module):
-    """Pre-norm transformer block with self-attention or, if cross, with attention to a context."""
-
-    def __init__(self, C: int, heads: int, drop_path: float = 0.0, cross: bool = False):
-        super().__init__()
-        self.heads, self.use_drop_path = heads, drop_path > 0
-        # The rate is a tensor: torch.compile would make one program per value of a Python number.
-        self.register_buffer("drop_path", torch.tensor(drop_path), persistent=False)
-        self.norm1 = nn.LayerNorm(C, eps=1e-6)
-        if cross:
-            self.norm_kv, self.q, self.kv = nn.LayerNorm(C, eps=1e-6), nn.Linear(C, C), nn.Linear(C, 2 * C)
-        else:
-            self.qkv = nn.Linear(C, 3 * C)
-        self.proj = nn.Linear(C, C)
-        self.norm2 = nn.LayerNorm(C, eps=1e-6)
-        self.fc1, self.fc2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-    def split_heads(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
-        """(B, S, nC) -> n of (B, H, S, C / H)."""
-        B, S, nC = x.shape
-        return x.view(B, S, n, self.heads, nC // n // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def apply_drop_path(self, x: Tensor) -> Tensor:
-        """In training, set the residual branch of randomly chosen clips to 0 and scale up the others."""
-        if not (self.training and self.use_drop_path):
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * keep / (1 - self.drop_path)
-
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x (B, S, C), context (B, S', C) of a cross block, bias (B, 1, 1, S) added to the logits -> (B, S, C)."""
-        y = self.norm1(x)
-        if context is None:
-            q, k, v = self.split_heads(self.qkv(y), 3)
-        else:
-            (q,), (k, v) = self.split_heads(self.q(y), 1), self.split_heads(self.kv(self.norm_kv(context)), 2)
-        bias = None if bias is None else bias.to(q.dtype)
-        x = x + self.apply_drop_path(self.proj(sdpa(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)))
-        return x + self.apply_drop_path(self.fc2(nnf.gelu(self.fc1(self.norm2(x)))))
-
-
-def init_xavier(module: nn.Module):
-    """Initialise a linear layer: Xavier-uniform weight, bias 0. Other modules stay as they are."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
 def gather_tokens(x: Tensor, ids: Tensor | None) -> Tensor:
     """x (B, N, C), ids (B, S) or None for all -> (B, S, C)."""
     return x if ids is None else x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
@@ -157,18 +130,32 @@ class ViT(nn.Module):
         super().__init__()
         if cfg.pos_embed in NEEDS_GRID and not cfg.grid:
             raise ValueError(f"vit.grid must be (T, h, w) with vit.pos_embed {cfg.pos_embed!r}, got {cfg.grid}")
+        C, pixels = cfg.width, 3 * cfg.patch_size ** 2
         self.patch_size, self.pos_embed, self.reference_grid = cfg.patch_size, cfg.pos_embed, cfg.grid
-        self.patch_embed = nn.Linear(3 * cfg.patch_size ** 2, cfg.width)
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.drop_path * i / max(1, cfg.depth - 1))
+        self.patch_norm_in, self.patch_norm_out = make_norm(cfg.patch_norm, pixels), make_norm(cfg.patch_norm, C)
+        self.patch_embed = nn.Linear(pixels, C)
+        self.blocks = nn.ModuleList(Block(C, cfg.heads, cfg.drop_path * i / max(1, cfg.depth - 1), norm=cfg.norm,
+                                          qk_norm=cfg.qk_norm, qkv_bias=cfg.qkv_bias, layer_scale=cfg.layer_scale,
+                                          local_pos=cfg.local_pos)
                                     for i in range(cfg.depth))
-        self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
+        self.norm = make_norm(cfg.norm, C)
         self.apply(init_xavier)
         for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
             values = torch.tensor(values).repeat_interleave(cfg.patch_size ** 2)
             self.register_buffer(name, values, persistent=False)
         if cfg.pos_embed == "learned":          # "embedding" in its name: it has no weight decay
-            table = sincos_pos_embed(cfg.grid, cfg.width, "learned", torch.device("cpu"), cfg.grid)
+            table = sincos_pos_embed(cfg.grid, C, "learned", torch.device("cpu"), cfg.grid)
             self.position_embedding = nn.Parameter(table.unflatten(0, cfg.grid).clone())
+        self.position_embedding_kernel = self.position_embedding_bias = self.cls_token = None
+        # They begin as the identity. "embedding" again: decay would shrink the positions, as it would in the table.
+        if cfg.global_pos != "none":
+            k = 3 if cfg.global_pos == "conv" else 1
+            kernel = torch.zeros(k, k, k, C)
+            kernel[k // 2, k // 2, k // 2] = 1
+            self.position_embedding_kernel = nn.Parameter(kernel)
+            self.position_embedding_bias = nn.Parameter(torch.zeros(C))
+        if cfg.cls:                             # one dimension: no weight decay, which would pull it to 0
+            self.cls_token = nn.Parameter(0.02 * torch.randn(C))
 
     def grid_size(self, video: Tensor) -> tuple[int, int, int]:
         """video (B, T, 3, H, W) uint8 -> (T, h, w), its frames and the patches down and across a frame."""
@@ -177,9 +164,11 @@ class ViT(nn.Module):
 
     def positions(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
         """Embed the positions of the tokens of a grid (T, h, w) -> (Thw, C)."""
-        if self.pos_embed == "learned":
-            return interpolate_pos_embed(self.position_embedding, grid)
-        return sincos_pos_embed(grid, self.patch_embed.out_features, self.pos_embed, device, self.reference_grid)
+        if self.pos_embed != "learned":
+            return sincos_pos_embed(grid, self.patch_embed.out_features, self.pos_embed, device, self.reference_grid)
+        table, kernel = self.position_embedding, self.position_embedding_kernel
+        table = table if kernel is None else convolve_pos_embed(table, kernel, self.position_embedding_bias)
+        return interpolate_pos_embed(table, grid)
 
     def patch_pixels(self, video: Tensor, ids: Tensor | None) -> Tensor:
         """video (B, T, 3, H, W) uint8, flat ids (B, S) or None for all tokens -> normalised (B, S, 3 patch_size^2)."""
@@ -188,16 +177,24 @@ class ViT(nn.Module):
         return (x.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
     def embed_patches(self, video: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embed patches without their positions: video as of forward, flat ids (B, S) or None for all -> (B, S, C)."""
-        return self.patch_embed(self.patch_pixels(video, ids))
-
-    def forward(self, video: Tensor, visible_ids: Tensor | None = None, token_size: Tensor | None = None,
-                patch_embeds: Tensor | None = None) -> Tensor:
         """
-        video (B, T, 3, H, W) uint8, visible_ids (B, S) flat or None for all tokens -> (B, S, C).
+        Embed patches without their positions: video as of forward, flat ids (B, S) or None for all -> (B, S, C).
+
+        With patch_norm these are the embeddings after the second norm, as in FluxViT's release. A mask that compares
+        them chooses worse than one that compares embeddings without norms: on clips of `crowd`, RMSNorm costs 7 to 10
+        points of the objects covered, LayerNorm 20 to 27 (docs/results.md, "FluxViT's selector and patch norms").
+        """
+        return self.patch_norm_out(self.patch_embed(self.patch_norm_in(self.patch_pixels(video, ids))))
+
+    def encode(self, video: Tensor, visible_ids: Tensor | None = None, token_size: Tensor | None = None,
+               patch_embeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """
+        video (B, T, 3, H, W) uint8, visible_ids (B, S) flat or None for all tokens -> tokens (B, S, C), and the state
+        of the class token (B, C), None without one.
 
         token_size (B, S): how many tokens each visible one represents. It attracts as much attention as that many
-        equal tokens (proportional attention of Token Merging, Bolya et al., arXiv 2210.09461).
+        equal tokens (proportional attention of Token Merging, Bolya et al., arXiv 2210.09461). The class token
+        represents one.
 
         patch_embeds (B, TN, C): what embed_patches returns for all tokens, if it was computed to select the visible
         ones. Those are gathered from it; otherwise only the visible patches are embedded.
@@ -214,9 +211,18 @@ class ViT(nn.Module):
         # Not positions[visible_ids]: with several threads of a CPU its backward pass is not deterministic.
         x = x + (positions if visible_ids is None else nnf.embedding(visible_ids, positions))
         bias = None if token_size is None else token_size.log()[:, None, None]              # (B, 1, 1, S)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), 1, C), x], 1)
+            bias = None if bias is None else nnf.pad(bias, (1, 0))                          # log 1
         for block in self.blocks:
             x = block(x, bias=bias)
-        return self.norm(x)
+        x = self.norm(x)
+        return (x, None) if self.cls_token is None else (x[:, 1:], x[:, 0])
+
+    def forward(self, video: Tensor, visible_ids: Tensor | None = None, token_size: Tensor | None = None,
+                patch_embeds: Tensor | None = None) -> Tensor:
+        """Return the tokens (B, S, C) of encode alone."""
+        return self.encode(video, visible_ids, token_size, patch_embeds)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ needs of the others, so that the mean of the micro-batches' losses is the loss o
 docs/method.md.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +20,10 @@ import torch.nn.functional as nnf
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from blocks import init_xavier
 from budgets import gumbel_noise
 from decoders import Decoder, LinearDecoder, ModelConfig
-from encoders import Bert, TextEncoderConfig, ViT, ViTConfig, bert_config, init_xavier, mask_tokens
+from encoders import Bert, TextEncoderConfig, ViT, ViTConfig, bert_config, mask_tokens
 from files import config_from_dict, load_state_dict_strict, read_checkpoint, require, resolve_checkpoint
 from inputs import ModelInputs, embed_clips, embed_texts, require_finite, require_videos
 from kernels import to_device
@@ -85,6 +87,9 @@ class BatchStats:
     mlm_inputs: tuple[Tensor, Tensor] | None    # masked ids and labels (B, L)
     query_ids: Tensor | None            # (B, Q) flat ids of the tokens that are predicted
     gathered_features: tuple[Tensor, ...] | None = None     # video, text (parts, B, E'), media_ids (parts, B)
+    suffix: str = ""                    # of the losses' names, if this is one of several budgets of the step: "_96"
+    fuses: bool = True                  # whether VTM and MLM are computed; of several budgets, at one
+    larger: list[Tensor] | None = None  # features (B, E') at the larger budgets, if they are to be learned from
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,6 +108,8 @@ class ClusterSTM(nn.Module):
                             ("model.target_dim", cfg.target_dim)):
             if not value:
                 raise ValueError(f"{name} must be set to build a student, got {value}")
+        if cfg.pooling == "cls" and not vit.cls:
+            raise ValueError(f"vit.cls must be True with model.pooling 'cls', got {vit.cls}")
         self.vit_cfg, self.text_cfg, self.cfg = vit, text, cfg
         self.losses = cfg.losses
         self.vit = ViT(vit)
@@ -127,8 +134,11 @@ class ClusterSTM(nn.Module):
         (B, S, C), feature (B, E').
 
         The feature is the mean over frames of the unit vector of each frame's mean token. With cfg.pooling "tokens" the
-        clip counts as one frame.
+        clip counts as one frame. With "cls" it is the unit vector of the class token.
         """
+        if self.cfg.pooling == "cls":
+            tokens, cls = self.vit.encode(video, visible_ids, token_size, patch_embeds)
+            return tokens, self.video_feature(cls)
         T, h, w = self.vit.grid_size(video)
         T, N = (T, h * w) if self.cfg.pooling == "frames" else (1, T * h * w)
         tokens = self.vit(video, visible_ids, token_size, patch_embeds)
@@ -143,8 +153,11 @@ class ClusterSTM(nn.Module):
             count = in_frame.sum(1)                                                 # (B, T)
             weight = (count > 0).float()
             frames = in_frame.mT @ tokens / count.clamp_min(1)[..., None]
-        unit = nnf.normalize(self.vision_proj(self.pool_norm(frames)).float(), dim=-1)
-        return tokens, (unit * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+        return tokens, (self.video_feature(frames) * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+
+    def video_feature(self, x: Tensor) -> Tensor:
+        """Pooled tokens x (..., C) -> unit vectors (..., E')."""
+        return nnf.normalize(self.vision_proj(self.pool_norm(x)).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (M, L) -> states (M, L, D), feature (M, E') of unit length."""
@@ -177,7 +190,8 @@ class ClusterSTM(nn.Module):
         """
         clip = batch.video, targets and targets.visible_ids, targets and targets.token_size
         compares = bool(self.losses & {"vtc", "vtm"})
-        tokens, video = self.encode_video(*clip) if compares else (self.vit(*clip), None)
+        pools = compares or self.cfg.distill != "none"
+        tokens, video = self.encode_video(*clip) if pools else (self.vit(*clip), None)
         ids = [batch.text_ids] * compares + ([mlm_inputs[0]] if mlm_inputs else [])
         states = self.bert.forward_text(torch.cat(ids)).split(len(batch.text_ids)) if ids else ()
         text = (states[0], self.text_feature(states[0])) if compares else (None, None)
@@ -198,19 +212,24 @@ class ClusterSTM(nn.Module):
         visible_ids = targets.visible_ids
         if self.cfg.objective == "visible":
             return visible_ids
-        B, T, N, _ = targets.token_targets.shape
-        Q = T * N - visible_ids.shape[1]
-        score = to_device(torch.rand(B, T * N, generator=seeded_generator(batch, Stream.QUERIES)), visible_ids.device)
+        pool = math.prod(self.vit.grid_size(batch.video)) if targets.pool_ids is None else targets.pool_ids.shape[1]
+        B, S = visible_ids.shape
+        Q = pool - S
+        score = to_device(torch.rand(B, pool, generator=seeded_generator(batch, Stream.QUERIES)), visible_ids.device)
         if self.cfg.decoder == "cross":
-            Q = min(Q, self.cfg.decoder_queries or max(1, round(Q * self.cfg.decoder_query_ratio)))
-        return score.scatter(1, visible_ids, 2.0).argsort(1)[:, :Q]                 # visible tokens sort last
+            Q = min(Q, self.cfg.decoder_queries or max(2, round(Q * self.cfg.decoder_query_ratio)))
+        ids = score.scatter(1, targets.find(visible_ids), 2.0).argsort(1)[:, :Q]    # visible tokens sort last
+        return ids if targets.pool_ids is None else targets.pool_ids.gather(1, ids)
 
     # Statistics of the batch
 
     @torch.no_grad()
-    def batch_stats(self, batches: list["Batch"], targets: list[TeacherTargets | None]) -> list[BatchStats]:
+    def batch_stats(self, batches: list["Batch"], targets: list[TeacherTargets | None], budget: int = 0,
+                    num_budgets: int = 1) -> list[BatchStats]:
         """
-        The micro-batches of this rank -> the statistics for each. All ranks must call it together.
+        The micro-batches of this rank -> the statistics for each. All ranks must call it together. The targets are
+        those of a budget of the step, by its index. Of several budgets, VTM and MLM are computed at one, which each
+        micro-batch draws.
 
         With one micro-batch per rank, `forward` gathers VTC's features. With several, the features of all are computed
         here first, so that VTC still runs over the whole batch (as GradCache, Gao et al., arXiv 2101.06983).
@@ -219,16 +238,22 @@ class ClusterSTM(nn.Module):
         parts = world * len(batches)
         mlm_inputs = [self.mask_text(b) if "mlm" in self.losses else None for b in batches]
         mlm_denominator = self.count_masked_tokens(batches, mlm_inputs) / parts
+        fuses = [b.seed % num_budgets == budget for b in batches]
+        mlm_inputs = [inputs if fused else None for inputs, fused in zip(mlm_inputs, fuses, strict=True)]
+        suffix = f"_{targets[0].visible_ids.shape[1]}" if num_budgets > 1 else ""
         text_gram = variance = gathered = None
         query_ids = [None] * len(batches)
-        if "mrm" in self.losses and targets[0] is not None and targets[0].token_targets is not None:
+        has_targets = targets[0] is not None and (
+            self.cfg.objective == "pixels" or targets[0].token_targets is not None)
+        if "mrm" in self.losses and has_targets:
             query_ids = [self.sample_queries(b, t) for b, t in zip(batches, targets, strict=True)]
             if self.cfg.objective == "relevance":
                 text_gram, variance = self.mrm_stats(targets, query_ids, parts)
         if len(batches) > 1 and "vtc" in self.losses:
-            gathered = self.gather_features(batches, targets, mlm_inputs)
-        return [BatchStats(text_gram, variance, mlm_denominator, parts, rank * len(batches) + i, *drawn, gathered)
-                for i, drawn in enumerate(zip(mlm_inputs, query_ids, strict=True))]
+            gathered = self.gather_features(batches, targets, mlm_inputs, budget)
+        return [BatchStats(text_gram, variance, mlm_denominator, parts, rank * len(batches) + i, *drawn, gathered,
+                           suffix, fused)
+                for i, (*drawn, fused) in enumerate(zip(mlm_inputs, query_ids, fuses, strict=True))]
 
     def count_masked_tokens(self, batches: list["Batch"], mlm_inputs: list[tuple | None]) -> Tensor:
         """Count the masked text tokens of the batch, over all ranks; at least 1."""
@@ -245,11 +270,11 @@ class ClusterSTM(nn.Module):
             return text_gram, all_reduce_sum(sum(variances)) / parts
 
     def gather_features(self, batches: list["Batch"], targets: list[TeacherTargets | None],
-                        mlm_inputs: list[tuple | None]) -> tuple[Tensor, ...]:
+                        mlm_inputs: list[tuple | None], budget: int) -> tuple[Tensor, ...]:
         """-> video and text features (parts, B, E') and media_ids (parts, B) of the whole batch, without gradient."""
         features = []
         for batch, target, inputs in zip(batches, targets, mlm_inputs, strict=True):
-            torch.manual_seed(batch.seed)           # the same dropout as in the forward pass that follows
+            torch.manual_seed(batch.seed + budget)  # the same dropout as in the forward pass that follows
             _, video, _, text, _ = self.forward_features(batch, target, inputs)
             features.append((video, text, batch.media_ids))
         return tuple(all_gather(torch.stack(x)).flatten(0, 1) for x in zip(*features, strict=True))
@@ -295,6 +320,24 @@ class ClusterSTM(nn.Module):
             features = features.detach() + stats.grad_scale * (features - features.detach())    # scales the gradient
             all_features.append(torch.cat([constants[:i], features[None], constants[i + 1:]]).flatten(0, 1))
         return vtc_loss(*all_features, gathered[2].flatten(), self.temp)
+
+    def distillation_loss(self, video: Tensor, larger: list[Tensor]) -> Tensor:
+        """
+        Compare features (B, E') with those of a larger budget, which get no gradient (FluxViT, Wang et al., ICCV 2025,
+        §3.4): `chain` with those of the next larger one, `star` with those of the largest.
+        """
+        target = larger[0] if self.cfg.distill == "star" else larger[-1]
+        with torch.autocast(video.device.type, enabled=False):
+            if self.cfg.distill_loss == "cosine":
+                return 1 - nnf.cosine_similarity(video.float(), target.float(), -1).mean()
+            return nnf.smooth_l1_loss(nnf.normalize(video.float(), dim=-1), nnf.normalize(target.float(), dim=-1))
+
+    def reach_fusion(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add 0 times the parameters that VTM and MLM use, as DDP waits for a gradient of each in the last pass."""
+        parts = [self.itm_head, self.bert] if self.bert else []
+        zero = sum(0 * p.flatten()[0] for part in parts for p in part.parameters() if p.requires_grad)
+        name = next(iter(losses))
+        return losses | {name: losses[name] + zero}
 
     def fusion_losses(self, batch: "Batch", tokens: Tensor, features: tuple, states: Tensor | None,
                       masked_states: Tensor | None, stats: BatchStats) -> dict[str, Tensor]:
@@ -356,6 +399,13 @@ class ClusterSTM(nn.Module):
                 losses |= self.reconstruction_loss(batch, targets, stats, predictions)
         if "vtc" in self.losses:
             losses["vtc"] = self.contrastive_loss(batch, video, text, stats)
+        if stats.larger is not None:
+            if stats.larger:
+                losses["distill"] = self.distillation_loss(video, stats.larger)
+            stats.larger.append(video.detach())
+        losses = {f"{name}{stats.suffix}": value for name, value in losses.items()}
+        if not stats.fuses:
+            return self.reach_fusion(losses)
         return losses | self.fusion_losses(batch, tokens, (video, text), states, masked_states, stats)
 
     # Embeddings of a user's videos and texts
@@ -367,6 +417,7 @@ class ClusterSTM(nn.Module):
 
         embed_videos(videos) @ embed_texts(texts).T are mean cosines of the frames: the similarities of eval.py.
         """
+        self.require_bert()                     # without texts the projection is not trained
         device = self.temp.device
         clips = self.inputs.iter_clips(videos, batch, device)
         return embed_clips(lambda video: self.encode_video(video)[1], clips, self.cfg.embed_dim, device)
@@ -384,24 +435,32 @@ class ClusterSTM(nn.Module):
         Load the weights of a folder written by train.py or tools/convert.py.
 
         Weights whose names begin with an entry of "new" in its config.json keep their values. Settings that no shape of
-        a weight shows must agree: attention heads, position embeddings and the grid that these refer to; the objective
-        if the decoder is loaded, the pooling if the projection of videos is.
+        a weight shows must agree: attention heads, position embeddings and the grid that these refer to, the kinds of
+        norms; the objective if the decoder is loaded, the pooling if the projection of videos is. vit.local_pos may be
+        added to a ViT that was trained without it: its weights then begin at 0, not at 1, so that the ViT computes
+        what it did.
         """
         config, weights = read_checkpoint(folder, "a student")
         path, new = f"{folder}/config.json", tuple(config.get("new", ()))
         configs = {"vit": self.vit_cfg, "text": self.text_cfg, "model": self.cfg}
         # A setting that the file does not have is taken to agree.
-        trained = {part: config_from_dict(type(cfg), asdict(cfg) | config.get(part, {}), f"{path}: {part}")
-                   for part, cfg in configs.items()}
-        settings = [("vit", "heads"), ("vit", "pos_embed"), ("text", "heads")]
+        older = {"model": {"pooling": "frames"}}                # of files from before there were others
+        trained = {part: config_from_dict(type(cfg), asdict(cfg) | older.get(part, {}) | config.get(part, {}),
+                                          f"{path}: {part}") for part, cfg in configs.items()}
+        settings = [*(("vit", name) for name in ("heads", "pos_embed", "norm", "patch_norm")), ("text", "heads")]
         settings += [("vit", "grid")] * (self.vit_cfg.pos_embed in NEEDS_GRID)
         settings += [("model", "objective")] * (not "decoder.".startswith(new))
         settings += [("model", "pooling")] * (not "vision_proj.".startswith(new))
         for part, name in settings:
             expected, value = getattr(configs[part], name), getattr(trained[part], name)
             require(value == expected, path, f"{part}.{name}", repr(expected), value)
-        unchanged = {key: value for key, value in self.state_dict().items() if key.startswith(new)}
-        loaded = {key: value for key, value in weights.items() if not key.startswith(new)}
+        state = self.state_dict()
+        unchanged = {key: value for key, value in state.items() if key.startswith(new)}
+        unused = () if self.bert else ("bert.",)                # the losses read no texts
+        loaded = {key: value for key, value in weights.items() if not key.startswith((*new, *unused))}
+        if config.get("vit", {}).get("local_pos", "none") == "none":
+            added = {key: torch.zeros_like(value) for key, value in state.items() if ".local_pos." in key}
+            unchanged = added | unchanged
         load_state_dict_strict(self, unchanged | loaded, folder)
 
     @classmethod
@@ -610,7 +669,8 @@ def load_model(folder: str, cls: type | None = None) -> ClusterSTM | VideoToText
     if cls not in (None, kind):
         raise ValueError(f"{folder} must hold a {cls.__name__}, got a {kind.__name__}")
     has_question = has_bert = any(key.startswith("bert.") for key in weights)
-    model = VideoToText(*configs, has_question) if kind is VideoToText else ClusterSTM(*configs, with_bert=has_bert)
+    model = VideoToText(*configs, has_question) if kind is VideoToText else ClusterSTM(
+        *configs, with_bert=has_bert or configs[2].reads_texts)
     load_state_dict_strict(model, weights, folder)
     model.inputs = ModelInputs(folder, config)
     return model.eval()

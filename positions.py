@@ -2,6 +2,7 @@
 Position embeddings of the tokens of a clip.
 
     sincos_pos_embed(grid (T, h, w), C, kind, device, reference)  ->  (Thw, C)     fixed sinusoids
+    convolve_pos_embed(table (T', h', w', C), kernel, bias)       ->  (T', h', w', C)
     interpolate_pos_embed(table (T', h', w', C), grid)            ->  (Thw, C)     a learned table, at the clip's grid
 
 A grid is the number of frames of a clip and of patches down and across a frame. The kinds in NEEDS_GRID measure
@@ -9,6 +10,7 @@ positions on a reference grid, so that they mean the same time and place at ever
 """
 
 from functools import lru_cache
+from itertools import product
 from typing import Literal
 
 import torch
@@ -18,10 +20,11 @@ from torch import Tensor
 from kernels import to_device
 
 PosEmbed = Literal["1d", "3d", "relative", "learned"]
+GlobalPos = Literal["none", "affine", "conv"]
 NEEDS_GRID = "relative", "learned"
 
 
-@lru_cache(maxsize=256)         # a run may have tens of grids, each with tables for encoder and decoder
+@lru_cache(maxsize=128)         # a run may have tens of grids, each with tables for encoder and decoder
 def sincos_pos_embed(grid: tuple[int, int, int], C: int, kind: PosEmbed, device: torch.device,
                      reference: tuple[int, ...] = ()) -> Tensor:
     """
@@ -49,6 +52,20 @@ def sincos_pos_embed(grid: tuple[int, int, int], C: int, kind: PosEmbed, device:
         Ct, Ch = C // 4, (C - C // 4) // 2
         table = torch.cat([encode(t, Ct), encode(i, Ch), encode(j, C - Ct - Ch)], 1)
     return to_device(table.float(), device)
+
+
+def convolve_pos_embed(table: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """
+    Convolve each channel of a table (T', h', w', C) with its kernel, of (k, k, k, C), k odd, and add its bias, of (C,).
+    Beyond the table are zeros.
+
+    The sum is written out: so it is computed in fp32 under autocast, without TF32, and its backward pass is
+    deterministic.
+    """
+    k, (T, h, w) = len(kernel), table.shape[:3]
+    padded = nnf.pad(table, (0, 0, *[k // 2] * 6))
+    terms = (kernel[t, i, j] * padded[t:t + T, i:i + h, j:j + w] for t, i, j in product(range(k), repeat=3))
+    return sum(terms, bias)
 
 
 def interpolate_pos_embed(table: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -26,8 +26,10 @@ from helpers.models import (
     student,
 )
 
+import blocks
 import encoders
-from encoders import Bert, BertConfig, Block, ViT, mask_tokens, max_masked_tokens
+from blocks import Block
+from encoders import Bert, BertConfig, ViT, mask_tokens, max_masked_tokens
 from masking import token_sizes
 from model import VideoToText
 from positions import sincos_pos_embed
@@ -100,7 +102,7 @@ def test_token_size_weights_a_token_like_that_many_copies(visible_ids, monkeypat
 
 def test_token_sizes_of_one_change_nothing():
     model, video, visible_ids = student(), random_video(2), random_keep(2)
-    with torch.no_grad(), mock.patch.object(encoders, "sdpa", wraps=encoders.sdpa) as sdpa:
+    with torch.no_grad(), mock.patch.object(blocks, "sdpa", wraps=blocks.sdpa) as sdpa:
         plain, sized = (model.encode_video(video, visible_ids, size) for size in (None, torch.ones(2, T * KEEP)))
     for a, b in zip(plain, sized, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
