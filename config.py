@@ -6,11 +6,13 @@ A run stores its Config in run_state.json, from which read_settings reads it for
 
 import os
 import shlex
+import statistics
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
 
+from budgets import count_equal_groups
 from data import DataConfig, count_tokens, grids
 from encoders import TextEncoderConfig, ViTConfig
 from files import config_from_dict, read_checkpoint
@@ -63,6 +65,8 @@ class Config:
     teacher_fp8: bool = False
     compile: bool = False         # compile the layers of teacher and student with torch.compile
     activation_checkpointing: bool = False      # recompute each layer's activations in the backward pass: saves memory
+    # train each clip at every budget of mask.tokens in each step (Flux-Multi), not at one that is drawn
+    all_budgets: bool = False
     max_skipped_steps: int = 0    # steps of a stage that may be skipped because loss or gradient is not finite
     # further logs with the rows of log.jsonl: a folder for TensorBoard, a run of wandb; each needs its package
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -80,7 +84,8 @@ class Config:
     toy: ToyConfig = field(default_factory=ToyConfig)
 
     def __post_init__(self):
-        self.check_grids()
+        if self.stage != "finetune":
+            self.check_grids()
         only_finetune = {name: getattr(self, name)
                          for name in ("task", "data_root", "select_split", "epochs", "finetune_masked")}
         if self.stage != "finetune" and any(only_finetune.values()):
@@ -92,6 +97,15 @@ class Config:
         if self.stage == "finetune" and self.data.val_file:
             raise ValueError("data.val_file must be empty for stage finetune, whose epochs are scored on select_split, "
                              f"got {self.data.val_file!r}")
+        if self.model.pooling == "cls" and not self.vit.cls:
+            raise ValueError(f"vit.cls must be True with model.pooling 'cls', got {self.vit.cls}")
+        if self.all_budgets and (len(self.mask.tokens) < 2 or self.stage == "finetune"):
+            raise ValueError("mask.tokens must have at least two budgets if all_budgets is set, and stage must not be "
+                             f"finetune, got {self.mask.tokens} and {self.stage!r}")
+        if self.all_budgets and not self.model.losses & {"mrm", "vtc"}:
+            raise ValueError("model.mrm_weight or model.vtc_weight must be above 0 if all_budgets is set, got 0")
+        if self.model.distill != "none" and not self.all_budgets:
+            raise ValueError(f"model.distill must be none unless all_budgets is set, got {self.model.distill!r}")
         if self.data.val_file and not self.model.reads_texts:
             raise ValueError("data.val_file must be empty if no loss of model reads texts, so that no text encoder is "
                              f"trained, got {self.data.val_file!r}")
@@ -111,17 +125,25 @@ class Config:
                 raise ValueError(f"{name} must be at least {int(least)}, got {getattr(self, name)}")
 
     def check_grids(self):
-        """Raise a ValueError if a clip has fewer tokens than the mask is to keep, or if only some clips hide tokens."""
-        patch, budget = self.vit.patch_size, max(self.mask.tokens, default=0)
-        standard = count_tokens(self.data.num_frames, self.data.image_size, patch)
-        smallest = min(count_tokens(T, size, patch) for T, size in grids(self))
-        for what, count in (("the smallest clip of training", smallest), ("a clip that is scored", standard)):
-            if budget > count:
-                raise ValueError(f"mask.tokens must be at most {count}, the tokens of {what}, got {budget}")
-        masked = self.masked_counts()
-        if "mrm" in self.model.losses and self.model.objective != "visible" and any(masked) and not all(masked):
-            raise ValueError("mask.tokens, mask.ratio and mask.image_ratio must hide some tokens of every clip and "
-                             f"image, or of none, got from 0 to {max(masked)} hidden")
+        """
+        Raise a ValueError if a clip has fewer tokens than the mask is to keep, if those of the teacher are not equally
+        many of each of its groups of frames, or if only some clips hide tokens. In fine-tuning it is called once the
+        command line has been read, as the settings of the pretrained model need not fit the task.
+        """
+        data, patch, budget = self.data, self.vit.patch_size, max(self.mask.tokens, default=0)
+        for T, size in (*grids(self), (data.num_frames, data.image_size)):
+            pool = count_tokens(T, size, patch)
+            if budget > pool:
+                raise ValueError(f"mask.tokens must be at most {pool}, the tokens of {T} frames of {size} x {size} "
+                                 f"pixels, got {budget}")
+            if self.mask.teacher_tokens:
+                count_equal_groups(self.mask.teacher_tokens, T, pool // T)
+        counts = self.hidden_counts()
+        least = min(counts, key=counts.get)
+        needed = {"relevance": 2, "pixels": 1}.get(self.model.objective, 0) if "mrm" in self.model.losses else 0
+        if self.hides_tokens and counts[least] < needed:        # MRM compares with the mean of a clip's targets
+            raise ValueError(f"the mask must hide at least {needed} tokens of every clip and image, or none of any, "
+                             f"got {counts[least]} of {least}")
 
     @property
     def shapes_vary(self) -> bool:
@@ -131,15 +153,21 @@ class Config:
     @property
     def hides_tokens(self) -> bool:
         """Whether the mask hides some tokens of the clips, which are then predicted."""
-        return any(self.masked_counts())
+        return any(self.hidden_counts().values())
 
-    def masked_counts(self) -> list[int]:
-        """Return how many tokens are hidden of a clip of each grid and, with images, of an image of each size."""
-        counts = []
+    def hidden_counts(self) -> dict[str, int]:
+        """
+        Return how many tokens are hidden of a clip of each grid at each budget and, with images, of an image of each
+        size; by a description. Tokens that the teacher does not see do not count.
+        """
+        counts = {}
         for T, size in grids(self):
-            N = count_tokens(1, size, self.vit.patch_size)
-            counts += [T * N - self.mask.total(T, N)]
-            counts += [N - keep_count(N, self.mask.image_ratio)] * bool(self.data.image_corpora)
+            N, pixels = count_tokens(1, size, self.vit.patch_size), f"{size} x {size} pixels"
+            pool = self.mask.teacher_tokens or T * N
+            for S in self.mask.tokens or (self.mask.total(T, N),):
+                counts[f"{T} frames of {pixels} with {S} visible tokens"] = pool - S
+            if self.data.image_corpora:
+                counts[f"an image of {pixels}"] = N - keep_count(N, self.mask.image_ratio)
         return counts
 
 
@@ -201,8 +229,8 @@ def position_grid(cfg: Config, init_from: str) -> tuple[int, ...]:
     there is one. Otherwise of relative positions the grid of the clips that are scored, of learned ones the largest
     numbers of frames and patches of any clip.
     """
-    if init_from:
-        return tuple(read_checkpoint(init_from, "a student")[0].get("vit", {}).get("grid", ()))
+    if init_from and (grid := read_checkpoint(init_from, "a student")[0].get("vit", {}).get("grid", ())):
+        return tuple(grid)
     data, patch = cfg.data, cfg.vit.patch_size
     grid_of = {"relative": (data.num_frames, data.image_size), "learned": (data.max_frames, data.max_size)}
     T, size = grid_of.get(cfg.vit.pos_embed, (0, 0))
@@ -211,14 +239,31 @@ def position_grid(cfg: Config, init_from: str) -> tuple[int, ...]:
 
 def query_count(cfg: Config) -> int:
     """
-    Return model.decoder_queries where grids or budgets vary: the share of the tokens hidden of a clip of the size that
-    is scored. Elsewhere 0: that share of each clip or image.
+    Return model.decoder_queries where grids or budgets vary: the share decoder_query_ratio of the median number of
+    hidden tokens over all grids and budgets. Elsewhere 0: that share of each clip or image.
     """
     if not cfg.shapes_vary:
         return 0
-    N, T = count_tokens(1, cfg.data.image_size, cfg.vit.patch_size), cfg.data.num_frames
-    masked = T * N - cfg.mask.total(T, N)
-    return max(1, round(masked * cfg.model.decoder_query_ratio))
+    return max(2, round(statistics.median(cfg.hidden_counts().values()) * cfg.model.decoder_query_ratio))
+
+
+def unused_parameters(cfg: Config, losses: frozenset[str]) -> tuple[str, ...]:
+    """Return regular expressions of the parameters of ClusterSTM that none of these losses reaches."""
+    fusion = "|".join(map(str, range(cfg.text.depth - cfg.text.fusion_layers, cfg.text.depth)))
+    used_by = {
+        r"^decoder\.": {"mrm"}, r"^(pool_norm|vision_proj)\.": {"vtc", "distill"}, r"^text_proj\.|^temp$": {"vtc"},
+        r"^itm_head\.": {"vtm"},
+        r"^bert\.cls\.": {"mlm"}, rf"^bert\.bert\.encoder\.layer\.({fusion})\.": {"vtm", "mlm"},
+        r"^bert\.": {"vtc", "vtm", "mlm"}}
+    return tuple(pattern for pattern, users in used_by.items() if not users & losses)
+
+
+def check_positions(cfg: Config):
+    """Raise a ValueError if a clip of training or scoring exceeds the table of learned positions."""
+    data, patch, grid = cfg.data, cfg.vit.patch_size, cfg.vit.grid
+    largest = (data.max_frames, data.max_size // patch, data.max_size // patch)
+    if cfg.vit.pos_embed == "learned" and any(n > limit for n, limit in zip(largest, grid, strict=True)):
+        raise ValueError(f"vit.grid must be at least {largest}, the largest clips of training and scoring, got {grid}")
 
 
 def next_command(cfg: Config, folder: str) -> str:

@@ -460,7 +460,8 @@ def iterate_micro_batches(run: RunContext, dataset: ClipDataset | MixedDataset, 
                     b.map_tensors(lambda x, current=current: x.record_stream(current) if x.is_cuda else None)
                 key = np.random.SeedSequence((cfg.seed, STAGES.index(stage), s, i))
                 b.seed, b.first_sample = int(key.generate_state(1, np.uint64)[0]), first(s, i)
-                b.budget = int(draw(cfg.mask.tokens, cfg.seed, stage, s, i, 2)) if cfg.mask.tokens else 0
+                if cfg.mask.tokens:
+                    b.budget = int(draw(cfg.mask.tokens, cfg.seed, stage, s, i, 2))
                 group.append(b)
             yield group
     finally:

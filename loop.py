@@ -161,18 +161,21 @@ def forward_backward(net: nn.Module, batches: list[Batch], make_inputs: Callable
     """
     Accumulate the gradients of a step's micro-batches -> their mean losses by name, on the device.
 
-    On a GPU matrices are multiplied in bf16. Gradients are averaged over the ranks once, in the last micro-batch.
+    make_inputs may return several passes over the micro-batches, one after another: then losses and gradients are their
+    sum, and the memory is that of the largest pass. On a GPU matrices are multiplied in bf16. Gradients are averaged
+    over the ranks once, at the end.
     """
     device, mean = batches[0].video.device, {}
     with bf16_autocast(device):
         inputs = make_inputs(batches)
-    for i, (batch, arguments) in enumerate(zip(batches, inputs, strict=True)):
-        torch.manual_seed(batch.seed)           # dropout is a function of (seed, step, micro-batch)
-        last = i == len(batches) - 1
+    for i, arguments in enumerate(inputs):
+        pass_index, part = divmod(i, len(batches))
+        torch.manual_seed(batches[part].seed + pass_index)      # dropout is a function of (seed, step, micro-batch)
+        last = i == len(inputs) - 1
         with nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync():
             with bf16_autocast(device):
                 losses = net(*arguments)
-                loss = sum(loss_weights.get(name, 1.0) * value for name, value in losses.items())
+                loss = sum(loss_weights.get(name.partition("_")[0], 1.0) * value for name, value in losses.items())
             (loss / len(batches)).backward()
         for name, value in losses.items():
             mean[name] = mean.get(name, 0) + value.detach() / len(batches)

@@ -38,19 +38,23 @@ from tqdm import tqdm
 
 import eval as evaluation
 from annotations import Annotation, build_mapped_annotations
+from blocks import Block
 from config import (
     PRESETS,
     Config,
     batch_sizes,
+    check_positions,
     micro_batch_sizes,
     name_run,
     next_command,
     position_grid,
     query_count,
     read_settings,
+    unused_parameters,
 )
 from data import Batch, ClipDataset, DataConfig, MixedDataset
-from encoders import Bert, BertLayer, Block, TextEncoderConfig, ViTConfig, bert_config, mask_tokens
+from decoders import loss_weights
+from encoders import Bert, BertLayer, TextEncoderConfig, ViTConfig, bert_config, mask_tokens
 from files import (
     atomic_write_text,
     config_from_dict,
@@ -85,9 +89,10 @@ from runtime import (
     seeded_generator,
     select_device,
 )
+from siglip_files import VisionConfig, read_tower_config
 from targets import TargetProvider, TeacherTargets, VisibleIdCache
 from tasks import find_file, get_task, read_answers, read_rows, resolve_data_root, split_files
-from teacher import EncoderLayer, SigLIP, VisionConfig, load_teacher, read_tower_config, require_fp8
+from teacher import EncoderLayer, SigLIP, load_teacher, require_fp8
 from tokenizer import load_tokenizer, resolve_tokenizer
 from tools.sprites import write_sprites
 from tools.toy_teacher import SigLIPTrainer, build_toy_teacher, sample_single_frames
@@ -245,7 +250,9 @@ def pretrain(run: RunContext) -> nn.Module:
     captions = (caption for part in (videos, images) if part for row in part.annotations for caption in row.captions)
     tokenizer = resolve_tokenizer(run, captions, text_folder)
     require_unchanged(run, "tokenizer", hash_json(tokenizer.to_str()), "the vocabulary")
-    run = fix_config(run, resolve_config(run, tokenizer, teacher_folder, init_from))
+    resolved = resolve_config(run, tokenizer, teacher_folder, init_from)
+    check_positions(resolved)
+    run = fix_config(run, resolved)
 
     if run.cfg.stage != "text":
         if not cfg.teacher:
@@ -341,6 +348,7 @@ def train_student(run: RunContext, teacher: SigLIP, bert: Bert | None, dataset: 
     model = wrap_layers(model.to(run.device).train(), cfg)
     has_targets = cfg.hides_tokens or cfg.model.objective == "visible"
     masked_losses = cfg.model.losses - (set() if has_targets else {"mrm"})
+    masked_losses |= {"distill"} if cfg.model.distill != "none" else set()
     before_unmasked = os.path.join(out, "before_unmasked")
     at_step = lambda steps: validation.at_step(model, tokenizer, steps) if validation else {}
     is_pretrained = cfg.resume and is_trained(before_unmasked)
@@ -438,25 +446,19 @@ def wrap_layers(model: nn.Module, cfg: Config, shapes_vary: bool = False) -> nn.
     return model
 
 
-def unused_parameters(cfg: Config, losses: frozenset[str]) -> tuple[str, ...]:
-    """Return regular expressions of the parameters of ClusterSTM that none of these losses reaches."""
-    fusion = "|".join(map(str, range(cfg.text.depth - cfg.text.fusion_layers, cfg.text.depth)))
-    used_by = {
-        r"^decoder\.": {"mrm"}, r"^(pool_norm|vision_proj|text_proj)\.|^temp$": {"vtc"}, r"^itm_head\.": {"vtm"},
-        r"^bert\.cls\.": {"mlm"}, rf"^bert\.bert\.encoder\.layer\.({fusion})\.": {"vtm", "mlm"},
-        r"^bert\.": {"vtc", "vtm", "mlm"}}
-    return tuple(pattern for pattern, users in used_by.items() if not users & losses)
-
-
-def loss_weights(cfg: ModelConfig) -> dict[str, float]:
-    """Return weights by loss name. "align" and "pixels" are the losses of the objectives that replace MRM."""
-    return {**dict.fromkeys(("mrm", "align", "pixels"), cfg.mrm_weight),
-            "vtc": cfg.vtc_weight, "vtm": cfg.vtm_weight, "mlm": cfg.mlm_weight}
-
-
 def attach_batch_stats(model: ClusterSTM, batches: list[Batch], targets: list[TeacherTargets | None]) -> list[tuple]:
-    """Return the arguments of the model for each micro-batch: (batch, targets, statistics of the global batch)."""
-    return list(zip(batches, targets, model.batch_stats(batches, targets), strict=True))
+    """
+    Return the arguments of the model for each micro-batch: (batch, targets, statistics of the global batch). If the
+    targets have several budgets, those of all micro-batches at the largest budget come first, then at the next.
+    """
+    by_budget = [*zip(*(x.at_budgets() if x else [x] for x in targets), strict=True)]
+    features, arguments = [[] for _ in batches], []             # of each micro-batch, at the budgets so far
+    for i, of_budget in enumerate(by_budget):
+        stats = model.batch_stats(batches, list(of_budget), i, len(by_budget))
+        for part, larger in zip(stats, features, strict=True):
+            part.larger = larger if model.cfg.distill != "none" and len(by_budget) > 1 else None
+        arguments += zip(batches, of_budget, stats, strict=True)
+    return arguments
 
 
 def save_model(run: RunContext, model: nn.Module, tokenizer, folder: str, **extra):
@@ -488,6 +490,9 @@ def finetune_defaults(name: str, init_from: str) -> Config:
     vit = config_from_dict(ViTConfig, trained["vit"], path)
     recipe = task.recipe_large if vit.width >= 1024 else task.recipe_base
     data = PRESETS["sprites" if task.default_root else "base"].data
+    if "bert." in trained.get("new", ()):
+        raise ValueError(f"{init_from} must have a text encoder for stage finetune, got one trained without losses of "
+                         f"texts; train.py --init-from {init_from} adds one")
     teacher = evaluation.find_teacher(folder, trained["teacher"]) if trained.get("teacher") else ""
     return Config(
         name=finetune_name(name, init_from), stage="finetune", task=name,
@@ -511,6 +516,9 @@ def finetune(run: RunContext) -> nn.Module:
     if task.kind in ("qa", "caption") and cfg.model.mlm_weight:
         raise ValueError(f"model.mlm_weight must be 0 for {cfg.task}, whose loss is of the answers, got "
                          f"{cfg.model.mlm_weight:g}")
+    if cfg.finetune_masked:
+        cfg.check_grids()
+    check_positions(cfg)
     if task.kind not in ("qa", "caption") and not cfg.model.losses - {"mrm"}:
         raise ValueError(f"model.vtc_weight or model.vtm_weight must be above 0 for {cfg.task}, got 0")
     if task.default_root and not cfg.data_root:

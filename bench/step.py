@@ -46,8 +46,9 @@ from masking import keep_count
 from model import ClusterSTM, target_variance
 from products import Matmul, QuadraticForm
 from runtime import bf16_autocast, select_device
+from siglip_files import SigLIPConfig, TextConfig
 from targets import TargetStore, TeacherTargets, compute_targets, select_visible
-from teacher import SigLIP, SigLIPConfig, TextConfig
+from teacher import SigLIP
 from tokenizer import build_wordpiece, load_tokenizer
 from tools.tables import banner, print_header, print_row
 from tools.toy_teacher import build_toy_teacher
@@ -114,7 +115,7 @@ def flops(cfg: train.Config, teacher: SigLIPConfig, B: int) -> dict[str, int]:
     K = keep_count(N, cfg.mask.ratio)
     F, S, E, C = B * T, T * K, model.target_dim, v.hidden_size
     masked = T * N - S
-    queries = model.decoder_queries or max(1, round(masked * model.decoder_query_ratio))
+    queries = model.decoder_queries or max(2, round(masked * model.decoder_query_ratio))
     Q = min(masked, queries) if model.decoder == "cross" else masked
     image_tower = F * (6 * N * p * p * C + v.num_hidden_layers * layer_flops(N, C, v.intermediate_size))
     text_tower = B * (t.num_hidden_layers * layer_flops(t.max_position_embeddings, C, t.intermediate_size) + 2 * C * C)

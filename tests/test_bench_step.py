@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import step as bench_step
 from bench.step import Config, make_config, make_step
 from config import PRESETS
-from teacher import SigLIPConfig
+from siglip_files import SigLIPConfig
 
 TINY = Config(device="cpu", preset="sprites", batch=(4,), frames=4, size=32, ratio=0.75, variants=("eager",), steps=1,
               rounds=1)

@@ -8,16 +8,18 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from helpers.benchmarks import load_json
 from helpers.runs import Killed, assert_close_runs, assert_one_line, assert_same, command, kill, log, on_ranks, weights
 
 import loop
 import train
 from annotations import read_annotations
-from config import Config
+from config import Config, query_count
 from data import ClipDataset, DataConfig, draw_grid, grids, iterate_micro_batches
 from decoders import ModelConfig
-from encoders import ViTConfig
+from encoders import ViT, ViTConfig
 from masking import MaskConfig
+from model import ClusterSTM
 from runtime import RunContext
 from tokenizer import load_tokenizer
 
@@ -56,9 +58,9 @@ def test_the_grids_of_a_run_are_the_pairs_within_the_pool():
     (dict(image_size=50), "multiple of patch_size 8, got 50"),
     (dict(frames=(4, 70, 1)), "cache_frames.*frames_range.*64 and 70"),
     (dict(frames=(1, 4, 1), image_corpora=("a.json=b",)), "frames_range.*at least 2.*got 1"),
-    (dict(frames=(4, 8, 1), mask=MaskConfig(tokens=(150, 20))), "at most 144.*smallest clip.*got 150"),
-    (dict(frames=(9, 12, 1), mask=MaskConfig(tokens=(300,))), "at most 288.*scored.*got 300"),
-    (dict(frames=(4, 8, 1), mask=MaskConfig(tokens=(144,))), "hide some tokens of every clip.*0 to 144 hidden")])
+    (dict(frames=(4, 8, 1), mask=MaskConfig(tokens=(150, 20))), "at most 144, the tokens of 4 frames of 48.*got 150"),
+    (dict(frames=(9, 12, 1), mask=MaskConfig(tokens=(300,))), "at most 288, the tokens of 8 frames of 48.*got 300"),
+    (dict(frames=(4, 8, 1), mask=MaskConfig(tokens=(144,))), "at least 2 tokens.*got 0 of 4 frames.*with 144 visible")])
 def test_ranges_that_make_no_run_are_refused_with_both_numbers(options, message):
     with pytest.raises(ValueError, match=message):
         grids(config_of(**options))
@@ -211,9 +213,89 @@ def test_a_toy_teacher_is_trained_at_the_sizes_of_the_run(sprites, tmp_path, mon
 
 
 def test_one_budget_of_a_fixed_grid_is_cached_and_varying_ones_are_not(run_config, capsys):
-    train.main(run_config("--name a --mask.tokens 18 --mask.name flux_group_dynamic --unmasked-steps 0 --steps 8"))
-    assert "not cached" not in capsys.readouterr().out
+    visible, forward = set(), ClusterSTM.forward
+
+    def spy(self, batch, targets, stats):
+        visible.add(targets.visible_ids.shape[1])
+        return forward(self, batch, targets, stats)
+
+    for name in ("flux_group_dynamic", "random_frame"):         # the second is drawn again in the second epoch
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ClusterSTM, "forward", spy)
+            train.main(run_config(f"--name {name} --mask.tokens 18 --mask.name {name} --unmasked-steps 0 --steps 8"))
+        assert "not cached" not in capsys.readouterr().out and visible == {18}
     for name, flags, reason in (("b", RANGES, "grids of clips vary"), ("c", "--mask.tokens 18 9", "several budgets"),
                                 ("d", "--mask.features student_embedding", "student's embedding")):
         train.main(run_config(f"--name {name} --unmasked-steps 0 --steps 2 {flags} --data.num-views 1 --batch 24"))
         assert reason in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is resolved from the ranges
+
+def test_budgets_are_drawn_independently_of_grids_and_stages(clips, sprites):
+    cfg = config_of((3, 4, 1), (12, 16, 4), (), 4, MaskConfig(tokens=(24, 12)), num_frames=4, image_size=16,
+                    cache_frames=8, train_file=f"{sprites}/sprites_train.json")
+    drawn = [[((b.video.shape[1], b.video.shape[3]), b.budget) for b in micro_batches(clips, cfg, stage=stage,
+                                                                                      steps=range(20))]
+             for stage in ("pretrain", "unmasked")]
+    for pairs in drawn:
+        assert {*pairs} == {*product(grids(cfg), (24, 12))}
+        assert 25 < sum(budget == 24 for _, budget in pairs) < 55
+    assert 15 < sum(a[1] == b[1] for a, b in zip(*drawn, strict=True)) < 65
+
+
+def test_the_frame_cache_holds_the_largest_clips(clips, tmp_path):
+    cfg = config_of((1, 6, 1), (12, 24, 12), (), 4, num_frames=4, image_size=16, cache_frames=6).data
+    dataset = ClipDataset(clips[0], cfg, 0, cache_folder=str(tmp_path))
+    assert dataset.cache[clips[0][0].video].shape == [3, 24, 24] and (cfg.max_frames, cfg.max_size) == (6, 24)
+    smaller = replace(cfg, num_frames=6, image_size=32, frames_range=(1, 2, 1))
+    assert (smaller.max_frames, smaller.max_size) == (6, 32)
+    with pytest.raises(ValueError, match="cache_frames.*6 and 7"):
+        replace(smaller, num_frames=7)
+
+
+def test_settings_are_resolved_from_grids_and_budgets(flexible_run, run_config):
+    hidden = sorted(T * (size // 4) ** 2 - S for T, size in ALLOWED for S in (24, 12))
+    median = (hidden[(len(hidden) - 1) // 2] + hidden[len(hidden) // 2]) / 2
+    resolved = load_json(f"{flexible_run}/config.json")
+    assert resolved["vit"]["grid"] == [4, 4, 4] and resolved["model"]["decoder_queries"] == round(0.1 * median) > 1
+    assert log(flexible_run)["pretrain", 1]["mrm"] < 1e5                # 1e7 if one token of a clip is predicted
+    budgets = run_config("--mask.tokens 40 8 --mask.name evs")
+    assert query_count(budgets) == round(0.1 * ((64 - 40) + (64 - 8)) / 2) and query_count(run_config("")) == 0
+    assert query_count(run_config("--mask.tokens 40 30")) == 3 and query_count(run_config("--mask.tokens 61 60")) == 2
+    # A later run keeps the positions of the student it begins with.
+    flags = f"--init-from {flexible_run} --vit.pos-embed relative --data.num-frames 3 --steps 1 --unmasked-steps 0"
+    train.main(run_config(f"--name later {flags}"))
+    assert load_json("out/later/config.json")["vit"]["grid"] == [4, 4, 4]
+    with pytest.raises(ValueError, match="vit.pos_embed must be '3d'.*'relative'"):
+        train.main(run_config(f"--name other --init-from {flexible_run} --steps 1"))
+
+
+def test_a_learned_table_holds_the_largest_clips(run_config):
+    flags = f"{RANGES}--vit.pos-embed learned --data.num-frames 7 --steps 1 --unmasked-steps 0"
+    train.main(run_config(f"--name a {flags}"))
+    assert load_json("out/a/config.json")["vit"]["grid"] == [7, 5, 5]
+    for grid in ("6 5 5", "7 4 5"):
+        with pytest.raises(ValueError, match=r"vit.grid must be at least \(7, 5, 5\)"):
+            train.main(run_config(f"--name b {flags} --vit.grid {grid}"))
+
+
+def test_budgets_that_hide_all_or_some_are_told_apart():
+    with pytest.raises(ValueError, match="got 0 of 8 frames of 48 x 48 pixels with 288 visible"):
+        config_of(mask=MaskConfig(tokens=(288, 144)))
+    with pytest.raises(ValueError, match="at least 2 tokens.*got 1 of 8 frames"):
+        config_of(mask=MaskConfig(tokens=(287,)))
+    assert MaskConfig(tokens=(17, 7)).total(2, 9) == 17 and MaskConfig(ratio=0.5).total(3, 9) == 15
+    with pytest.raises(ValueError, match="decoder_queries must be 0, or at least 2.*got 1"):
+        ModelConfig(decoder_queries=1)
+
+
+@pytest.mark.parametrize("flags, dynamic", [("", False), (RANGES, None), ("--mask.tokens 20 10", None),
+                                            ("--mask.tokens 20", False)])
+def test_layers_are_compiled_for_all_shapes_where_shapes_vary(run_config, flags, dynamic):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **options: calls.append(options["dynamic"]) or f)
+        train.wrap_layers(ViT(ViTConfig(patch_size=4, width=8, depth=2, heads=1)), run_config(f"{flags} --compile"))
+    assert {*calls} == {dynamic} and len(calls) == 2

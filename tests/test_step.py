@@ -247,7 +247,9 @@ RUNS = pytest.mark.parametrize("flags, step", [
     ("--data.num-views 0 --model.proportional", 0),
     ("--data.num-views 1 --model.proportional", 3),
     (f"{VARYING} --vit.pos-embed relative --mask.tokens 24 12", 0),
-    (f"{VARYING} --vit.pos-embed learned --mask.tokens 24 --mask.features student_embedding", 0)])
+    (f"{VARYING} --vit.pos-embed learned --mask.tokens 24 --mask.features student_embedding", 0),
+    # Its first micro-batch may wait.
+    ("--mask.teacher-tokens 32 --mask.name umt_global --model.proportional --target-pooling mean", 1)])
 KINDS = pytest.mark.parametrize("kind", ["retrieval", "qa", "caption"])
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
