@@ -537,6 +537,8 @@ def make_visible_fn(cfg: Config, run_config: dict, model, data_cfg: DataConfig,
         changes |= {"ratio": cfg.mask_ratio, "tokens": ()}
     elif cfg.tokens:
         changes |= {"tokens": (cfg.tokens,)}
+    if cfg.features or cfg.mask != run_config["mask"].get("name"):       # another mask than in training
+        changes |= {"teacher_tokens": 0}
     mask = config_from_dict(MaskConfig, run_config["mask"] | changes, os.path.join(cfg.checkpoint, "config.json"))
     S = mask.total(T, N)
     if S > pool:
@@ -554,7 +556,7 @@ def make_visible_fn(cfg: Config, run_config: dict, model, data_cfg: DataConfig,
                                    model.vit.grid_size(batch.video)[1:], with_sizes, S, model.vit.embed_patches)
 
     count = f"{S} of {pool} a clip"
-    if not mask.tokens:
+    if not (mask.tokens or mask.teacher_tokens):
         count = f"{S // T} of {N} a frame{' on average' if cfg.mask in CLIP_BUDGET else ''}"
     return visible_fn, f"{cfg.mask}, {count}{f', by {mask.features}' if mask.features != 'teacher' else ''}"
 
