@@ -106,6 +106,11 @@ class Config:
             raise ValueError("model.mrm_weight or model.vtc_weight must be above 0 if all_budgets is set, got 0")
         if self.model.distill != "none" and not self.all_budgets:
             raise ValueError(f"model.distill must be none unless all_budgets is set, got {self.model.distill!r}")
+        if self.model.distill != "none" and not self.model.vtc_weight:      # alone it would make all features equal
+            raise ValueError(f"model.vtc_weight must be above 0 with model.distill {self.model.distill!r}, got 0")
+        if self.model.decoder_queries == 1 and self.model.objective == "relevance":
+            raise ValueError("model.decoder_queries must be 0, or at least 2, as MRM compares with the mean of a "
+                             "clip's targets, got 1")
         if self.data.val_file and not self.model.reads_texts:
             raise ValueError("data.val_file must be empty if no loss of model reads texts, so that no text encoder is "
                              f"trained, got {self.data.val_file!r}")
@@ -226,8 +231,8 @@ def micro_batch_sizes(cfg: Config, world: int) -> dict[str, int]:
 def position_grid(cfg: Config, init_from: str) -> tuple[int, ...]:
     """
     Return the grid (T, h, w) of position embeddings that have one: that of the student in the folder init_from, if
-    there is one. Otherwise of relative positions the grid of the clips that are scored, of learned ones the largest
-    numbers of frames and patches of any clip.
+    there is one. Otherwise of relative positions that of data.num_frames and data.image_size, of learned ones the
+    largest numbers of frames and patches, of these and the ranges.
     """
     if init_from and (grid := read_checkpoint(init_from, "a student")[0].get("vit", {}).get("grid", ())):
         return tuple(grid)
@@ -240,7 +245,7 @@ def position_grid(cfg: Config, init_from: str) -> tuple[int, ...]:
 def query_count(cfg: Config) -> int:
     """
     Return model.decoder_queries where grids or budgets vary: the share decoder_query_ratio of the median number of
-    hidden tokens over all grids and budgets. Elsewhere 0: that share of each clip or image.
+    hidden tokens over all grids and budgets, and images. Elsewhere 0: that share of each clip or image.
     """
     if not cfg.shapes_vary:
         return 0
@@ -259,11 +264,11 @@ def unused_parameters(cfg: Config, losses: frozenset[str]) -> tuple[str, ...]:
 
 
 def check_positions(cfg: Config):
-    """Raise a ValueError if a clip of training or scoring exceeds the table of learned positions."""
+    """Raise a ValueError if a clip of the ranges, or of data.num_frames and image_size, exceeds the learned table."""
     data, patch, grid = cfg.data, cfg.vit.patch_size, cfg.vit.grid
     largest = (data.max_frames, data.max_size // patch, data.max_size // patch)
     if cfg.vit.pos_embed == "learned" and any(n > limit for n, limit in zip(largest, grid, strict=True)):
-        raise ValueError(f"vit.grid must be at least {largest}, the largest clips of training and scoring, got {grid}")
+        raise ValueError(f"vit.grid must be at least {largest}, the largest clips of the settings in data, got {grid}")
 
 
 def next_command(cfg: Config, folder: str) -> str:

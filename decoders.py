@@ -53,9 +53,10 @@ class ModelConfig:
         check_choices(self, "model")
         if not 0 < self.decoder_query_ratio <= 1:
             raise ValueError(f"model.decoder_query_ratio must be in (0, 1], got {self.decoder_query_ratio}")
-        if self.decoder_queries < 0 or self.decoder_queries == 1 and self.objective == "relevance":
-            raise ValueError("model.decoder_queries must be 0, or at least 2, as MRM compares with the mean of a "
-                             f"clip's targets, got {self.decoder_queries}")
+        if self.decoder_queries < 0:
+            raise ValueError(f"model.decoder_queries must be at least 0, got {self.decoder_queries}")
+        if self.distill != "none" and not self.distill_weight:
+            raise ValueError(f"model.distill_weight must be above 0 with model.distill {self.distill!r}, got 0")
         for name in ("mrm", "vtc", "vtm", "mlm", "distill"):
             if not getattr(self, f"{name}_weight") >= 0:        # as NaN is not
                 raise ValueError(f"model.{name}_weight must be at least 0, got {getattr(self, f'{name}_weight')}")

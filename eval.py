@@ -44,6 +44,7 @@ import data
 import metrics
 import tasks
 from annotations import Annotation, iter_annotations
+from budgets import count_equal_groups
 from data import ClipDataset, DataConfig, init_loader_worker, require_readable
 from files import atomic_write, atomic_write_text, config_from_dict, escape_control, read_json
 from inputs import require_finite
@@ -71,7 +72,8 @@ class Config:
     answers: str = ""       # questions: JSON file that lists the answers to rank; empty: the task's list
     split: Literal["test", "val"] = "test"              # split of the task; not to be given with --data
     mask: Annotated[str, tyro.conf.arg(help=MASK_HELP)] = ""
-    mask_ratio: float | None = None     # share of the tokens that --mask hides, 0 to below 1; None: as in training
+    # share of the tokens that --mask hides, 0 to below 1, of those that the teacher sees; None: as in training
+    mask_ratio: float | None = None
     tokens: int = 0         # tokens of a clip that --mask keeps; 0: as --mask-ratio, or the largest budget of training
     # what --mask compares: the teacher's last layer, its patch embedding, or the student's; empty: as in training
     features: Literal["", "teacher", "teacher_embedding", "student_embedding"] = ""
@@ -537,9 +539,14 @@ def make_visible_fn(cfg: Config, run_config: dict, model, data_cfg: DataConfig,
         changes |= {"ratio": cfg.mask_ratio, "tokens": ()}
     elif cfg.tokens:
         changes |= {"tokens": (cfg.tokens,)}
-    if cfg.features or cfg.mask != run_config["mask"].get("name"):       # another mask than in training
-        changes |= {"teacher_tokens": 0}
-    mask = config_from_dict(MaskConfig, run_config["mask"] | changes, os.path.join(cfg.checkpoint, "config.json"))
+    trained, path = run_config["mask"], os.path.join(cfg.checkpoint, "config.json")
+    if cfg.mask != trained.get("name") or cfg.features not in ("", trained.get("features", "teacher")):
+        changes["teacher_tokens"] = 0           # another mask than in training sees all tokens, and keeps as many
+        if trained.get("teacher_tokens") and not (cfg.tokens or cfg.mask_ratio is not None):
+            changes["tokens"] = (config_from_dict(MaskConfig, trained, path).total(T, N),)
+    mask = config_from_dict(MaskConfig, trained | changes, path)
+    if mask.teacher_tokens:
+        count_equal_groups(mask.teacher_tokens, T, N)
     S = mask.total(T, N)
     if S > pool:
         raise ValueError(f"--tokens must be at most {pool}, the tokens of {T} frames of {size} x {size}, got {S}"

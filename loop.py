@@ -179,7 +179,8 @@ def forward_backward(net: nn.Module, batches: list[Batch], make_inputs: Callable
             (loss / len(batches)).backward()
         for name, value in losses.items():
             mean[name] = mean.get(name, 0) + value.detach() / len(batches)
-    return mean
+    # VTM and MLM may come in another pass on another rank, and the log sums over the ranks in the order of the names.
+    return mean if len(inputs) == len(batches) else dict(sorted(mean.items()))
 
 
 def update_weights(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float, found_inf: Tensor):

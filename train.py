@@ -274,7 +274,7 @@ def pretrain(run: RunContext) -> nn.Module:
     return train_student(run, teacher, bert, dataset, tokenizer, init_from, validation)
 
 
-def resolve_config(run: RunContext, tokenizer, teacher_folder: str, init_from: str) -> Config:
+def resolve_config(run: RunContext, tokenizer, teacher_folder: str, init_from: str = "") -> Config:
     """
     Fill in what depends on files: vocabulary, special ids, teacher, widths and grids -> the config. teacher_folder and
     init_from: the local folders of cfg.teacher and cfg.init_from, empty if there is none.
@@ -504,7 +504,7 @@ def finetune_defaults(name: str, init_from: str) -> Config:
         vit=replace(vit, drop_path=recipe.drop_path),
         text=replace(config_from_dict(TextEncoderConfig, trained["text"], path), max_length=task.max_text_length),
         model=replace(config_from_dict(ModelConfig, trained["model"], path), mrm_weight=0, mlm_weight=0,
-                      vtc_weight=ModelConfig.vtc_weight, vtm_weight=ModelConfig.vtm_weight),
+                      vtc_weight=ModelConfig.vtc_weight, vtm_weight=ModelConfig.vtm_weight, distill="none"),
     )
 
 

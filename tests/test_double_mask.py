@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as nnf
+from helpers.benchmarks import load_json
 from helpers.kernels import LOW, seeded
 from helpers.models import OBJECTIVES, random_batch, student
 from helpers.models import N as STUDENT_N
@@ -542,6 +543,13 @@ def test_scoring_by_the_mask_of_training_runs(sprites, double_run, tmp_path, mon
     flags = f"--task sprites --checkpoint {double_run} --data-root {sprites} --mask umt --frames 4"
     with mock.patch.object(SigLIP, "forward_features", side_effect=AssertionError("saw all tokens")):
         code, out, err = command("eval.py", flags.split(), capsys)
-    assert code == 0 and "24 of 64 a clip" in out, err
+        assert code == 0 and "24 of 64 a clip" in out, err
+        ablation = f"tokens --checkpoint {double_run} --data-root {sprites} --frames 4 --out a"
+        code, out, err = command("tools.ablations", ablation.split(), capsys)
+    assert code == 0 and load_json("a.json")["rows"][1]["tokens"] == 24, err
+    # Another mask, or other features, of all tokens: as many are kept.
+    for more in ("--mask random", "--mask flux_group_dynamic --features student_embedding"):
+        code, out, err = command("eval.py", f"{flags.replace('--mask umt', more)}".split(), capsys)
+        assert code == 0 and "24 of 64 a clip" in out, err
     code, _, err = command("eval.py", [*flags.split()[:-1], "8"], capsys)
     assert_one_line("eval.py", code, err, "multiple of 4 .* 8 frames .*got 30")

@@ -263,10 +263,10 @@ def test_the_recipe_is_the_published_one(make_student, width, task, recipe):
 def test_loss_weights_of_pretraining_are_not_used_in_finetuning(make_student):
     folder = make_student(768)
     config = load_json(f"{folder}/config.json")
-    config["model"].update(mrm_weight=0.5, vtc_weight=0.5, vtm_weight=0.0, mlm_weight=2.0)
+    config["model"].update(mrm_weight=0.5, vtc_weight=0.5, vtm_weight=0.0, mlm_weight=2.0, distill="star")
     write_json(f"{folder}/config.json", config)
     assert train.loss_weights(train.finetune_defaults("msrvtt", folder).model) == {
-        "mrm": 0, "align": 0, "pixels": 0, "vtc": 1, "vtm": 1, "mlm": 0}
+        "mrm": 0, "align": 0, "pixels": 0, "vtc": 1, "vtm": 1, "mlm": 0, "distill": 1}
 
 
 @pytest.mark.parametrize("flag", ["--init-from", "--init_from"])

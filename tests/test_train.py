@@ -401,7 +401,8 @@ def test_without_a_tokenizer_one_is_trained_on_the_captions(run_config, sprites,
 
 def test_each_loss_has_a_weight_of_its_own():
     cfg = ModelConfig(mrm_weight=2, vtc_weight=3, vtm_weight=4, mlm_weight=5)
-    assert train.loss_weights(cfg) == {"mrm": 2, "align": 2, "pixels": 2, "vtc": 3, "vtm": 4, "mlm": 5}
+    assert train.loss_weights(cfg) == {"mrm": 2, "align": 2, "pixels": 2, "vtc": 3, "vtm": 4, "mlm": 5,
+                                       "distill": 1}
 
 
 def test_clips_per_second_are_of_the_steps_of_a_row_without_pauses(run_config, monkeypatch):
@@ -663,7 +664,7 @@ def settings(cfg, prefix=""):
 
 @pytest.mark.parametrize("preset", ["", *train.PRESETS])
 def test_help_explains_every_setting(preset, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "800")
     code, out, _ = command("train.py", [*preset.split(), "--help"], capsys)
     out = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
     assert code == 0

@@ -384,7 +384,7 @@ def read_log(folder: str) -> list[dict]:
     return rows
 
 
-LOSSES = ("sigmoid", "mrm", "align", "pixels", "vtc", "vtm", "mlm", "lm")
+LOSSES = ("sigmoid", "mrm", "align", "pixels", "vtc", "vtm", "mlm", "lm", "distill")       # or with a budget: vtc_96
 TITLES = {"mrm": "MRM (1 = the clip's mean)", "align": "visible tokens", "pixels": "pixels",
           "val_T2V_R@1": "held-out T2V R@1, %", "val_V2T_R@1": "held-out V2T R@1, %",
           "clips/s": "clips a second", "data_wait": "share of time waiting for data", "lr": "learning rate",
@@ -415,6 +415,13 @@ def mark_stages(axis, first: dict[str, int], colour, named: set):
                           transform=axis.get_xaxis_transform())
 
 
+def loss_names(keys: set[str]) -> list[str]:
+    """Return the keys that name losses, in the order of LOSSES and, of one loss, the largest budget first."""
+    parts = {key: (LOSSES.index(loss), -int(budget or 0)) for key in keys
+             for loss, _, budget in [key.partition("_")] if loss in LOSSES}
+    return sorted(parts, key=parts.get)
+
+
 def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
     """
     Plot the logs of runs, {title: folder}: a panel for each loss and for each `extra` key, a line for each run, which
@@ -424,7 +431,8 @@ def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
     """
     logs = {title: read_log(folder) for title, folder in folders.items()}
     rows = [row for log in logs.values() for row in log]
-    names = [name for name in (*LOSSES, *extra) if any(row.get(name) is not None for row in rows)]
+    keys = {key for row in rows for key, value in row.items() if value is not None}
+    names = [*loss_names(keys), *(name for name in extra if name in keys)]
     if not names:
         raise ValueError(f"{', '.join(folders.values())}: log.jsonl has no losses yet")
     width = min(4, len(names))
@@ -443,8 +451,10 @@ def plot_losses(folders: dict[str, str], out: str, extra: tuple[str, ...] = ()):
                       marker="." if len(steps) < 20 else None, markersize=4)
             mark_stages(axis, first, colour, named)
             end = max([end, *(row["step"] + first[row["stage"]] for row in log)])
-        axis.set(title=TITLES.get(name, name.upper()), xlabel="step", ylabel=UNITS.get(name, ""), xlim=(0, 1.02 * end))
-        if name in ("mrm", "grad_norm"):
+        loss, _, budget = name.partition("_") if loss_names({name}) else (name, "", "")
+        title = TITLES.get(loss, loss.upper()) + f", {budget} tokens" * bool(budget)
+        axis.set(title=title, xlabel="step", ylabel=UNITS.get(loss, ""), xlim=(0, 1.02 * end))
+        if loss in ("mrm", "grad_norm"):
             axis.set(yscale="log")
             axis.yaxis.set_major_formatter("{x:g}")                     # 0.5, not 5 x 10^-1
             axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")

@@ -123,6 +123,11 @@ def clip_cost(model, visible_fn: Callable | None, T: int, size: int) -> dict[str
 # ---------------------------------------------------------------------------------------------------------------------
 # The rows
 
+def compares(mask: str) -> bool:
+    """Return whether a mask compares features of tokens, and not only their places and random numbers."""
+    return bool(mask) and not MASK_INPUTS.get(mask, {"tokens"}) <= {"generator", "grid"}
+
+
 def list_cells(cfg: TokensCommand, run_config: dict, kind: str) -> list[evaluation.Config]:
     """
     Return the settings of eval.py for each row: for each grid all tokens first, then masks, features and budgets. A
@@ -130,11 +135,11 @@ def list_cells(cfg: TokensCommand, run_config: dict, kind: str) -> list[evaluati
     """
     trained = run_config["mask"]
     shared = {name: getattr(cfg, name) for name in SHARED} | {"rerank": 0 if kind == "retrieval" else -1}
-    names, features = cfg.masks or (trained["name"],), cfg.features or (trained.get("features", "teacher"),)
+    names, features = cfg.masks or (trained["name"],), cfg.features or ("",)
     budgets = cfg.tokens or tuple(trained.get("tokens", ())) or (0,)
     choices = [{}] + [
         {"mask": name, "features": feature, "tokens": S, "teacher": cfg.teacher} for name in names
-        for feature in ([""] if MASK_INPUTS.get(name, {"tokens"}) <= {"generator", "grid"} else features)
+        for feature in (features if compares(name) else [""])
         for S in budgets]
     return [evaluation.Config(**shared, frames=T, size=size, **choice)
             for T, size, choice in itertools.product(cfg.frames, cfg.sizes, choices)]
@@ -169,7 +174,8 @@ def compare_budgets(cfg: TokensCommand) -> list[dict]:
             left_out[T, size, cell.tokens] = pool
             continue
         protocol.visible_fn, _ = evaluation.make_visible_fn(cell, run_config, model, data_cfg, load_teacher)
-        row = {"frames": T, "size": size, "pool": pool, "mask": cell.mask, "features": cell.features}
+        features = (cell.features or run_config["mask"].get("features", "teacher")) if compares(cell.mask) else ""
+        row = {"frames": T, "size": size, "pool": pool, "mask": cell.mask, "features": features}
         cells.append((data_cfg, protocol, row | clip_cost(model, protocol.visible_fn, T, size)))
     for (T, size, tokens), pool in left_out.items():
         print(f"left out: --tokens {tokens} of {T} frames of {size} x {size}, whose pool has only {pool}", flush=True)
