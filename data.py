@@ -46,9 +46,12 @@ class DataConfig:
     val_root: str = ""              # folder that its "video" names are relative to; empty: as video_root
     num_frames: int = 8             # frames per clip (T); where clips vary, of those that are scored
     image_size: int = 64            # height and width of a frame, pixels; where clips vary, of those that are scored
-    # FIRST LAST STEP, LAST included: each micro-batch of training draws a number of frames; empty: num_frames
+    # FIRST LAST STEP: each micro-batch of training draws one of the numbers of frames FIRST, FIRST + STEP, ..., up to
+    # LAST; empty: num_frames
     frames_range: tuple[int, ...] = ()
-    size_range: tuple[int, ...] = ()    # FIRST LAST STEP, likewise of pixels; empty: image_size
+    # FIRST LAST STEP: each micro-batch of training draws one of the heights and widths FIRST, FIRST + STEP, ..., up to
+    # LAST, in pixels; empty: image_size
+    size_range: tuple[int, ...] = ()
     pool: tuple[int, ...] = ()          # LEAST MOST: only clips of that many tokens are drawn; empty: all of the ranges
     max_seconds: float = 0.0        # use only this many seconds from the start of a video; 0: all
     min_crop_scale: float = 1.0     # smallest fraction of the frame area in a random training crop; 1: no cropping
@@ -422,8 +425,8 @@ def iterate_micro_batches(run: RunContext, dataset: ClipDataset | MixedDataset, 
 
     Step s has the samples s * batch ... (s + 1) * batch - 1, in micro-batches of micro_batch clips that are split over
     the ranks in order. Sample n and the seed, grid and budget of a micro-batch are functions of (cfg.seed, stage, step,
-    index) alone. In the stage of the toy teacher all micro-batches of a step have the same grid, as their number is
-    that of the ranks; in that of the toy text encoder the grid does not vary.
+    index) alone. In the stage of the toy teacher all micro-batches of a step have the same grid, because a step has as
+    many of them as there are ranks. In that of the toy text encoder the grid does not vary.
     """
     cfg = run.cfg
     count = batch // micro_batch                   # micro-batches of a step, over all ranks
