@@ -429,3 +429,21 @@ def test_loader_processes_share_the_annotations(tmp_path):
     mapped_growth, letters = growth(mapped)
     list_growth, same_letters = growth(list(mapped))
     assert letters == same_letters and mapped_growth < 5 and list_growth > 10 and list_growth > 3 * mapped_growth
+
+
+def test_where_clips_vary_images_take_a_drawn_size_and_their_own_ratio(mixed_config, micro_batches, monkeypatch):
+    visible, compute = [], TargetProvider.compute
+
+    def compute_and_record(self, batch):
+        targets = compute(self, batch)
+        visible.append((batch.video.shape[1], batch.video.shape[3], targets.visible_ids.shape[1]))
+        return targets
+
+    monkeypatch.setattr(TargetProvider, "compute", compute_and_record)
+    train.main(mixed_config("--name a --steps 12 --unmasked-steps 0 --micro-batch 2 --mask.name random_frame "
+                            "--data.frames-range 2 4 1 --data.size-range 12 20 4 --mask.tokens 12"))
+    shapes = [tuple(b.video.shape[1:]) for _, _, b in micro_batches]
+    assert shapes == [(T, 3, size, size) for T, size, _ in visible] and {size for _, size, _ in visible} == {12, 16, 20}
+    assert {T for T, *_ in visible} == {1, 2, 3, 4} and len({size for T, size, _ in visible if T == 1}) == 3
+    for T, size, count in visible:
+        assert count == (keep_count((size // 4) ** 2, 0.5) if T == 1 else 12)
