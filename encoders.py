@@ -35,7 +35,7 @@ from inputs import require_clips
 from kernels import to_device
 from positions import NEEDS_GRID, GlobalPos, PosEmbed, convolve_pos_embed, interpolate_pos_embed, sincos_pos_embed
 from runtime import print0
-from video import patchify
+from video import gather_tokens, patchify
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,6 @@ def check_choices(cfg, part: str):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ViT
-
-def gather_tokens(x: Tensor, ids: Tensor | None) -> Tensor:
-    """x (B, N, C), ids (B, S) or None for all -> (B, S, C)."""
-    return x if ids is None else x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
-
 
 class ViT(nn.Module):
     """Joint space-time ViT for any T, H and W. It encodes all tokens of a clip or only the visible ones."""

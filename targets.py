@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from budgets import count_equal_groups
+from budgets import count_equal_groups, group_dynamic
 from files import write_all
 from kernels import to_device
-from masking import MaskConfig, group_dynamic, keep_count, select, token_sizes
+from masking import MaskConfig, keep_count, select, token_sizes
 from runtime import AsyncHostCopy, RunContext, Stream, print0, seeded_generator
-from teacher import SigLIP, gather_tokens, load_teacher
-from video import count_tokens
+from teacher import SigLIP, load_teacher
+from video import count_tokens, gather_tokens
 
 if TYPE_CHECKING:
     from data import Batch, ClipDataset, MixedDataset
@@ -108,9 +108,10 @@ def compute_targets(
         if with_tokens or "aligned" in inputs:
             token_targets = teacher.token_embeddings(tokens, grid, pooling, pool_ids).view(*shape, -1)  # (B, T, N, E)
         features = tokens
-        if features_of(mask) == "teacher_embedding":
+        source = features_of(mask) if needs_values(mask, with_sizes) else "teacher"
+        if source == "teacher_embedding":
             features = teacher.embed_patches(pixel_values)
-        elif features_of(mask) == "student_embedding":
+        elif source == "student_embedding":
             features = embed_patches(batch.video)
         features = features.view(*shape, -1)
         visible_ids = select_visible(teacher, features, mask, ratio, batch.seed, grid, total, pool_ids,
@@ -142,11 +143,7 @@ def compute_visible_ids(
     """
     patch_embeds, pool_ids, shape = None, None, (*video.shape[:2], math.prod(grid))
     with torch.autocast(video.device.type, enabled=False):
-        if features_of(mask) == "student_embedding":
-            tokens = patch_embeds = embed_patches(video)
-        elif not needs_teacher(mask, with_sizes):
-            tokens = torch.zeros(*shape, 1, device=video.device)        # only its shape is used
-        else:
+        if needs_teacher(mask, with_sizes):
             pixel_values = teacher.normalize(video.flatten(0, 1), grid)
             of_patches = features_of(mask) == "teacher_embedding"
             if isinstance(mask, MaskConfig) and mask.teacher_tokens:
@@ -155,6 +152,10 @@ def compute_visible_ids(
                 grid = video.shape[1], *grid
             else:
                 tokens = (teacher.embed_patches if of_patches else teacher.forward_features)(pixel_values)
+        elif needs_values(mask, with_sizes):
+            tokens = patch_embeds = embed_patches(video)
+        else:
+            tokens = torch.zeros(*shape, 1, device=video.device)        # only its shape is used
         tokens = tokens.view(*shape, -1)
         visible_ids = select_visible(teacher, tokens, mask, ratio, seed, grid, total, pool_ids)
         targets = TeacherTargets(visible_ids, patch_embeds=patch_embeds, pool_ids=pool_ids)

@@ -42,7 +42,7 @@ from siglip_files import (
     read_image_processor,
     read_tower_config,
 )
-from video import RESAMPLE_MODES, patchify, resize_like_pillow
+from video import RESAMPLE_MODES, gather_tokens, patchify, resize_like_pillow
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Modules
@@ -261,12 +261,6 @@ class TextModel(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Some tokens of a clip, by flat ids t * N + n
-
-def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Take the tokens with flat ids (B, S) from those of all frames of B clips: x (BT, N, C) -> (B, S, C)."""
-    x = x.reshape(len(ids), -1, x.shape[-1])
-    return x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
-
 
 def scatter_tokens(x: Tensor, ids: Tensor, grid: tuple[int, int, int], fill: float) -> Tensor:
     """

@@ -630,6 +630,17 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(F, (H // p) * (W // p), c * p * p)
 
 
+def gather_tokens(x: Tensor, ids: Tensor | None) -> Tensor:
+    """
+    Take the tokens with flat ids (B, S), or all if ids is None, from those of B clips: x (B, TN, C), or (BT, N, C) of
+    their frames -> (B, S, C).
+    """
+    if ids is None:
+        return x
+    x = x.reshape(len(ids), -1, x.shape[-1])
+    return x.gather(1, ids[..., None].expand(*ids.shape, x.shape[-1]))
+
+
 def count_tokens(T: int, size: int, patch_size: int) -> int:
     """Return how many tokens T frames of size x size pixels have. ValueError unless the patches divide the size."""
     if size % patch_size:
