@@ -83,3 +83,11 @@ def test_the_teachers_layers_run_only_if_something_reads_them(mask, options, run
     with_sizes = options.get("with_sizes", False)
     if not options.get("with_tokens") and mask.features != "teacher_embedding":
         assert needs_teacher(mask, with_sizes) is runs
+
+
+def test_a_mask_of_shapes_embeds_nothing_though_its_features_are_the_students():
+    embed, batch, mask = mock.Mock(side_effect=AssertionError), random_clips(), MaskConfig(
+        "tube", ratio=0.6, features="student_embedding")
+    found = compute_visible_ids(None, batch.video, mask, 0.6, batch.seed, (3, 3), embed_patches=embed)
+    targets = compute_targets(tiny_siglip(), batch, mask, 0.6, embed_patches=embed)
+    assert found.patch_embeds is None and torch.equal(found.visible_ids, targets.visible_ids)
